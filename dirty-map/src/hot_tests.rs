@@ -1,0 +1,204 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use proptest::prelude::*;
+
+const NOW: Duration = Duration::from_secs(100);
+const QUIET: Duration = Duration::from_secs(10);
+
+fn unsafe_blocks(hot: &HotExtents) -> BTreeSet<u64> {
+    let mut all = BTreeSet::new();
+    hot.for_each_unsafe(|_, run| all.extend(run));
+    all
+}
+
+#[test]
+fn a_block_is_in_u_until_a_flush_that_began_later_has_ended() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    hot.insert(Extent(1), NOW);
+    hot.begin_write(Extent(1), NOW);
+    assert!(
+        unsafe_blocks(&hot).is_empty(),
+        "in flight is the range locks' business"
+    );
+    hot.end_write(Extent(1), 1024..1026, NOW);
+    hot.begin_flush();
+    hot.begin_write(Extent(1), NOW);
+    hot.end_write(Extent(1), 1025..1028, NOW);
+    assert_eq!(unsafe_blocks(&hot), (1024..1028).collect());
+    hot.end_flush(true);
+    assert_eq!(
+        unsafe_blocks(&hot),
+        (1025..1028).collect(),
+        "written while the flush ran"
+    );
+    hot.begin_flush();
+    hot.end_flush(false);
+    assert_eq!(
+        unsafe_blocks(&hot),
+        (1025..1028).collect(),
+        "a failed flush empties nothing"
+    );
+    hot.begin_flush();
+    hot.end_flush(true);
+    assert!(unsafe_blocks(&hot).is_empty());
+}
+
+#[test]
+fn an_extent_cools_when_nothing_speaks_against_it() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    hot.insert(Extent(7), NOW);
+    hot.begin_write(Extent(7), NOW);
+    let late = NOW + QUIET;
+    assert!(hot.coolable(late, QUIET, 9).is_empty(), "a write in flight");
+    hot.end_write(Extent(7), 7168..7169, NOW);
+    assert!(
+        hot.coolable(late, QUIET, 9).is_empty(),
+        "an unflushed block"
+    );
+    assert!(hot.quiet_but_unflushed(late, QUIET));
+    hot.begin_flush();
+    assert!(hot.coolable(late, QUIET, 9).is_empty(), "under a flush");
+    hot.end_flush(true);
+    assert!(!hot.quiet_but_unflushed(late, QUIET));
+    hot.set_unequalised(Extent(7), 7170..7171);
+    assert!(hot.coolable(late, QUIET, 9).is_empty(), "un-equalised");
+    hot.clear_unequalised(7170..7171);
+    assert!(
+        hot.coolable(late - Duration::from_secs(1), QUIET, 9)
+            .is_empty(),
+        "not quiet enough"
+    );
+    assert_eq!(hot.coolable(late, QUIET, 9), [Extent(7)]);
+    hot.remove(Extent(7));
+    assert!(hot.coolable(late, QUIET, 9).is_empty());
+}
+
+#[test]
+fn the_longest_quiet_cool_first() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    for number in 0..5 {
+        hot.insert(Extent(number), NOW + Duration::from_secs(number.into()));
+    }
+    // Written again: the oldest becomes the newest.
+    let again = NOW + Duration::from_secs(6);
+    hot.begin_write(Extent(0), again);
+    hot.end_write(Extent(0), 0..0, again);
+    let late = again + QUIET;
+    assert_eq!(
+        hot.coolable(late, QUIET, 3),
+        [Extent(1), Extent(2), Extent(3)]
+    );
+    assert_eq!(hot.coolable(late, QUIET, 9).last(), Some(&Extent(0)));
+}
+
+#[test]
+fn memory_stays_under_its_cap_and_errs_on_the_safe_side() {
+    let cap = 64 * MASK_BYTES;
+    let mut hot = HotExtents::new(cap);
+    for number in 0..1000 {
+        let extent = Extent(number);
+        hot.insert(extent, NOW);
+        hot.begin_write(extent, NOW);
+        hot.end_write(
+            extent,
+            extent.blocks().start..extent.blocks().start + 1,
+            NOW,
+        );
+    }
+    assert!(hot.memory_bytes() <= cap + 1000 * ENTRY_BYTES);
+    let blocks = unsafe_blocks(&hot);
+    for number in 0..1000 {
+        assert!(blocks.contains(&Extent(number).blocks().start));
+    }
+    hot.begin_flush();
+    hot.end_flush(true);
+    assert!(unsafe_blocks(&hot).is_empty());
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Write(u32, u64, u64),
+    BeginFlush,
+    EndFlush(bool),
+    Unequal(u32, u64, u64),
+    Equal(u64, u64),
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let range = || (0u32..4, 0u64..1024, 1u64..1025);
+    let step = prop_oneof![
+        range().prop_map(|(e, s, l)| Step::Write(e, s, l)),
+        Just(Step::BeginFlush),
+        any::<bool>().prop_map(Step::EndFlush),
+        range().prop_map(|(e, s, l)| Step::Unequal(e, s, l)),
+        (0u64..4096, 1u64..4096).prop_map(|(s, l)| Step::Equal(s, l)),
+    ];
+    proptest::collection::vec(step, 0..60)
+}
+
+proptest! {
+    #[test]
+    fn agrees_with_plain_sets(steps in steps(), masks in 0usize..20) {
+        // With few masks the sets may be larger than exact, never smaller.
+        let exact = masks > 12;
+        let mut hot = HotExtents::new(masks * MASK_BYTES);
+        let (mut unflushed, mut flushing, mut unequal) =
+            (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        for number in 0..4 {
+            hot.insert(Extent(number), NOW);
+        }
+        let clip = |extent: u32, start: u64, len: u64| {
+            let own = Extent(extent).blocks();
+            own.start + start..(own.start + start + len).min(own.end)
+        };
+        for step in steps {
+            match step {
+                Step::Write(extent, start, len) => {
+                    let blocks = clip(extent, start, len);
+                    hot.begin_write(Extent(extent), NOW);
+                    hot.end_write(Extent(extent), blocks.clone(), NOW);
+                    unflushed.extend(blocks);
+                }
+                Step::BeginFlush => {
+                    hot.begin_flush();
+                    flushing.append(&mut unflushed);
+                }
+                Step::EndFlush(true) => {
+                    hot.end_flush(true);
+                    flushing.clear();
+                }
+                Step::EndFlush(false) => {
+                    hot.end_flush(false);
+                    unflushed.append(&mut flushing);
+                }
+                Step::Unequal(extent, start, len) => {
+                    let blocks = clip(extent, start, len);
+                    hot.set_unequalised(Extent(extent), blocks.clone());
+                    unequal.extend(blocks);
+                }
+                Step::Equal(start, len) => {
+                    hot.clear_unequalised(start..start + len);
+                    unequal.retain(|block| !(start..start + len).contains(block));
+                }
+            }
+        }
+        let have = unsafe_blocks(&hot);
+        let want: BTreeSet<u64> =
+            unflushed.iter().chain(&flushing).chain(&unequal).copied().collect();
+        prop_assert!(have.is_superset(&want));
+        for block in 0..4096 {
+            prop_assert!(hot.is_unequalised(block..block + 1) || !unequal.contains(&block));
+        }
+        if exact {
+            prop_assert_eq!(have, want);
+            prop_assert_eq!(hot.unequalised_blocks(), unequal.len() as u64);
+            let mut found = BTreeSet::new();
+            let mut from = None;
+            while let Some(run) = hot.next_unequalised(from) {
+                from = Some(run.end);
+                found.extend(run);
+            }
+            prop_assert_eq!(found, unequal);
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! The control protocol between `mirrorctl` and a mirror's daemon, and the JSON that
+//! `mirrorctl --json` prints.
+//!
+//! One request a connection on a unix stream socket: the client sends one [`Request`] as a
+//! line of JSON, the daemon answers with one [`Reply`] as a line of JSON and closes. A line is
+//! at most [`MAX_LINE_BYTES`] long. Fields are only ever added; a reader ignores those it does
+//! not know.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest line either side accepts, in bytes.
+pub const MAX_LINE_BYTES: usize = 1 << 20;
+
+/// What `mirrorctl` asks of a daemon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// Report the mirror's state.
+    Status,
+    /// Take an in-sync or resyncing member out of service as faulty.
+    Fail {
+        /// The member.
+        member: MemberRef,
+    },
+    /// Let go of a member's device (it must be faulty, stale or missing; an in-sync member is
+    /// failed first when `force` is given).
+    Remove {
+        /// The member.
+        member: MemberRef,
+        /// Also take an in-sync member out.
+        force: bool,
+    },
+    /// Bring a former member back; decides delta or full resync (R16).
+    ReAdd {
+        /// Path of the member's device or image file.
+        path: String,
+        /// Accept a full resync when a delta is not possible.
+        full: bool,
+        /// Only say what would be done.
+        dry_run: bool,
+    },
+    /// Put a new disk into an empty slot; full resync of the written extents.
+    Add {
+        /// Path of the new device or image file.
+        path: String,
+        /// Overwrite what the disk holds.
+        force: bool,
+        /// Only say what would be done.
+        dry_run: bool,
+    },
+    /// Accept that blocks after a failed flush may be lost, and let FLUSH work again (R7).
+    ClearFlushError,
+    /// Flush, cool every extent, record the clean stop and exit.
+    Stop {
+        /// Stop even while the device is open.
+        force: bool,
+    },
+}
+
+/// Names a member of a running mirror.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemberRef {
+    /// By slot number.
+    Slot(u8),
+    /// By the path of its device or file.
+    Path(String),
+}
+
+/// The daemon's answer.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "kebab-case")]
+pub enum Reply {
+    /// Done; `message` says in a sentence what was done.
+    Done {
+        /// A sentence for a person.
+        message: String,
+    },
+    /// The state of the mirror.
+    Status(Box<Status>),
+    /// Refused or failed.
+    Error {
+        /// What is wrong and what to do, as a sentence.
+        message: String,
+        /// Class of the failure.
+        kind: ErrorKind,
+    },
+}
+
+/// Class of a failure; `mirrorctl` maps it to its exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ErrorKind {
+    /// The request made no sense.
+    Usage,
+    /// Refused to protect data; may be forced.
+    Refused,
+    /// No such mirror or member.
+    NotFound,
+    /// Something is in use.
+    Busy,
+    /// A device or the system failed.
+    Failed,
+}
+
+/// A mirror's state as one document.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Status {
+    /// The mirror's name.
+    pub name: String,
+    /// The mirror's uuid.
+    pub uuid: String,
+    /// Whether every slot is in-sync.
+    pub state: MirrorState,
+    /// Size of the device in bytes.
+    pub size_bytes: u64,
+    /// Smallest unit of I/O in bytes.
+    pub logical_block_bytes: u32,
+    /// Where applications find it: `/dev/ublkbN`, or an `nbd+unix://` address.
+    pub device: Option<String>,
+    /// Process id of the daemon.
+    pub daemon_pid: u32,
+    /// Membership changes so far.
+    pub event_count: u64,
+    /// Identity of the present set of members (32 hex digits).
+    pub epoch: String,
+    /// Whether write intent is recorded; false only under the benchmark's unsafe flag.
+    pub write_intent: bool,
+    /// Whether FLUSH and FUA answer EIO because an earlier flush failed everywhere (R7).
+    pub flush_error: bool,
+    /// The slots in order.
+    pub members: Vec<MemberStatus>,
+    /// Extent counts.
+    pub extents: ExtentCounts,
+    /// The resync under way.
+    pub resync: Option<ResyncStatus>,
+    /// The resync that ended last.
+    pub last_resync: Option<ResyncStatus>,
+    /// Requests and bytes since the start.
+    pub io: IoCounts,
+}
+
+/// State of the whole mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MirrorState {
+    /// Every slot holds an in-sync member.
+    InSync,
+    /// At least one slot is not in-sync, none is resyncing.
+    Degraded,
+    /// At least one slot is resyncing.
+    Resyncing,
+    /// Writes answer EIO because a loss could not be made durable; reads go on.
+    WriteBlocked,
+}
+
+/// State of one member (design words).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MemberState {
+    /// Holds every block.
+    InSync,
+    /// Receives new writes and is being brought up to date.
+    Resyncing,
+    /// Lacks blocks and does not receive writes.
+    Stale,
+    /// Failed I/O or was failed by the operator.
+    Faulty,
+    /// Not present.
+    Missing,
+}
+
+/// One slot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MemberStatus {
+    /// Slot number.
+    pub slot: u8,
+    /// Path of the device or file; the last one known when it is not present.
+    pub path: String,
+    /// The member's uuid; none for an empty slot.
+    pub uuid: Option<String>,
+    /// Its state.
+    pub state: MemberState,
+    /// Why it is not in-sync, as a sentence.
+    pub reason: Option<String>,
+    /// Bytes it lacks.
+    pub missed_bytes: u64,
+    /// Whether the device is held open by the daemon.
+    pub attached: bool,
+    /// Operations an earlier, lost device still owes.
+    pub orphans: u64,
+    /// Reads that failed here and were answered by another member.
+    pub read_errors: u64,
+    /// Blocks rewritten here from a good copy after a failed read.
+    pub repaired_blocks: u64,
+}
+
+/// How many extents are in each state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ExtentCounts {
+    /// Read as zeroes; the disks have not been touched.
+    pub unwritten: u64,
+    /// All copies equal.
+    pub cool: u64,
+    /// Written lately; copies may differ after a crash.
+    pub hot: u64,
+    /// Read as zeroes; zeroed again before use.
+    pub discarded: u64,
+    /// Budget of hot extents; exceeding it is reported, not waited on.
+    pub hot_budget: u64,
+    /// Blocks still to be equalised after an unclean stop.
+    pub unequalised_blocks: u64,
+}
+
+/// A delta or full resync.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ResyncStatus {
+    /// The slot being brought up to date.
+    pub slot: u8,
+    /// Which kind.
+    pub kind: ResyncKind,
+    /// Why this kind, as a sentence.
+    pub reason: String,
+    /// Whether it ended with the member in-sync.
+    pub finished: bool,
+    /// Bytes copied so far.
+    pub copied_bytes: u64,
+    /// Bytes that were all zero and were zeroed instead of copied.
+    pub zeroed_bytes: u64,
+    /// Bytes still missed.
+    pub remaining_bytes: u64,
+    /// Time since it began, in milliseconds.
+    pub elapsed_ms: u64,
+    /// Set when nothing has moved for a while: why.
+    pub stalled: Option<String>,
+}
+
+/// Delta or full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ResyncKind {
+    /// Missed blocks only.
+    Delta,
+    /// All written extents.
+    Full,
+}
+
+/// Requests and bytes since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct IoCounts {
+    /// Reads answered.
+    pub reads: u64,
+    /// Bytes read.
+    pub read_bytes: u64,
+    /// Writes answered.
+    pub writes: u64,
+    /// Bytes written.
+    pub written_bytes: u64,
+    /// Flushes answered.
+    pub flushes: u64,
+    /// Discards and write-zeroes answered.
+    pub discards: u64,
+    /// Requests answered with an error.
+    pub errors: u64,
+    /// Map commits made durable.
+    pub map_commits: u64,
+    /// Extents zeroed on the members before their first use.
+    pub extents_zeroed: u64,
+}

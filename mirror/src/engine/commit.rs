@@ -1,0 +1,184 @@
+//! Group commit of map pages.
+//!
+//! Promise: when [`Mirror::commit`] returns `Ok`, every map change made before the call is
+//! durable, in both copies, on every member that still receives writes (R1). Members on which
+//! the commit failed have stopped receiving before the caller goes on.
+//!
+//! All that waits at a moment shares one commit; the next one collects meanwhile. One commit
+//! runs at a time, so that a later image of a page never meets an earlier one on a disk.
+//!
+//! A commit gives its pages a new sequence, makes their images from memory, and writes both
+//! copies to every receiving member at once with FUA. The copies of one page may both be torn
+//! by a power cut; each sector then holds its old or its new content, and the caller has not
+//! gone on.
+
+use super::maps::{Page, page_offset};
+use super::wait::WaitList;
+use super::{FanOut, Mirror, View, front, length};
+use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
+use crate::layout::PAGE_BYTES;
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+/// Pages written by one commit step; a larger commit takes several.
+pub(super) const PAGES_PER_STEP: usize = 64;
+
+/// Who waits for which commit.
+#[derive(Default)]
+pub(super) struct Commits {
+    /// Number of the last request for a commit.
+    requested: Cell<u64>,
+    /// Requests up to this one have been served.
+    served: Cell<u64>,
+    /// Requests whose commit failed on every in-sync member.
+    failed: RefCell<Vec<(u64, u64)>>,
+    waiting: WaitList,
+    kick: WaitList,
+}
+
+/// Runs of pages that follow each other on disk: first page and count.
+fn runs(pages: &[Page]) -> Vec<(usize, usize)> {
+    let mut runs: Vec<(usize, usize)> = Vec::new();
+    for (at, page) in pages.iter().enumerate() {
+        match runs.last_mut() {
+            Some((first, count))
+                if pages[*first].kind == page.kind
+                    && pages[*first].slot == page.slot
+                    && u64::from(page.index) == u64::from(pages[*first].index) + *count as u64 =>
+            {
+                *count += 1;
+            }
+            _ => runs.push((at, 1)),
+        }
+    }
+    runs
+}
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Makes every map change so far durable; see the module documentation.
+    pub(super) async fn commit(&self) -> Result<(), Errno> {
+        let commits = &self.commits;
+        let ticket = commits.requested.get() + 1;
+        commits.requested.set(ticket);
+        commits.kick.wake_all();
+        commits.waiting.until(|| (commits.served.get() >= ticket).then_some(())).await;
+        let failed = commits.failed.borrow();
+        if failed.iter().any(|&(first, last)| (first..=last).contains(&ticket)) {
+            return Err(Errno::IO);
+        }
+        Ok(())
+    }
+
+    /// The committing task.
+    pub(super) async fn run_commits(self: Rc<Self>) {
+        let commits = &self.commits;
+        let mut buffer = self.host.allocate(PAGES_PER_STEP * length(PAGE_BYTES));
+        loop {
+            let wanted = || commits.requested.get() > commits.served.get();
+            commits.kick.until(|| wanted().then_some(())).await;
+            let first = commits.served.get() + 1;
+            let last = commits.requested.get();
+            if let Err(errno) = self.commit_pages(&mut buffer).await {
+                tracing::error!("a map commit failed on every in-sync member: {errno}");
+                commits.failed.borrow_mut().push((first, last));
+            }
+            commits.served.set(last);
+            commits.waiting.wake_all();
+        }
+    }
+
+    /// Writes all dirty pages. On failure they stay dirty.
+    async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
+        loop {
+            let (pages, stamp) = {
+                let mut maps = self.maps.borrow_mut();
+                let pages = maps.take_dirty(PAGES_PER_STEP);
+                if pages.is_empty() {
+                    return Ok(());
+                }
+                maps.stamp.sequence += 1;
+                maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
+                (pages, maps.stamp)
+            };
+            if buffer.in_use() {
+                // A stalled, lost member still holds it (R6).
+                *buffer = self.host.allocate(PAGES_PER_STEP * length(PAGE_BYTES));
+            }
+            let bytes = pages.len() * length(PAGE_BYTES);
+            front(buffer, bytes).fill(|out| {
+                let maps = self.maps.borrow();
+                for (page, image) in pages.iter().zip(out.chunks_exact_mut(length(PAGE_BYTES))) {
+                    maps.encode_page(*page, stamp, image);
+                }
+            });
+            let view = self.view();
+            if let Err(errno) = self.write_pages(&view, &pages, buffer).await {
+                self.maps.borrow_mut().dirty.extend(pages);
+                return Err(errno);
+            }
+            for receiver in &view.receivers {
+                self.slots.borrow_mut()[usize::from(receiver.slot)].position = stamp;
+            }
+            self.count(|counts| counts.map_commits += 1);
+        }
+    }
+
+    /// Writes page images to both copies on every member of `view`; members that fail while
+    /// another in-sync one succeeds begin to be lost.
+    async fn write_pages(
+        &self,
+        view: &View<D>,
+        pages: &[Page],
+        buffer: &H::Buffer,
+    ) -> Result<(), Errno> {
+        let layout = self.config.borrow().layout.clone();
+        let mut under_way: Vec<FanOut<'_, D::Op>> = Vec::new();
+        for (first, count) in runs(pages) {
+            let page = pages[first];
+            let Some(region) = layout.find(page.kind, page.slot) else { continue };
+            for copy in [region.copy_a, region.copy_b] {
+                under_way.push(self.to_receivers(view, |_| DiskRequest::Write {
+                    offset: copy + page_offset(page.index),
+                    span: Span {
+                        buffer: buffer.clone(),
+                        start: first * length(PAGE_BYTES),
+                        len: count * length(PAGE_BYTES),
+                    },
+                    fua: true,
+                }));
+            }
+        }
+        // A member is judged by all its writes together: it has the commit or it has not.
+        let mut lacking = [None; crate::layout::SLOTS_MAX];
+        for fan_out in under_way {
+            for outcome in fan_out.await.iter() {
+                if let Err(errno) = outcome.result {
+                    lacking[usize::from(outcome.slot)] = Some(errno);
+                }
+            }
+        }
+        self.judge_lacking(view, &lacking, "a map commit")
+    }
+
+    /// Loses the members that lack something another in-sync member has; when all in-sync
+    /// members lack it, nobody is lost and the error is returned (R8).
+    pub(super) fn judge_lacking(
+        &self,
+        view: &View<D>,
+        lacking: &[Option<Errno>],
+        what: &str,
+    ) -> Result<(), Errno> {
+        let lacks = |slot: u8| lacking[usize::from(slot)];
+        let mut in_sync = view.receivers.iter().filter(|r| r.in_sync);
+        if in_sync.clone().all(|r| lacks(r.slot).is_some()) {
+            let errno = in_sync.find_map(|r| lacks(r.slot)).unwrap_or(Errno::IO);
+            return Err(errno);
+        }
+        for receiver in &view.receivers {
+            if let Some(errno) = lacks(receiver.slot) {
+                self.begin_loss(receiver.slot, &format!("{what} failed: {errno}"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,105 @@
+//! Cooling quiet extents, the position tick, and the stall watch.
+//!
+//! An extent cools about ten seconds after its last write, when nothing in it is in flight,
+//! unflushed or un-equalised (R3). Extents cool in batches: one flush, one commit of the missed
+//! bits that belong to them, one commit of their states. Between the two commits a write may
+//! take an extent back; it is then simply hot again.
+//!
+//! While writes are answered, a position sector is committed each second, so that an older
+//! image of a member is recognised (R16).
+
+use super::Mirror;
+use super::fan_out::TICKS_PER_DEADLINE;
+use super::maps::Page;
+use crate::host::{Disk, Errno, Host};
+use crate::layout::RegionKind;
+use dirty_map::{Extent, ExtentState};
+use std::rc::Rc;
+use std::time::Duration;
+
+/// How often quiet extents are looked for and positions committed.
+pub(super) const TICK: Duration = Duration::from_secs(1);
+/// How long an extent must have been quiet.
+const QUIET: Duration = Duration::from_secs(10);
+/// Extents cooled in one batch.
+const BATCH: usize = 8192;
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// The ticking task.
+    pub(super) async fn run_ticks(self: Rc<Self>) {
+        loop {
+            self.host.sleep(TICK).await;
+            self.coarse_now.set(self.host.now());
+            self.release_idle_disks();
+            let _pass = self.gate.enter().await;
+            if self.stopping.get() {
+                continue;
+            }
+            if let Err(errno) = self.tick().await {
+                tracing::warn!("cooling is put off: {errno}");
+            }
+        }
+    }
+
+    /// Wakes waiting requests so that they notice stalls.
+    pub(super) async fn run_stall_watch(self: Rc<Self>) {
+        let step = self.options.deadline / u32::try_from(TICKS_PER_DEADLINE).unwrap_or(1);
+        loop {
+            self.host.sleep(step).await;
+            self.stalls.advance();
+        }
+    }
+
+    async fn tick(&self) -> Result<(), Errno> {
+        if !self.options.write_intent {
+            return Ok(());
+        }
+        let now = self.coarse_now.get();
+        if self.maps.borrow_mut().hot.quiet_but_unflushed(now, QUIET) {
+            self.flush_inside().await?;
+        }
+        let quiet = self.maps.borrow_mut().hot.coolable(now, QUIET, BATCH);
+        self.cool(quiet).await?;
+        if self.wrote_since_tick.replace(false) {
+            let page = Page { kind: RegionKind::Position, slot: 0, index: 0 };
+            self.maps.borrow_mut().dirty.insert(page);
+            self.commit().await?;
+        }
+        Ok(())
+    }
+
+    /// Cools extents that have nothing in flight, unflushed or un-equalised.
+    pub(super) async fn cool(&self, extents: Vec<Extent>) -> Result<(), Errno> {
+        if extents.is_empty() {
+            return Ok(());
+        }
+        {
+            let mut maps = self.maps.borrow_mut();
+            for &extent in &extents {
+                maps.hot.remove(extent);
+                maps.cooling.insert(extent);
+            }
+            for &slot in &self.view().absent {
+                maps.queue_missed(slot);
+            }
+            for slot in self.resyncing() {
+                maps.queue_missed(slot);
+            }
+        }
+        // The missed bits first: an extent that is cool says nothing about absent members.
+        let missed_durable = self.commit().await;
+        let mut maps = self.maps.borrow_mut();
+        for extent in extents {
+            if !maps.cooling.remove(&extent) {
+                continue;
+            }
+            match missed_durable {
+                Ok(()) => maps.set_state(extent, ExtentState::Cool),
+                Err(_) => maps.hot.insert(extent, self.coarse_now.get()),
+            }
+        }
+        drop(maps);
+        missed_durable?;
+        self.commit().await
+    }
+}

@@ -1,0 +1,131 @@
+//! Making copies equal after an unclean stop (R5).
+//!
+//! At a start after an unclean stop every block of every hot extent is *un-equalised*: a write
+//! may have reached some members and not others. Before such a block is read, all in-sync
+//! copies are compared under the range lock; where they differ, the chosen source (the in-sync
+//! member with the lowest slot that can read the block) is written to the others with FUA, and
+//! only then the read is answered. So two reads never disagree, even when the source dies
+//! between them. A background task does the same for the blocks that nobody reads.
+//!
+//! Checksums as the arbiter belong to a later version of the format's use; their place is
+//! reserved.
+
+use super::{Mirror, PIECE_BYTES, Receiver, front, length};
+use crate::host::{Disk, DiskRequest, Errno, Host, Span};
+use dirty_map::{BLOCK_BYTES, blocks_covering};
+use std::ops::Range;
+use std::rc::Rc;
+
+/// Blocks that the background task equalises in one step.
+const STEP_BLOCKS: u64 = 64;
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Equalises whatever of `range` needs it. The caller is inside the gate.
+    pub(super) async fn equalise_for_read(&self, range: &Range<u64>) -> Result<(), Errno> {
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
+            return Ok(());
+        }
+        let step = PIECE_BYTES as u64 / BLOCK_BYTES;
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let piece = at..(at + step).min(blocks.end);
+            at = piece.end;
+            self.equalise(piece).await?;
+        }
+        Ok(())
+    }
+
+    /// The background task: ends when nothing is un-equalised any more, and begins again when
+    /// a write fails on every member.
+    pub(super) async fn run_equalise(self: Rc<Self>) {
+        loop {
+            let next = self.maps.borrow().hot.next_unequalised(None);
+            let Some(run) = next.filter(|_| !self.stopping.get()) else {
+                self.host.sleep(super::cool::TICK).await;
+                continue;
+            };
+            let piece = run.start..run.end.min(run.start + STEP_BLOCKS);
+            let pass = self.gate.enter().await;
+            let result = self.equalise(piece).await;
+            drop(pass);
+            if let Err(errno) = result {
+                tracing::warn!("equalising failed on every in-sync member: {errno}; it is tried again");
+                self.host.sleep(super::cool::TICK).await;
+            }
+        }
+    }
+
+    /// Makes all in-sync copies of `blocks` equal.
+    async fn equalise(&self, blocks: Range<u64>) -> Result<(), Errno> {
+        let range = self.block_bytes(&blocks);
+        let _lock = self.locks.lock(range.clone()).await;
+        if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
+            return Ok(());
+        }
+        let view = self.view();
+        let in_sync: Vec<Receiver<D>> =
+            view.receivers.iter().filter(|r| r.in_sync).cloned().collect();
+        if in_sync.len() > 1 {
+            let copies = self.read_copies(&in_sync, &range).await;
+            let source = copies.iter().find_map(|copy| copy.as_ref().ok()).cloned();
+            let Some(source) = source else {
+                return Err(copies.into_iter().find_map(Result::err).unwrap_or(Errno::IO));
+            };
+            let mut lacking = [None; crate::layout::SLOTS_MAX];
+            for (receiver, copy) in in_sync.iter().zip(&copies) {
+                let written = self.write_differing(receiver, copy.as_ref().ok(), &source, &range);
+                lacking[usize::from(receiver.slot)] = written.await.err();
+            }
+            self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;
+            self.losses_effective().await?;
+        }
+        self.maps.borrow_mut().hot.clear_unequalised(blocks);
+        Ok(())
+    }
+
+    /// Reads `range` from each member into a buffer of its own.
+    async fn read_copies(
+        &self,
+        members: &[Receiver<D>],
+        range: &Range<u64>,
+    ) -> Vec<Result<Span<H::Buffer>, Errno>> {
+        let len = length(range.end - range.start);
+        let mut copies = Vec::with_capacity(members.len());
+        for member in members {
+            let buffer = self.host.allocate(len.next_multiple_of(length(BLOCK_BYTES)));
+            let span = front(&buffer, len);
+            let offset = self.data_offset + range.start;
+            let read = self.to_one(member, DiskRequest::Read { offset, span: span.clone() }).await;
+            copies.push(read.map(|()| span));
+        }
+        copies
+    }
+
+    /// Writes the blocks of `source` that differ from `copy` (all, when the copy could not be
+    /// read) to one member, durably.
+    async fn write_differing(
+        &self,
+        receiver: &Receiver<D>,
+        copy: Option<&Span<H::Buffer>>,
+        source: &Span<H::Buffer>,
+        range: &Range<u64>,
+    ) -> Result<(), Errno> {
+        let block = length(BLOCK_BYTES);
+        let mut at = 0;
+        while at < source.len {
+            let len = block.min(source.len - at);
+            let piece = source.slice(at, len);
+            let equal = copy.is_some_and(|copy| {
+                copy.slice(at, len).read(|have| piece.read(|want| have == want))
+            });
+            if !equal {
+                let offset = self.data_offset + range.start + at as u64;
+                let write = DiskRequest::Write { offset, span: piece, fua: true };
+                self.to_one(receiver, write).await?;
+            }
+            at += len;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,178 @@
+//! One request sent to several members at once, and what came of it.
+//!
+//! Outcomes are judged only when all are in, or when the deadline has passed and at least one
+//! in-sync member has succeeded (R8). Operations still running then become orphans: the disk
+//! keeps their buffer, and the member is lost for the stall.
+
+use crate::host::Errno;
+use crate::layout::SLOTS_MAX;
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::task::{Context, Poll, Waker};
+
+/// Wakes waiting requests now and then so that they can notice a stall, without a timer for
+/// each request. A request takes a place while it waits; places are reused, so that the data
+/// path allocates nothing.
+#[derive(Default)]
+pub(crate) struct StallWatch {
+    tick: Cell<u64>,
+    places: RefCell<Places>,
+}
+
+#[derive(Default)]
+struct Places {
+    wakers: Vec<Option<Waker>>,
+    free: Vec<usize>,
+}
+
+impl StallWatch {
+    /// One step of coarse time; every waiting request looks at its age.
+    pub(crate) fn advance(&self) {
+        self.tick.set(self.tick.get() + 1);
+        for waker in self.places.borrow().wakers.iter().flatten() {
+            waker.wake_by_ref();
+        }
+    }
+
+    fn take_place(&self, waker: &Waker) -> usize {
+        let mut places = self.places.borrow_mut();
+        let place = places.free.pop().unwrap_or(places.wakers.len());
+        if place == places.wakers.len() {
+            places.wakers.push(None);
+        }
+        places.wakers[place] = Some(waker.clone());
+        place
+    }
+
+    fn leave(&self, place: usize) {
+        let mut places = self.places.borrow_mut();
+        places.wakers[place] = None;
+        places.free.push(place);
+    }
+}
+
+/// Ticks of the [`StallWatch`] after which an operation is stalled. The watch advances
+/// `TICKS_PER_DEADLINE` times in a deadline.
+pub(crate) const TICKS_PER_DEADLINE: u64 = 8;
+
+/// What came of a request on one member.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// The member's slot.
+    pub(crate) slot: u8,
+    /// Whether the member counts as in-sync.
+    pub(crate) in_sync: bool,
+    /// Success or the error; `TIMED_OUT` for a stall.
+    pub(crate) result: Result<(), Errno>,
+}
+
+/// The outcomes of a request, one for each member it went to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Outcomes {
+    list: [Option<Outcome>; SLOTS_MAX],
+    len: usize,
+}
+
+impl Outcomes {
+    /// All outcomes.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Outcome> {
+        self.list[..self.len].iter().flatten()
+    }
+
+    /// Whether every member succeeded: the only case on the fast path.
+    pub(crate) fn all_ok(&self) -> bool {
+        self.iter().all(|outcome| outcome.result.is_ok())
+    }
+
+    /// The first error of an in-sync member if none of them succeeded.
+    pub(crate) fn common_error(&self) -> Option<Errno> {
+        if self.iter().any(|o| o.in_sync && o.result.is_ok()) {
+            return None;
+        }
+        Some(
+            self.iter()
+                .find_map(|o| if o.in_sync { o.result.err() } else { None })
+                .unwrap_or(Errno::IO),
+        )
+    }
+}
+
+/// Operations under way on several members.
+pub(crate) struct FanOut<'a, Op> {
+    watch: &'a StallWatch,
+    begun: u64,
+    limited: bool,
+    place: Option<usize>,
+    running: [Option<Op>; SLOTS_MAX],
+    outcomes: Outcomes,
+}
+
+impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
+    /// An empty set; add operations with [`FanOut::push`].
+    pub(crate) fn new(watch: &'a StallWatch) -> Self {
+        Self {
+            watch,
+            begun: watch.tick.get(),
+            limited: false,
+            place: None,
+            running: [const { None }; SLOTS_MAX],
+            outcomes: Outcomes { list: [None; SLOTS_MAX], len: 0 },
+        }
+    }
+
+    /// Ends at the deadline even when no member has succeeded.
+    pub(crate) fn limit_to_deadline(&mut self) {
+        self.limited = true;
+    }
+
+    /// Adds the operation of the member in `slot`.
+    pub(crate) fn push(&mut self, slot: u8, in_sync: bool, op: Op) {
+        let index = self.outcomes.len;
+        self.running[index] = Some(op);
+        // Until it completes, the outcome is that of a stall.
+        self.outcomes.list[index] =
+            Some(Outcome { slot, in_sync, result: Err(Errno::TIMED_OUT) });
+        self.outcomes.len += 1;
+    }
+}
+
+impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
+    type Output = Outcomes;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcomes> {
+        let this = self.get_mut();
+        let mut pending = false;
+        for (running, outcome) in this.running.iter_mut().zip(&mut this.outcomes.list) {
+            let (Some(op), Some(outcome)) = (running.as_mut(), outcome.as_mut()) else { continue };
+            match Pin::new(op).poll(context) {
+                Poll::Ready(result) => {
+                    outcome.result = result;
+                    *running = None;
+                }
+                Poll::Pending => pending = true,
+            }
+        }
+        if !pending {
+            return Poll::Ready(this.outcomes);
+        }
+        let now = this.watch.tick.get();
+        let may_end = this.limited || this.outcomes.common_error().is_none();
+        if now - this.begun > TICKS_PER_DEADLINE && may_end {
+            // Dropping the operations leaves them to the disk as orphans.
+            return Poll::Ready(this.outcomes);
+        }
+        if this.place.is_none() {
+            this.place = Some(this.watch.take_place(context.waker()));
+        }
+        Poll::Pending
+    }
+}
+
+impl<Op> Drop for FanOut<'_, Op> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.watch.leave(place);
+        }
+    }
+}

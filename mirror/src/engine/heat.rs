@@ -1,0 +1,175 @@
+//! Making extents hot before a write (R1), and usable before that (R11).
+//!
+//! An extent that is *unwritten* or *discarded* reads as zeroes whatever its disks hold. Before
+//! its first write its data area is zeroed on every receiving member and flushed; only then a
+//! commit makes it hot. A crash before the commit leaves it reading as zeroes; a crash after it
+//! finds zeroes on the disks. For each slot that was not zeroed here, all its blocks become
+//! missed.
+//!
+//! A member whose data area was all zero when it joined is spared the zeroing, but only for
+//! extents that never left *unwritten*.
+
+use super::{Mirror, Receiver, View};
+use crate::host::{Disk, DiskRequest, Errno, Host};
+use dirty_map::{Extent, ExtentState};
+use std::ops::Range;
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Whether every extent of `range` is durably hot: the fast path of a write.
+    pub(super) fn is_hot(&self, range: &Range<u64>) -> bool {
+        self.maps.borrow().all_hot(extents(range))
+    }
+
+    /// Makes every extent of `range` durably hot on every receiving member. The caller must
+    /// begin its write before it awaits anything else, or an extent may cool again.
+    ///
+    /// # Errors
+    ///
+    /// When the intent could not be recorded on any in-sync member.
+    pub(super) async fn heat(&self, range: &Range<u64>) -> Result<(), Errno> {
+        loop {
+            self.rewarm_cooling(range);
+            let cold: Vec<Extent> = {
+                let maps = self.maps.borrow();
+                extents(range).filter(|&extent| !maps.hot.contains(extent)).collect()
+            };
+            if cold.is_empty() {
+                return Ok(());
+            }
+            let busy = |extent| self.maps.borrow().preparing.contains(extent);
+            if cold.iter().any(busy) {
+                let settled = || (!cold.iter().any(busy)).then_some(());
+                self.prepared.until(settled).await;
+                continue;
+            }
+            self.maps.borrow_mut().preparing.extend(&cold);
+            let result = self.prepare(&cold).await;
+            {
+                let mut maps = self.maps.borrow_mut();
+                for extent in &cold {
+                    maps.preparing.remove(extent);
+                    if result.is_ok() && !maps.hot.contains(*extent) {
+                        maps.hot.insert(*extent, self.coarse_now.get());
+                    }
+                }
+            }
+            self.prepared.wake_all();
+            return result;
+        }
+    }
+
+    /// An extent on its way to cool is still hot on disk: it just stays hot.
+    fn rewarm_cooling(&self, range: &Range<u64>) {
+        let mut maps = self.maps.borrow_mut();
+        if maps.cooling.is_empty() {
+            return;
+        }
+        for extent in extents(range) {
+            if maps.cooling.remove(&extent) {
+                maps.hot.insert(extent, self.coarse_now.get());
+            }
+        }
+    }
+
+    /// Zeroes the extents that need it, then commits all of them as hot.
+    async fn prepare(&self, cold: &[Extent]) -> Result<(), Errno> {
+        self.zero_unused(&self.view(), cold).await?;
+        // The view after the zeroing: a member lost meanwhile counts as not zeroed.
+        let view = self.view();
+        let intent = self.options.write_intent;
+        {
+            let mut maps = self.maps.borrow_mut();
+            for &extent in cold {
+                if !maps.is_written(extent) {
+                    for &slot in &view.absent {
+                        maps.miss(slot, extent.blocks());
+                    }
+                }
+                match maps.states.get(extent) {
+                    // A commit that failed may have left it hot in memory only.
+                    _ if intent => maps.set_state(extent, ExtentState::Hot),
+                    ExtentState::Hot => {}
+                    _ => drop(maps.states.force(extent, ExtentState::Hot)),
+                }
+            }
+        }
+        if !intent {
+            // Unsafe, for benchmarks only: what the intent costs is measured against this.
+            return Ok(());
+        }
+        self.commit().await
+    }
+
+    /// Zeroes the data area of unwritten and discarded extents on every receiving member that
+    /// is not known to be zero there, and flushes.
+    async fn zero_unused(&self, view: &View<D>, cold: &[Extent]) -> Result<(), Errno> {
+        let mut zeroed_any = false;
+        for &extent in cold {
+            let state = self.maps.borrow().states.get(extent);
+            let never_used = match state {
+                ExtentState::Unwritten => true,
+                ExtentState::Discarded => false,
+                ExtentState::Cool | ExtentState::Hot => continue,
+            };
+            let config = self.config.borrow();
+            let spared = |r: &Receiver<D>| never_used && config.slots[usize::from(r.slot)].zeroed;
+            let targets: Vec<Receiver<D>> =
+                view.receivers.iter().filter(|r| !spared(r)).cloned().collect();
+            drop(config);
+            if targets.is_empty() {
+                continue;
+            }
+            let mut lacking = [None; crate::layout::SLOTS_MAX];
+            for target in &targets {
+                let zeroed = self.zero_on(target, self.extent_bytes(extent)).await;
+                lacking[usize::from(target.slot)] = zeroed.err();
+            }
+            self.judge_lacking(view, &lacking, "zeroing an extent before its first use")?;
+            zeroed_any = true;
+            self.count(|counts| counts.extents_zeroed += 1);
+        }
+        if !zeroed_any {
+            return Ok(());
+        }
+        let view = self.view();
+        let outcomes = self.to_receivers(&view, |_| DiskRequest::Flush).await;
+        let mut lacking = [None; crate::layout::SLOTS_MAX];
+        for outcome in outcomes.iter() {
+            lacking[usize::from(outcome.slot)] = outcome.result.err();
+        }
+        self.judge_lacking(&view, &lacking, "the flush after zeroing an extent")
+    }
+
+    /// Makes `range` of the device read as zeroes on one member.
+    pub(super) async fn zero_on(
+        &self,
+        receiver: &Receiver<D>,
+        range: Range<u64>,
+    ) -> Result<(), Errno> {
+        let offset = self.data_offset + range.start;
+        let len = range.end - range.start;
+        if receiver.geometry.cheap_zeroes {
+            match self.to_one(receiver, DiskRequest::WriteZeroes { offset, len }).await {
+                Err(Errno::NOT_SUPPORTED) => {}
+                result => return result,
+            }
+        }
+        let mut at = range.start;
+        while at < range.end {
+            let len = super::length((range.end - at).min(super::PIECE_BYTES as u64));
+            let span = super::front(&self.zeroes, len);
+            let offset = self.data_offset + at;
+            self.to_one(receiver, DiskRequest::Write { offset, span, fua: false }).await?;
+            at += len as u64;
+        }
+        Ok(())
+    }
+}
+
+/// The extents that `range` touches.
+pub(super) fn extents(range: &Range<u64>) -> impl Iterator<Item = Extent> + Clone + use<> {
+    let last = range.end.saturating_sub(1) / dirty_map::EXTENT_BYTES;
+    let first = range.start / dirty_map::EXTENT_BYTES;
+    let number = |n: u64| Extent(u32::try_from(n).unwrap_or(u32::MAX));
+    (first..=last).map(number)
+}

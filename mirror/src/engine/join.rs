@@ -1,0 +1,379 @@
+//! Bringing a former member back, or a new disk in.
+//!
+//! # Order of a join, and why
+//!
+//! 1. The decision (R16): delta, full, or refused, with its reason.
+//! 2. The missed map takes what the member may lack on its own account: its own hot extents
+//!    for a delta (R12), everything written for a full resync. Durable on all in-sync members
+//!    before one byte is written to the member, because step 4 overwrites the member's maps,
+//!    which are the only other record of it.
+//! 3. The gate closes and drains, so that the set of receiving members changes between
+//!    requests (R1).
+//! 4. The member gets every map as the in-sync members have it, and a flush.
+//! 5. A round with a new epoch: in-sync members first, then the member, whose superblock now
+//!    says *resyncing*. The slot's base becomes the position of step 4: an older image of this
+//!    member would need bits that are cleared from now on.
+//! 6. The member receives; the gate opens; missed blocks are copied.
+//!
+//! A crash before 5 leaves a member that is still lost, with nothing cleared. A crash inside 5
+//! leaves a member one epoch back whose position is the base: it returns by delta.
+
+use super::maps::{Page, page_offset, pages_of};
+use super::member_io::{self, MemberError, own_hot_extents, survey};
+use super::{Mirror, PIECE_BYTES, Running, Slot, length};
+use crate::assemble::{Verdict, judge_return};
+use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
+use crate::create::{blank_maps, hint, random_uuid};
+use crate::host::{Disk, DiskRequest, Errno, Host};
+use crate::layout::{PAGE_BYTES, RegionKind};
+use crate::superblock::{SlotRecord, SlotState, Superblock, SuperblockError};
+use crate::{ControlError, create};
+use dirty_map::{Extent, Stamp};
+use std::rc::Rc;
+use uuid::Uuid;
+
+/// A device about to join.
+struct Joiner<D> {
+    slot: u8,
+    path: String,
+    disk: Rc<D>,
+    member: Uuid,
+    /// Its superblock's present update counter.
+    write_count: u64,
+    /// The epoch that its superblock holds now.
+    epoch: u128,
+    kind: ResyncKind,
+    reason: String,
+    /// Extents that join its missed map (R12).
+    own_hot: Vec<Extent>,
+    /// It was never a member of this mirror.
+    new: bool,
+}
+
+fn refuse(message: String) -> ControlError {
+    ControlError::new(ErrorKind::Refused, message)
+}
+
+fn failed(message: String) -> ControlError {
+    ControlError::new(ErrorKind::Failed, message)
+}
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Brings a former member back, by delta where that is safe; by full resync only when
+    /// `full` allows it. With `dry_run` only says what would be done.
+    ///
+    /// # Errors
+    ///
+    /// When the device is no former member, must not be used, or fails.
+    pub async fn re_add(
+        self: &Rc<Self>,
+        path: String,
+        disk: D,
+        full: bool,
+        dry_run: bool,
+    ) -> Result<String, ControlError> {
+        let surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
+            MemberError::Superblock(SuperblockError::NotAMember) => refuse(format!(
+                "{path} holds no superblock of this mirror; use `mirrorctl add` to bring it in as a new disk"
+            )),
+            error => failed(format!("{path} cannot be re-added: {error}")),
+        })?;
+        let superblock = &surveyed.seen.superblock;
+        let slot = superblock.own_slot;
+        let verdict = judge_return(&self.config.borrow(), &surveyed.seen);
+        let in_config = self.config.borrow().slots.get(usize::from(slot)).and_then(|r| r.member)
+            == Some(superblock.member);
+        let (kind, reason, own_hot) = match verdict {
+            Verdict::InSync => return Err(refuse(format!("{path} is in-sync already"))),
+            Verdict::Delta { own_hot: false } => {
+                (ResyncKind::Delta, "its loss was recorded block-exactly".to_owned(), Vec::new())
+            }
+            Verdict::Delta { own_hot: true } => {
+                let extents = self.maps.borrow().states.len();
+                let own_hot = own_hot_extents(&surveyed.states, extents);
+                let count = own_hot.len();
+                let reason = format!("what it missed is known, with {count} extents it was writing");
+                (ResyncKind::Delta, reason, own_hot)
+            }
+            Verdict::Full { reason } if full => (ResyncKind::Full, reason, Vec::new()),
+            Verdict::Full { reason } => {
+                return Err(refuse(format!(
+                    "{reason}; only a full resync can bring it back: use --full"
+                )));
+            }
+            Verdict::Refused { reason } if full && in_config => {
+                (ResyncKind::Full, reason, Vec::new())
+            }
+            Verdict::Refused { reason } => return Err(refuse(reason)),
+        };
+        self.may_join(slot, &path)?;
+        if dry_run {
+            return Ok(format!("{path} would come back by {} resync: {reason}", kind.word()));
+        }
+        let (member, write_count) = (superblock.member, superblock.write_count);
+        let epoch = superblock.epoch.id;
+        let disk = Rc::new(disk);
+        self.join(Joiner {
+            slot,
+            path,
+            disk,
+            member,
+            write_count,
+            epoch,
+            kind,
+            reason,
+            own_hot,
+            new: false,
+        })
+        .await
+    }
+
+    /// Brings a new disk into an empty slot, or into the slot of a member that is gone. What it
+    /// holds is overwritten.
+    ///
+    /// # Errors
+    ///
+    /// When there is no free slot, the device does not fit, or it fails.
+    pub async fn add(
+        self: &Rc<Self>,
+        path: String,
+        disk: D,
+        force: bool,
+        dry_run: bool,
+    ) -> Result<String, ControlError> {
+        let geometry = disk.geometry();
+        let need = self.config.borrow().layout.member_bytes();
+        if geometry.size_bytes < need {
+            return Err(refuse(format!(
+                "{path} has {} bytes, but this mirror needs {need}; use a larger device",
+                geometry.size_bytes
+            )));
+        }
+        if geometry.logical_block_bytes > self.logical_block_bytes {
+            return Err(refuse(format!(
+                "{path} has blocks of {} bytes, the mirror of {}; use a device with smaller blocks",
+                geometry.logical_block_bytes, self.logical_block_bytes
+            )));
+        }
+        let held = member_io::load_superblock(&*self.host, &disk).await;
+        if let (Ok(old), false) = (&held, force) {
+            return Err(refuse(format!(
+                "{path} is a member of the mirror '{}'; re-add it there, or use --force to overwrite it",
+                old.name
+            )));
+        }
+        let slot = self.free_slot().ok_or_else(|| {
+            refuse("every slot has a member in service; fail and remove one first".to_owned())
+        })?;
+        self.may_join(slot, &path)?;
+        if dry_run {
+            return Ok(format!("{path} would take slot {slot} by full resync of the written extents"));
+        }
+        let joiner = Joiner {
+            slot,
+            path,
+            disk: Rc::new(disk),
+            member: random_uuid(self.host.random()),
+            write_count: 0,
+            epoch: 0,
+            kind: ResyncKind::Full,
+            reason: "it is a new disk".to_owned(),
+            own_hot: Vec::new(),
+            new: true,
+        };
+        self.join(joiner).await
+    }
+
+    /// The slot for a new disk: an empty one, else one whose member is gone.
+    fn free_slot(&self) -> Option<u8> {
+        let config = self.config.borrow();
+        let slots = self.slots.borrow();
+        let absent = |slot: &usize| slots[*slot].running == Running::Absent;
+        let free: Vec<usize> = (0..slots.len()).filter(absent).collect();
+        let empty = free.iter().find(|&&slot| config.slots[slot].state == SlotState::Empty);
+        empty.or(free.first()).and_then(|&slot| u8::try_from(slot).ok())
+    }
+
+    fn may_join(&self, slot: u8, path: &str) -> Result<(), ControlError> {
+        self.release_idle_disks();
+        let slots = self.slots.borrow();
+        let state = &slots[usize::from(slot)];
+        if state.running != Running::Absent {
+            return Err(refuse(format!("slot {slot} has a member in service ({})", state.path)));
+        }
+        if state.disk.is_some() {
+            return Err(ControlError::new(
+                ErrorKind::Busy,
+                format!("{path} still owes answers to requests from before it was lost; try again later"),
+            ));
+        }
+        if self.resync.borrow().as_ref().is_some_and(|resync| !resync.finished) {
+            return Err(ControlError::new(
+                ErrorKind::Busy,
+                "another member is resyncing; wait for it (`mirrorctl wait`)",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Steps 2 to 6 of the module documentation.
+    async fn join(self: &Rc<Self>, joiner: Joiner<D>) -> Result<String, ControlError> {
+        let slot = joiner.slot;
+        {
+            if joiner.kind == ResyncKind::Full {
+                self.miss_all_written(slot);
+            }
+            let mut maps = self.maps.borrow_mut();
+            for extent in &joiner.own_hot {
+                if maps.is_written(*extent) {
+                    maps.miss(slot, extent.blocks());
+                }
+            }
+            maps.restart_missed(slot);
+            maps.queue_missed(slot);
+        }
+        self.commit().await.map_err(|errno| {
+            failed(format!("the missed map could not be recorded on the in-sync members: {errno}"))
+        })?;
+        let _closed = self.gate.close().await;
+        let _turn = self.membership.enter().await;
+        if self.stopping.get() {
+            return Err(failed("the mirror is stopping".to_owned()));
+        }
+        let base = self.write_maps_to(&joiner).await.map_err(|errno| {
+            failed(format!("{} failed while its maps were written: {errno}", joiner.path))
+        })?;
+        self.join_round(&joiner, base).await?;
+        let message = format!(
+            "{} (slot {slot}) is back and resyncing ({}): {}",
+            joiner.path,
+            joiner.kind.word(),
+            joiner.reason
+        );
+        tracing::info!("{message}");
+        *self.resync.borrow_mut() = Some(ResyncStatus {
+            slot,
+            kind: joiner.kind,
+            reason: joiner.reason,
+            finished: false,
+            copied_bytes: 0,
+            zeroed_bytes: 0,
+            remaining_bytes: 0,
+            elapsed_ms: 0,
+            stalled: None,
+        });
+        self.spawn(|mirror| mirror.run_resync(slot));
+        Ok(message)
+    }
+
+    /// The round that makes the joiner a receiving member.
+    async fn join_round(&self, joiner: &Joiner<D>, base: Stamp) -> Result<(), ControlError> {
+        let slot = joiner.slot;
+        {
+            // It receives from here on; with the gate closed nothing but the round goes to it.
+            let mut slots = self.slots.borrow_mut();
+            slots[usize::from(slot)] = Slot {
+                running: Running::Resyncing,
+                disk: Some(joiner.disk.clone()),
+                position: base,
+                write_count: joiner.write_count,
+                epoch: joiner.epoch,
+                ..Slot::absent(joiner.path.clone())
+            };
+        }
+        self.refresh_view();
+        let epoch = self.host.random();
+        let round = self.round_inside(|config| {
+            let record = &mut config.slots[usize::from(slot)];
+            if joiner.new {
+                *record = SlotRecord::empty();
+            }
+            record.member = Some(joiner.member);
+            record.state = SlotState::Resyncing;
+            record.base = base;
+            record.full = joiner.kind == ResyncKind::Full;
+            record.zeroed &= joiner.kind == ResyncKind::Delta;
+            record.address = hint(&joiner.path);
+            config.begin_epoch(epoch);
+        });
+        let failure = match round.await {
+            Err(errno) => Some(format!("the join could not be recorded: {errno}")),
+            Ok(()) if self.slots.borrow()[usize::from(slot)].running != Running::Resyncing => {
+                Some(format!("{} failed while it joined", joiner.path))
+            }
+            Ok(()) => None,
+        };
+        let Some(message) = failure else { return Ok(()) };
+        if self.slots.borrow()[usize::from(slot)].running == Running::Resyncing {
+            self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;
+            self.refresh_view();
+        }
+        Err(failed(message))
+    }
+
+    /// Writes every map to the joiner as the in-sync members have it, and returns the position
+    /// that the joiner has then.
+    async fn write_maps_to(&self, joiner: &Joiner<D>) -> Result<Stamp, Errno> {
+        let stamp = {
+            let mut maps = self.maps.borrow_mut();
+            maps.stamp.sequence += 1;
+            maps.stamp
+        };
+        let config = self.config.borrow().clone();
+        if joiner.new {
+            let config = Superblock { member: joiner.member, ..config.clone() };
+            for (offset, bytes) in blank_maps(&config) {
+                member_io::write_bytes(&*self.host, &*joiner.disk, offset, &bytes).await?;
+            }
+            // Not yet a member: an old superblock must not outlive its maps.
+            for (offset, len) in create::wipe_ranges() {
+                let zeroes = vec![0; length(len)];
+                member_io::write_bytes(&*self.host, &*joiner.disk, offset, &zeroes).await?;
+            }
+        }
+        for run in self.pages_of_all_maps(joiner.slot).chunk_by(|a, b| {
+            (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index)
+        }) {
+            for pages in run.chunks(PIECE_BYTES / length(PAGE_BYTES)) {
+                let page = pages[0];
+                let Some(region) = config.layout.find(page.kind, page.slot) else { continue };
+                let mut images = vec![0; pages.len() * length(PAGE_BYTES)];
+                for (page, image) in pages.iter().zip(images.chunks_mut(length(PAGE_BYTES))) {
+                    self.maps.borrow().encode_page(*page, stamp, image);
+                }
+                for copy in [region.copy_a, region.copy_b] {
+                    let offset = copy + page_offset(page.index);
+                    member_io::write_bytes(&*self.host, &*joiner.disk, offset, &images).await?;
+                }
+            }
+        }
+        joiner.disk.submit(DiskRequest::Flush).await?;
+        Ok(stamp)
+    }
+
+    /// Every page that says something: position, states, summaries, and the missed pages that
+    /// count. What a member itself lacks is the others' to know, so `except` is left out.
+    fn pages_of_all_maps(&self, except: u8) -> Vec<Page> {
+        let maps = self.maps.borrow();
+        let page = |kind, slot, index| Page { kind, slot, index };
+        let mut pages = vec![page(RegionKind::Position, 0, 0)];
+        let states = pages_of(u64::from(maps.states.sectors()));
+        pages.extend((0..states).map(|index| page(RegionKind::State, 0, index)));
+        for (slot, missed) in (0..).zip(&maps.missed).filter(|(slot, _)| *slot != except) {
+            let summaries = pages_of(u64::from(missed.summary.sectors()));
+            pages.extend((0..summaries).map(|index| page(RegionKind::Summary, slot, index)));
+            pages.extend(missed.summary.iter().map(|index| page(RegionKind::Missed, slot, index)));
+        }
+        pages
+    }
+}
+
+impl ResyncKind {
+    /// As people say it.
+    pub(super) fn word(self) -> &'static str {
+        match self {
+            Self::Delta => "delta",
+            Self::Full => "full",
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! Losing a member, and rounds of superblock updates.
+//!
+//! # Losing (R2)
+//!
+//! 1. [`Mirror::begin_loss`], without waiting: the member stops receiving, its missed map takes
+//!    the unflushed set, what is in flight and what is un-equalised. From here on every new
+//!    write sets its missed bits.
+//! 2. The losing task: those bits are committed on all other members, so that the slot record
+//!    may say that the loss is block-exact (R12).
+//! 3. A round writes the new epoch to their superblocks. When it is effective, the waiting
+//!    writes are answered.
+//!
+//! # A round
+//!
+//! One update of the superblocks of all members that stay in-sync, then of resyncing ones and
+//! of a joiner. It is effective when all of them hold it. A failure inside it starts it again
+//! without that member (whose loss the repeated round records); if it fails on all in-sync
+//! members, nobody is dropped, writes answer EIO, and it is tried again.
+
+use super::fan_out::FanOut;
+use super::{Mirror, Running, front};
+use crate::Buffer;
+use crate::control::ErrorKind;
+use crate::control::MemberRef;
+use crate::host::{Disk, DiskRequest, Errno, Host};
+use crate::layout::SLOTS_MAX;
+use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loss, SlotState, Superblock};
+use crate::ControlError;
+use dirty_map::blocks_covering;
+use std::rc::Rc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Pause before a round that failed on the last survivor is tried again.
+const ROUND_RETRY: Duration = Duration::from_secs(1);
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Stops a member that failed from receiving and starts recording its loss. The last
+    /// in-sync member is never lost (R8); `false` then.
+    pub(super) fn begin_loss(&self, slot: u8, reason: &str) -> bool {
+        self.begin_loss_as(slot, SlotState::Faulty, reason)
+    }
+
+    fn begin_loss_as(&self, slot: u8, becomes: SlotState, reason: &str) -> bool {
+        {
+            let mut slots = self.slots.borrow_mut();
+            let others = |(at, s): (usize, &super::Slot<D>)| {
+                at != usize::from(slot) && s.running == Running::InSync
+            };
+            let has_other = slots.iter().enumerate().any(others);
+            let state = &mut slots[usize::from(slot)];
+            match state.running {
+                Running::Absent | Running::Losing { .. } => return true,
+                Running::InSync if !has_other => return false,
+                Running::InSync | Running::Resyncing => {}
+            }
+            tracing::warn!("member {} (slot {slot}) is lost: {reason}", state.path);
+            state.running = Running::Losing { becomes };
+            state.reason = Some(reason.to_owned());
+        }
+        self.losses_pending.set(self.losses_pending.get() + 1);
+        self.refresh_view();
+        let mut maps = self.maps.borrow_mut();
+        let maps = &mut *maps;
+        self.locks.for_each_issued(|range| {
+            maps.miss(slot, blocks_covering(range.start, range.end - range.start));
+        });
+        let mut lacking = Vec::new();
+        maps.hot.for_each_unsafe(|_, blocks| lacking.push(blocks));
+        for blocks in lacking {
+            maps.miss(slot, blocks);
+        }
+        self.changed.wake_all();
+        true
+    }
+
+    /// The losing task: makes judged losses effective.
+    pub(super) async fn run_losses(self: Rc<Self>) {
+        loop {
+            let pending = || (self.losses_pending.get() > 0).then_some(());
+            self.changed.until(pending).await;
+            // A round that someone else runs right now may take this loss along.
+            if self.round(|_| {}).await.is_err() {
+                self.write_blocked.set(true);
+                self.changed.wake_all();
+                self.host.sleep(ROUND_RETRY).await;
+            }
+        }
+    }
+
+    /// Runs a round that applies `change` to the configuration, along with every judged loss.
+    ///
+    /// # Errors
+    ///
+    /// When no in-sync member could be written; the configuration stays as it was.
+    pub(super) async fn round(&self, change: impl Fn(&mut Superblock)) -> Result<(), Errno> {
+        let _turn = self.membership.enter().await;
+        self.round_inside(change).await
+    }
+
+    /// [`Mirror::round`] for a caller that holds the membership already.
+    pub(super) async fn round_inside(&self, change: impl Fn(&mut Superblock)) -> Result<(), Errno> {
+        let mut attempted: Option<Superblock> = None;
+        loop {
+            let losing = self.losing();
+            self.commit_missed_of(&losing).await?;
+            if losing != self.losing() {
+                continue;
+            }
+            let mut next = self.config.borrow().clone();
+            if let Some(attempt) = &attempted {
+                // Members may hold the attempt's epoch: the next one descends from it, so that
+                // they are recognised after a crash in the middle.
+                next.epoch = attempt.epoch;
+                next.history.clone_from(&attempt.history);
+            }
+            change(&mut next);
+            self.record_losses(&losing, &mut next);
+            if next == *self.config.borrow() {
+                return Ok(());
+            }
+            next.event_count += 1;
+            next.updated_secs = self.host.wall_clock_secs();
+            self.write_superblocks(&next, true).await?;
+            if losing == self.losing() {
+                self.write_superblocks(&next, false).await?;
+            }
+            if losing != self.losing() {
+                // A member failed inside the round: again without it.
+                attempted = Some(next);
+                continue;
+            }
+            self.round_effective(&losing, next);
+            return Ok(());
+        }
+    }
+
+    /// Slots whose loss is judged but not effective.
+    fn losing(&self) -> Vec<u8> {
+        let slots = self.slots.borrow();
+        let losing = |s: &super::Slot<D>| matches!(s.running, Running::Losing { .. });
+        (0..).zip(slots.iter()).filter(|(_, s)| losing(s)).map(|(slot, _)| slot).collect()
+    }
+
+    /// Makes the missed maps of members being lost durable on all others.
+    async fn commit_missed_of(&self, losing: &[u8]) -> Result<(), Errno> {
+        if losing.is_empty() {
+            return Ok(());
+        }
+        {
+            let mut maps = self.maps.borrow_mut();
+            for &slot in losing {
+                maps.restart_missed(slot);
+                maps.queue_missed(slot);
+            }
+        }
+        self.commit().await
+    }
+
+    fn record_losses(&self, losing: &[u8], next: &mut Superblock) {
+        if losing.is_empty() {
+            return;
+        }
+        let slots = self.slots.borrow();
+        for &slot in losing {
+            let (state, record) = (&slots[usize::from(slot)], &mut next.slots[usize::from(slot)]);
+            let Running::Losing { becomes } = state.running else { continue };
+            record.state = becomes;
+            record.address = crate::create::hint(&state.path);
+            record.loss = Some(Loss {
+                epoch: state.epoch,
+                position: state.position,
+                block_exact: true,
+            });
+        }
+        next.begin_epoch(self.host.random());
+    }
+
+    /// Writes `next` to the in-sync members, or to the other receiving ones. Members that fail
+    /// begin to be lost.
+    async fn write_superblocks(&self, next: &Superblock, in_sync: bool) -> Result<(), Errno> {
+        let view = self.view();
+        let targets: Vec<_> = view.receivers.iter().filter(|r| r.in_sync == in_sync).collect();
+        let mut lacking = [None; SLOTS_MAX];
+        let mut buffers = Vec::new();
+        for receiver in &targets {
+            let bytes = self.superblock_for(next, receiver.slot).encode();
+            let buffer = self.host.allocate(COPY_BYTES);
+            buffer.fill(|out| out.copy_from_slice(&bytes));
+            buffers.push(buffer);
+        }
+        // Copy A everywhere, then copy B: never both of one member at once.
+        for offset in [COPY_A_OFFSET, COPY_B_OFFSET] {
+            let mut fan_out = FanOut::new(&self.stalls);
+            if !in_sync {
+                // The in-sync members have the update: nobody waits for a stalled other one.
+                fan_out.limit_to_deadline();
+            }
+            for (receiver, buffer) in targets.iter().zip(&buffers) {
+                if lacking[usize::from(receiver.slot)].is_none() {
+                    let span = front(buffer, COPY_BYTES);
+                    let write = DiskRequest::Write { offset, span, fua: true };
+                    fan_out.push(receiver.slot, true, receiver.disk.submit(write));
+                }
+            }
+            for outcome in fan_out.await.iter() {
+                if let Err(errno) = outcome.result {
+                    lacking[usize::from(outcome.slot)] = Some(errno);
+                }
+            }
+        }
+        if in_sync {
+            self.judge_lacking(&view, &lacking, "a superblock update")?;
+        } else {
+            for receiver in &targets {
+                if let Some(errno) = lacking[usize::from(receiver.slot)] {
+                    self.begin_loss(receiver.slot, &format!("a superblock update failed: {errno}"));
+                }
+            }
+        }
+        for receiver in targets.iter().filter(|r| lacking[usize::from(r.slot)].is_none()) {
+            let mut slots = self.slots.borrow_mut();
+            let state = &mut slots[usize::from(receiver.slot)];
+            state.write_count += 1;
+            state.epoch = next.epoch.id;
+        }
+        Ok(())
+    }
+
+    /// The shared configuration as the member in `slot` carries it.
+    pub(super) fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
+        let write_count = self.slots.borrow()[usize::from(slot)].write_count + 1;
+        let member = config.slots[usize::from(slot)].member.unwrap_or(Uuid::nil());
+        Superblock { member, own_slot: slot, write_count, ..config.clone() }
+    }
+
+    fn round_effective(&self, losing: &[u8], next: Superblock) {
+        *self.config.borrow_mut() = next;
+        for &slot in losing {
+            self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;
+        }
+        self.losses_pending.set(self.losses_pending.get() - losing.len());
+        self.write_blocked.set(false);
+        self.release_idle_disks();
+        self.refresh_view();
+        self.changed.wake_all();
+    }
+
+    /// Lets go of lost members' devices that owe nothing any more, so that the operator can
+    /// pull or re-add them.
+    pub(super) fn release_idle_disks(&self) {
+        for state in self.slots.borrow_mut().iter_mut() {
+            let idle = state.disk.as_ref().is_some_and(|disk| disk.in_flight() == 0);
+            if idle && state.running == Running::Absent {
+                state.disk = None;
+            }
+        }
+    }
+
+    /// Takes a member out of service, as the operator's decision.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such member or it is the last in-sync one.
+    pub async fn fail(&self, member: &MemberRef) -> Result<String, ControlError> {
+        let slot = self.find_member(member)?;
+        self.take_out(slot, SlotState::Faulty, "failed by the operator").await?;
+        Ok(format!("{} (slot {slot}) is out of service; the mirror goes on without it", self.path_of(slot)))
+    }
+
+    /// Lets go of a member's device.
+    ///
+    /// # Errors
+    ///
+    /// When the member is in service and `force` is not given, or its device still owes I/O.
+    pub async fn remove(&self, member: &MemberRef, force: bool) -> Result<String, ControlError> {
+        let slot = self.find_member(member)?;
+        let path = self.path_of(slot);
+        let receiving =
+            matches!(self.slots.borrow()[usize::from(slot)].running, Running::InSync | Running::Resyncing);
+        if receiving && !force {
+            return Err(ControlError::new(
+                ErrorKind::Refused,
+                format!("{path} is in service; `mirrorctl fail` it first, or use --force"),
+            ));
+        }
+        self.take_out(slot, SlotState::Missing, "removed by the operator").await?;
+        self.release_idle_disks();
+        if self.slots.borrow()[usize::from(slot)].disk.is_some() {
+            return Err(ControlError::new(
+                ErrorKind::Busy,
+                format!("{path} still owes answers to earlier requests; try again when it has given them or is gone"),
+            ));
+        }
+        Ok(format!("{path} (slot {slot}) is removed; bring it back with `mirrorctl re-add`"))
+    }
+
+    async fn take_out(&self, slot: u8, becomes: SlotState, why: &str) -> Result<(), ControlError> {
+        if !self.begin_loss_as(slot, becomes, why) {
+            return Err(ControlError::new(
+                ErrorKind::Refused,
+                format!(
+                    "{} is the last in-sync member; the mirror cannot go on without it (stop the mirror instead)",
+                    self.path_of(slot)
+                ),
+            ));
+        }
+        self.losses_effective().await.map_err(|errno| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("the loss could not be recorded on the remaining members: {errno}; writes are refused until it is"),
+            )
+        })
+    }
+
+    pub(super) fn path_of(&self, slot: u8) -> String {
+        self.slots.borrow()[usize::from(slot)].path.clone()
+    }
+
+    pub(super) fn find_member(&self, member: &MemberRef) -> Result<u8, ControlError> {
+        let slots = self.slots.borrow();
+        let found = match member {
+            MemberRef::Slot(slot) => (usize::from(*slot) < slots.len()).then_some(*slot),
+            MemberRef::Path(path) => {
+                (0..).zip(slots.iter()).find(|(_, s)| s.path == *path).map(|(slot, _)| slot)
+            }
+        };
+        found.ok_or_else(|| {
+            let known: Vec<&str> = slots.iter().map(|s| s.path.as_str()).collect();
+            ControlError::new(
+                ErrorKind::NotFound,
+                format!("the mirror has no member {member:?}; its members are {}", known.join(", ")),
+            )
+        })
+    }
+}

@@ -1,0 +1,224 @@
+//! The maps in memory and their pages on the members.
+//!
+//! All receiving members hold the same maps, so there is one state map and one missed map a
+//! slot in memory, and a set of pages that differ from what is durable. A page image is always
+//! made from memory, so writing a page early writes nothing wrong: a hot bit or a missed bit
+//! too many costs copying, never data.
+//!
+//! The pages of one copy follow each other in a region of the member; a page holds
+//! [`SECTORS_PER_PAGE`] sectors.
+
+use crate::layout::{Layout, PAGE_BYTES, RegionKind, SECTORS_PER_PAGE, SLOTS_MAX, extents_of};
+use dirty_map::{
+    Address, BLOCKS_PER_EXTENT, Extent, ExtentState, HotExtents, Kind, MISSED_PER_SECTOR,
+    MissedMap, PAYLOAD_BYTES, SECTOR_BYTES, STATES_PER_SECTOR, SUMMARY_PER_SECTOR, Stamp, StateMap, Summary, encode,
+};
+use std::collections::{BTreeSet, HashSet};
+use std::ops::Range;
+
+/// Bytes of memory that the state of hot extents may take.
+const HOT_CAP_BYTES: usize = 256 << 20;
+/// Missed blocks in a page of a missed map.
+const MISSED_PER_PAGE: u64 = MISSED_PER_SECTOR * SECTORS_PER_PAGE;
+
+/// Names a page of a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) struct Page {
+    /// Which map.
+    pub(super) kind: RegionKind,
+    /// Whose missed map; 0 for other kinds.
+    pub(super) slot: u8,
+    /// Which page of it.
+    pub(super) index: u32,
+}
+
+/// One slot's missed map with its summary.
+pub(super) struct Missed {
+    /// The blocks that the slot's member lacks.
+    pub(super) map: MissedMap,
+    /// Pages of the map that count on disk.
+    pub(super) summary: Summary,
+    /// Pages whose bits in memory differ from what is durable.
+    pub(super) changed: BTreeSet<u32>,
+}
+
+/// All maps of a mirror.
+pub(super) struct Maps {
+    /// Extent states.
+    pub(super) states: StateMap,
+    /// One for each slot.
+    pub(super) missed: Vec<Missed>,
+    /// Extents that are durably hot, with their unflushed sets.
+    pub(super) hot: HotExtents,
+    /// Extents on their way from hot to cool: no longer in `hot`, still hot on disk.
+    pub(super) cooling: HashSet<Extent>,
+    /// Extents being zeroed and made hot by some write.
+    pub(super) preparing: HashSet<Extent>,
+    /// Extents whose state could not be read from any member: reads answer EIO.
+    pub(super) unknown: HashSet<Extent>,
+    /// Blocks whose flush failed everywhere and that were not written anew (R7).
+    pub(super) suspect: MissedMap,
+    /// Pages to commit.
+    pub(super) dirty: BTreeSet<Page>,
+    /// Stamp of the last commit begun.
+    pub(super) stamp: Stamp,
+    tag: u32,
+    blocks: u64,
+}
+
+impl Maps {
+    pub(super) fn new(layout: &Layout, slots: usize, tag: u32) -> Self {
+        let extents = u32::try_from(extents_of(layout.size_bytes)).unwrap_or(u32::MAX);
+        let blocks = u64::from(extents) * BLOCKS_PER_EXTENT;
+        let missed = |_| Missed {
+            map: MissedMap::new(blocks),
+            summary: Summary::new(narrow(blocks.div_ceil(MISSED_PER_PAGE))),
+            changed: BTreeSet::new(),
+        };
+        Self {
+            states: StateMap::new(extents),
+            missed: (0..slots.min(SLOTS_MAX)).map(missed).collect(),
+            hot: HotExtents::new(HOT_CAP_BYTES),
+            cooling: HashSet::new(),
+            preparing: HashSet::new(),
+            unknown: HashSet::new(),
+            suspect: MissedMap::new(blocks),
+            dirty: BTreeSet::new(),
+            stamp: Stamp { ordinal: 0, sequence: 0 },
+            tag,
+            blocks,
+        }
+    }
+
+    /// Blocks of the device, whole extents.
+    pub(super) fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    /// Changes an extent's state and has its page committed next.
+    pub(super) fn set_state(&mut self, extent: Extent, state: ExtentState) {
+        self.states.force(extent, state);
+        let page = u64::from(extent.0) / (STATES_PER_SECTOR * SECTORS_PER_PAGE);
+        self.dirty.insert(Page { kind: RegionKind::State, slot: 0, index: narrow(page) });
+    }
+
+    /// Sets missed bits of a slot, in memory until its changed pages are committed.
+    pub(super) fn miss(&mut self, slot: u8, blocks: Range<u64>) {
+        let missed = &mut self.missed[usize::from(slot)];
+        if missed.map.set(blocks.clone()) > 0 {
+            note_pages(missed, &blocks);
+        }
+    }
+
+    /// Clears missed bits of a slot, in memory.
+    pub(super) fn unmiss(&mut self, slot: u8, blocks: Range<u64>) {
+        let missed = &mut self.missed[usize::from(slot)];
+        if missed.map.clear(blocks.clone()) > 0 {
+            note_pages(missed, &blocks);
+        }
+    }
+
+    /// Has the changed pages of a slot's missed map committed next.
+    pub(super) fn queue_missed(&mut self, slot: u8) {
+        let missed = &mut self.missed[usize::from(slot)];
+        for index in std::mem::take(&mut missed.changed) {
+            if !missed.summary.get(index) {
+                missed.summary.set(index);
+                let page = index / narrow(SUMMARY_PER_SECTOR * SECTORS_PER_PAGE);
+                self.dirty.insert(Page { kind: RegionKind::Summary, slot, index: page });
+            }
+            self.dirty.insert(Page { kind: RegionKind::Missed, slot, index });
+        }
+    }
+
+    /// Begins a slot's missed map anew: nothing on disk counts until it is queued again.
+    /// Everything still set in memory is queued with the next [`Maps::queue_missed`].
+    pub(super) fn restart_missed(&mut self, slot: u8) {
+        let missed = &mut self.missed[usize::from(slot)];
+        missed.summary.clear_all();
+        missed.changed.clear();
+        let mut from = 0;
+        while let Some(run) = missed.map.next_run(from, u64::MAX) {
+            note_pages(missed, &run);
+            from = run.end;
+        }
+        for index in 0..pages_of(u64::from(missed.summary.sectors())) {
+            self.dirty.insert(Page { kind: RegionKind::Summary, slot, index });
+        }
+    }
+
+    /// Takes the pages to commit, at most `max`.
+    pub(super) fn take_dirty(&mut self, max: usize) -> Vec<Page> {
+        let taken: Vec<Page> = self.dirty.iter().take(max).copied().collect();
+        for page in &taken {
+            self.dirty.remove(page);
+        }
+        taken
+    }
+
+    /// Writes the image of a page.
+    pub(super) fn encode_page(&self, page: Page, stamp: Stamp, out: &mut [u8]) {
+        let mut payload = [0; PAYLOAD_BYTES];
+        let first = page.index * narrow(SECTORS_PER_PAGE);
+        for (index, sector) in (first..).zip(out.chunks_exact_mut(SECTOR_BYTES)) {
+            payload.fill(0);
+            let missed = self.missed.get(usize::from(page.slot));
+            match (page.kind, missed) {
+                (RegionKind::State, _) if index < self.states.sectors() => {
+                    self.states.write_payload(index, &mut payload);
+                }
+                (RegionKind::Missed, Some(m)) if index < m.map.sectors() => {
+                    m.map.write_payload(index, &mut payload);
+                }
+                (RegionKind::Summary, Some(m)) if index < m.summary.sectors() => {
+                    m.summary.write_payload(index, &mut payload);
+                }
+                _ => {}
+            }
+            let address = Address { kind: sector_kind(page.kind), slot: page.slot, index };
+            sector.copy_from_slice(&encode(address, self.tag, stamp, &payload));
+        }
+    }
+
+    /// Whether every extent in `extents` is durably hot.
+    pub(super) fn all_hot(&self, mut extents: impl Iterator<Item = Extent>) -> bool {
+        extents.all(|extent| self.hot.contains(extent))
+    }
+
+    /// Whether reads of `extent` are answered from the disks.
+    pub(super) fn is_written(&self, extent: Extent) -> bool {
+        matches!(self.states.get(extent), ExtentState::Cool | ExtentState::Hot)
+    }
+}
+
+/// The kind in a sector's header.
+pub(super) fn sector_kind(kind: RegionKind) -> Kind {
+    match kind {
+        RegionKind::State => Kind::State,
+        RegionKind::Summary => Kind::Summary,
+        RegionKind::Missed => Kind::Missed,
+        RegionKind::Position | RegionKind::Checksums => Kind::Position,
+    }
+}
+
+/// Offset of a page in a copy of its region.
+pub(super) fn page_offset(index: u32) -> u64 {
+    u64::from(index) * PAGE_BYTES
+}
+
+/// Pages that hold `sectors` sectors.
+pub(super) fn pages_of(sectors: u64) -> u32 {
+    narrow(sectors.div_ceil(SECTORS_PER_PAGE))
+}
+
+fn note_pages(missed: &mut Missed, blocks: &Range<u64>) {
+    let last = (blocks.end - 1) / MISSED_PER_PAGE;
+    for index in blocks.start / MISSED_PER_PAGE..=last {
+        missed.changed.insert(narrow(index));
+    }
+}
+
+/// Page and sector numbers fit 32 bits for every size that a superblock may name.
+fn narrow(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}

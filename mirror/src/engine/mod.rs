@@ -1,0 +1,357 @@
+//! The running mirror.
+//!
+//! One thread owns a mirror. Front ends call [`Mirror::read`], [`Mirror::write`],
+//! [`Mirror::flush`], [`Mirror::discard`] and [`Mirror::write_zeroes`] from as many tasks as
+//! they like; operators' commands call [`Mirror::fail`], [`Mirror::re_add`] and so on. A few
+//! background tasks commit maps, cool quiet extents, equalise after an unclean stop and copy
+//! missed blocks.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `write.rs` | the write path, top to bottom; flush |
+//! | `heat.rs` | making extents hot before a write: zeroing, intent |
+//! | `read.rs` | the read path, failover, repair of a bad copy |
+//! | `zeroes.rs` | discard and write-zeroes |
+//! | `commit.rs` | group commit of map pages |
+//! | `loss.rs` | losing a member, rounds of superblock updates |
+//! | `join.rs` | bringing a member back or a new one in |
+//! | `resync.rs` | copying missed blocks |
+//! | `equalise.rs` | making copies equal after an unclean stop |
+//! | `cool.rs` | cooling quiet extents, the position tick, the stall watch |
+//! | `start.rs` | from superblocks and maps to a running mirror; clean stop |
+//! | `maps.rs` | the maps in memory and their pages on the members |
+//! | `member_io.rs` | superblocks and map pages of one member |
+//! | `fan_out.rs`, `wait.rs` | one request on several members; waiting |
+//!
+//! # States of a slot while the mirror runs
+//!
+//! ```text
+//!            join                 all missed bits clear, round
+//!  Absent ─────────► Resyncing ───────────────────────────────► InSync
+//!    ▲                   │                                        │
+//!    │ round effective   │ I/O error, stall, operator             │
+//!    └──── Losing ◄──────┴────────────────────────────────────────┘
+//! ```
+//!
+//! *Losing* begins the moment a fault is judged: from then on nothing is sent to the member and
+//! new writes set its missed bits; no write is acknowledged until the round that records the
+//! loss is effective (R2).
+
+mod commit;
+mod cool;
+mod equalise;
+mod fan_out;
+mod heat;
+mod join;
+mod loss;
+mod maps;
+mod member_io;
+mod read;
+mod resync;
+mod start;
+mod status;
+mod wait;
+mod write;
+mod zeroes;
+
+use crate::control::{ErrorKind, IoCounts, ResyncStatus};
+use crate::host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
+use crate::superblock::{SlotState, Superblock};
+use commit::Commits;
+use dirty_map::Stamp;
+use fan_out::{FanOut, StallWatch};
+use maps::Maps;
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+use wait::{Exclusive, Gate, RangeLocks, WaitList};
+
+pub use start::StartError;
+
+/// Largest piece in which the engine itself moves data, in bytes.
+pub const PIECE_BYTES: usize = 1 << 20;
+/// A member that has not answered for this long is lost, unless told otherwise.
+pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
+/// Hot extents that may exist before it is reported, unless told otherwise: 64 GiB to equalise.
+pub const HOT_BUDGET_DEFAULT: u32 = 16384;
+
+/// Choices at start.
+#[derive(Clone, Debug)]
+pub struct StartOptions {
+    /// The mirror's name; must be the one in the superblocks.
+    pub name: String,
+    /// Start although an absent member may hold newer data (R15).
+    pub force: bool,
+    /// Record write intent. `false` is unsafe and for benchmarks only.
+    pub write_intent: bool,
+    /// How long a member may take to answer.
+    pub deadline: Duration,
+    /// Budget of hot extents; exceeded and reported rather than waited on.
+    pub hot_budget: Option<u32>,
+}
+
+/// An opened device that may be a member.
+pub struct Candidate<D> {
+    /// Its path, for messages and as a hint in the superblock.
+    pub path: String,
+    /// The device.
+    pub disk: D,
+}
+
+/// Why an operator's command was not carried out.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct ControlError {
+    /// Class of the failure.
+    pub kind: ErrorKind,
+    /// A sentence: what is wrong and what to do.
+    pub message: String,
+}
+
+impl ControlError {
+    fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// A slot's state while the mirror runs; see the diagram in the module documentation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Running {
+    /// No member, or one that receives nothing.
+    Absent,
+    /// Receives writes; read from never.
+    Resyncing,
+    /// Receives writes and serves reads.
+    InSync,
+    /// Judged; its loss is not yet effective.
+    Losing {
+        /// What the slot record will say.
+        becomes: SlotState,
+    },
+}
+
+/// One slot.
+struct Slot<D> {
+    running: Running,
+    /// Kept while the device still owes operations, also after a loss (R6).
+    disk: Option<Rc<D>>,
+    path: String,
+    /// Why it is not in-sync, for people.
+    reason: Option<String>,
+    /// The newest commit that is durable on it for certain.
+    position: Stamp,
+    /// The last epoch that its superblock durably holds.
+    epoch: u128,
+    /// Update counter of its superblock.
+    write_count: u64,
+    /// Reads that failed on it.
+    read_errors: u64,
+    /// Blocks rewritten on it after a failed read.
+    repaired_blocks: u64,
+}
+
+impl<D> Slot<D> {
+    fn absent(path: String) -> Self {
+        Self {
+            running: Running::Absent,
+            disk: None,
+            path,
+            reason: None,
+            position: Stamp { ordinal: 0, sequence: 0 },
+            epoch: 0,
+            write_count: 0,
+            read_errors: 0,
+            repaired_blocks: 0,
+        }
+    }
+}
+
+/// A member that receives writes, as the data path sees it.
+struct Receiver<D> {
+    slot: u8,
+    in_sync: bool,
+    disk: Rc<D>,
+    geometry: Geometry,
+}
+
+impl<D> Clone for Receiver<D> {
+    fn clone(&self) -> Self {
+        Self { disk: self.disk.clone(), ..*self }
+    }
+}
+
+/// What the data path needs to know about the set of members; replaced as a whole whenever
+/// the set changes, so that a request works with one consistent view.
+struct View<D> {
+    /// Receiving members.
+    receivers: Vec<Receiver<D>>,
+    /// Slots with a member that receives nothing: their missed maps grow with each write.
+    absent: Vec<u8>,
+}
+
+/// A running mirror. See the module documentation.
+pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
+    host: Rc<H>,
+    options: StartOptions,
+    /// The configuration all members share. `member`, `own_slot` and `write_count` are filled
+    /// in for each member when it is written.
+    config: RefCell<Superblock>,
+    slots: RefCell<Vec<Slot<D>>>,
+    view: RefCell<Rc<View<D>>>,
+    maps: RefCell<Maps>,
+    gate: Gate,
+    locks: RangeLocks,
+    membership: Exclusive,
+    commits: Commits,
+    flushes: write::Flushes,
+    stalls: StallWatch,
+    /// Woken when an extent's preparation ends.
+    prepared: WaitList,
+    /// Woken when losses become effective, fail to, or resync state changes.
+    changed: WaitList,
+    /// Losses judged but not effective.
+    losses_pending: Cell<usize>,
+    /// The suspect blocks of a failed flush are known, because it failed in this run.
+    flush_failed_here: Cell<bool>,
+    /// A loss could not be made durable on the last survivor: writes answer EIO (R2).
+    write_blocked: Cell<bool>,
+    stopping: Cell<bool>,
+    /// Coarse time for bookkeeping that does not need a clock reading a request.
+    coarse_now: Cell<Duration>,
+    /// Whether anything was answered since the last position tick.
+    wrote_since_tick: Cell<bool>,
+    counts: RefCell<IoCounts>,
+    resync: RefCell<Option<ResyncStatus>>,
+    last_resync: RefCell<Option<ResyncStatus>>,
+    /// Zeroes for members that cannot zero by themselves.
+    zeroes: H::Buffer,
+    data_offset: u64,
+    size_bytes: u64,
+    logical_block_bytes: u32,
+}
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Size of the device in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Smallest unit of I/O in bytes.
+    pub fn logical_block_bytes(&self) -> u32 {
+        self.logical_block_bytes
+    }
+
+    /// The present view of the members.
+    fn view(&self) -> Rc<View<D>> {
+        self.view.borrow().clone()
+    }
+
+    /// Rebuilds the view after a slot changed.
+    fn refresh_view(&self) {
+        let config = self.config.borrow();
+        let mut view = View { receivers: Vec::new(), absent: Vec::new() };
+        for (slot, (state, record)) in (0..).zip(self.slots.borrow().iter().zip(&config.slots)) {
+            match (&state.running, &state.disk) {
+                (Running::InSync | Running::Resyncing, Some(disk)) => {
+                    view.receivers.push(Receiver {
+                        slot,
+                        in_sync: state.running == Running::InSync,
+                        disk: disk.clone(),
+                        geometry: disk.geometry(),
+                    });
+                }
+                _ if record.member.is_some() => view.absent.push(slot),
+                _ => {}
+            }
+        }
+        *self.view.borrow_mut() = Rc::new(view);
+    }
+
+    /// Sends a request to every receiving member at once and waits for what comes of it.
+    fn to_receivers(
+        &self,
+        view: &View<D>,
+        mut request: impl FnMut(&Receiver<D>) -> DiskRequest<H::Buffer>,
+    ) -> FanOut<'_, D::Op> {
+        let mut fan_out = FanOut::new(&self.stalls);
+        for receiver in &view.receivers {
+            let op = receiver.disk.submit(request(receiver));
+            fan_out.push(receiver.slot, receiver.in_sync, op);
+        }
+        fan_out
+    }
+
+    /// Sends one request to one member; a stall does not time out here when it is the only
+    /// outcome, so the caller decides what else to wait for.
+    async fn to_one(
+        &self,
+        receiver: &Receiver<D>,
+        request: DiskRequest<H::Buffer>,
+    ) -> Result<(), Errno> {
+        let begun = self.host.now();
+        let mut op = receiver.disk.submit(request);
+        let deadline = self.options.deadline;
+        let mut timer = None;
+        std::future::poll_fn(move |context| {
+            use std::future::Future;
+            use std::task::Poll;
+            if let Poll::Ready(result) = std::pin::Pin::new(&mut op).poll(context) {
+                return Poll::Ready(result);
+            }
+            let timer = timer.get_or_insert_with(|| {
+                self.host.sleep(deadline.saturating_sub(self.host.now().saturating_sub(begun)))
+            });
+            std::pin::Pin::new(timer).poll(context).map(|()| Err(Errno::TIMED_OUT))
+        })
+        .await
+    }
+
+    /// Checks a request's range against the device.
+    fn check(&self, offset: u64, len: u64) -> Result<Range<u64>, Errno> {
+        let block = u64::from(self.logical_block_bytes);
+        let end = offset.checked_add(len).ok_or(Errno::INVALID)?;
+        if end > self.size_bytes {
+            return Err(Errno::NO_SPACE);
+        }
+        if offset % block != 0 || len % block != 0 {
+            return Err(Errno::INVALID);
+        }
+        Ok(offset..end)
+    }
+
+    /// The part of the device that `extent` covers, in bytes; the last one may be short.
+    fn extent_bytes(&self, extent: dirty_map::Extent) -> Range<u64> {
+        let start = extent.start_bytes();
+        start..(start + dirty_map::EXTENT_BYTES).min(self.size_bytes)
+    }
+
+    /// The part of the device that `blocks` cover, in bytes; the last one may be short.
+    fn block_bytes(&self, blocks: &Range<u64>) -> Range<u64> {
+        let bytes = dirty_map::BLOCK_BYTES;
+        blocks.start * bytes..(blocks.end * bytes).min(self.size_bytes)
+    }
+
+    /// Spawns a background task that keeps the mirror alive.
+    fn spawn<F: Future<Output = ()> + 'static>(
+        self: &Rc<Self>,
+        task: impl FnOnce(Rc<Self>) -> F,
+    ) {
+        self.host.spawn(Box::pin(task(self.clone())));
+    }
+
+    fn count(&self, update: impl FnOnce(&mut IoCounts)) {
+        update(&mut self.counts.borrow_mut());
+    }
+}
+
+/// A span of `len` bytes at the start of `buffer`.
+fn front<B: Buffer>(buffer: &B, len: usize) -> Span<B> {
+    Span { buffer: buffer.clone(), start: 0, len }
+}
+
+/// A byte count as a length in memory; counts here are bounded by [`PIECE_BYTES`] or by a
+/// buffer's length.
+fn length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

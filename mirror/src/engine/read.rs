@@ -1,0 +1,232 @@
+//! The read path.
+//!
+//! Unwritten and discarded extents read as zeroes (R11). Everything else is read from one
+//! in-sync member: the one with the least in flight. Blocks that may differ between members are
+//! equalised first (R5). When a member cannot read, another one answers, and the bad copy is
+//! rewritten under the range lock and read back.
+
+use super::heat::extents;
+use super::write::intersect;
+use super::{Mirror, Receiver, front, length};
+use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
+use dirty_map::{BLOCK_BYTES, blocks_covering};
+use std::ops::Range;
+use std::rc::Rc;
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Reads into `span` from `offset` and returns the span that holds the bytes: the caller's,
+    /// or another one of the same length when a stalled member still holds the caller's (R6).
+    ///
+    /// # Errors
+    ///
+    /// `INVALID` or `NO_SPACE` for a range that does not fit the device, otherwise the last
+    /// member's error.
+    pub async fn read(
+        self: &Rc<Self>,
+        offset: u64,
+        span: Span<H::Buffer>,
+    ) -> Result<Span<H::Buffer>, Errno> {
+        let range = self.check(offset, span.len as u64)?;
+        self.count(|counts| {
+            counts.reads += 1;
+            counts.read_bytes += span.len as u64;
+        });
+        if range.is_empty() {
+            return Ok(span);
+        }
+        let _pass = self.gate.enter().await;
+        let plain = {
+            let maps = self.maps.borrow();
+            extents(&range).all(|extent| maps.is_written(extent))
+                && !maps.hot.is_unequalised(blocks_covering(range.start, range.end - range.start))
+                && maps.unknown.is_empty()
+        };
+        let result = if plain {
+            self.read_written(&range, span).await
+        } else {
+            self.read_mixed(&range, span).await
+        };
+        self.answer(result)
+    }
+
+    /// Reads a range of which parts may be unwritten, un-equalised or unknown.
+    async fn read_mixed(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: Span<H::Buffer>,
+    ) -> Result<Span<H::Buffer>, Errno> {
+        let mut span = span;
+        loop {
+            let zeroes = self.read_parts(range, &span).await?;
+            if !span.buffer.in_use() {
+                for (within, len) in zeroes {
+                    span.slice(within, len).fill(|bytes| bytes.fill(0));
+                }
+                return Ok(span);
+            }
+            // A stalled member, lost by now, still fills the buffer: once more into another.
+            span = self.fresh_span(span.len);
+        }
+    }
+
+    /// Fills the written parts of `span` and returns the others (start, length).
+    async fn read_parts(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: &Span<H::Buffer>,
+    ) -> Result<Vec<(usize, usize)>, Errno> {
+        let mut zeroes = Vec::new();
+        for extent in extents(range) {
+            let part = intersect(range, &self.extent_bytes(extent));
+            let within = length(part.start - range.start);
+            let len = length(part.end - part.start);
+            let (written, unknown) = {
+                let maps = self.maps.borrow();
+                (maps.is_written(extent), maps.unknown.contains(&extent))
+            };
+            if unknown {
+                return Err(Errno::IO);
+            }
+            if !written {
+                zeroes.push((within, len));
+                continue;
+            }
+            self.equalise_for_read(&part).await?;
+            self.read_written(&part, span.slice(within, len)).await?;
+            if span.buffer.in_use() {
+                break;
+            }
+        }
+        Ok(zeroes)
+    }
+
+    fn fresh_span(&self, len: usize) -> Span<H::Buffer> {
+        front(&self.host.allocate(len.next_multiple_of(length(BLOCK_BYTES))), len)
+    }
+
+    /// Reads a range of written, equal extents from the best member, failing over.
+    pub(super) async fn read_written(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: Span<H::Buffer>,
+    ) -> Result<Span<H::Buffer>, Errno> {
+        let mut span = span;
+        let mut failed: Vec<u8> = Vec::new();
+        let mut last_error = Errno::IO;
+        loop {
+            let view = self.view();
+            let candidates =
+                view.receivers.iter().filter(|r| r.in_sync && !failed.contains(&r.slot));
+            let Some(member) = candidates.min_by_key(|r| r.disk.in_flight()) else {
+                return Err(last_error);
+            };
+            let offset = self.data_offset + range.start;
+            let request = DiskRequest::Read { offset, span: span.clone() };
+            // A stall is noticed only while another member could answer instead.
+            let alone = view.receivers.iter().filter(|r| r.in_sync).count() == 1;
+            let result = if alone {
+                member.disk.submit(request).await
+            } else {
+                self.to_one(member, request).await
+            };
+            match result {
+                Ok(()) => {
+                    for slot in failed {
+                        self.spawn_repair(slot, range.clone());
+                    }
+                    return Ok(span);
+                }
+                Err(Errno::TIMED_OUT) if !alone => {
+                    self.begin_loss(member.slot, "a read got no answer within the deadline");
+                    span = self.fresh_span(span.len);
+                }
+                Err(errno) => {
+                    last_error = errno;
+                    failed.push(member.slot);
+                    self.slots.borrow_mut()[usize::from(member.slot)].read_errors += 1;
+                }
+            }
+        }
+    }
+
+    fn spawn_repair(self: &Rc<Self>, slot: u8, range: Range<u64>) {
+        self.spawn(|mirror| async move { mirror.repair(slot, range).await });
+    }
+
+    /// Rewrites a copy that could not be read, from one that can, and reads it back. A repair
+    /// is a write: the extents are hot first (R1) and the range lock is held from the read to
+    /// the end of the write (R4).
+    async fn repair(self: Rc<Self>, slot: u8, range: Range<u64>) {
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        let range = self.block_bytes(&blocks);
+        let _pass = self.gate.enter().await;
+        let mut at = range.start;
+        while at < range.end {
+            let piece = at..(at + super::PIECE_BYTES as u64).min(range.end);
+            at = piece.end;
+            let lock = self.locks.lock(piece.clone()).await;
+            if self.stopping.get() || self.write_blocked.get() {
+                return;
+            }
+            if extents(&piece).any(|extent| !self.maps.borrow().is_written(extent)) {
+                continue;
+            }
+            if self.heat(&piece).await.is_err() {
+                return;
+            }
+            lock.set_issued(true);
+            let repaired = self.rewrite_copy(slot, &piece).await;
+            self.end_repair(&piece);
+            drop(lock);
+            match repaired {
+                Ok(true) => {
+                    let count = blocks_covering(piece.start, piece.end - piece.start);
+                    let mut slots = self.slots.borrow_mut();
+                    slots[usize::from(slot)].repaired_blocks += count.end - count.start;
+                }
+                Ok(false) => return,
+                Err(errno) => {
+                    self.begin_loss(slot, &format!("rewriting a bad sector failed: {errno}"));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// The rewritten blocks join the unflushed set like any write's.
+    fn end_repair(&self, range: &Range<u64>) {
+        let mut maps = self.maps.borrow_mut();
+        let now = self.coarse_now.get();
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        for extent in extents(range) {
+            if maps.hot.contains(extent) {
+                maps.hot.begin_write(extent, now);
+                maps.hot.end_write(extent, intersect(&blocks, &extent.blocks()), now);
+            }
+        }
+    }
+
+    /// Copies `range` onto the in-sync member in `slot` from another one. `Ok(false)` when
+    /// there is nothing to copy from or nobody to copy to.
+    async fn rewrite_copy(&self, slot: u8, range: &Range<u64>) -> Result<bool, Errno> {
+        let len = length(range.end - range.start);
+        let span = self.fresh_span(len);
+        let view = self.view();
+        let find = |wanted: &dyn Fn(&&Receiver<D>) -> bool| {
+            view.receivers.iter().filter(|r| r.in_sync).find(wanted).cloned()
+        };
+        let (Some(source), Some(target)) = (find(&|r| r.slot != slot), find(&|r| r.slot == slot))
+        else {
+            return Ok(false);
+        };
+        let offset = self.data_offset + range.start;
+        let read = DiskRequest::Read { offset, span: span.clone() };
+        if self.to_one(&source, read.clone()).await.is_err() {
+            return Ok(false);
+        }
+        let write = DiskRequest::Write { offset, span: span.clone(), fua: true };
+        self.to_one(&target, write).await?;
+        self.to_one(&target, read).await?;
+        Ok(true)
+    }
+}

@@ -1,0 +1,462 @@
+//! From opened devices to a running mirror, and the clean stop.
+//!
+//! # Order of a start, and why
+//!
+//! 1. Every candidate's superblock and state map are read; unequal superblock copies are made
+//!    equal before anything relies on them.
+//! 2. [`assemble`] decides who is in-sync and whether to start at all.
+//! 3. The maps are put together: of each sector the newest valid content on any in-sync
+//!    member. A sector bad everywhere never reads as *clear*: its extents are hot (and reads
+//!    of them answer EIO until the operator starts with `--force`), its blocks missed.
+//! 4. Hot extents become un-equalised and unflushed, and missed for every slot that is not
+//!    in-sync (R12).
+//! 5. One commit makes all of that durable, including sectors that differed; a round records
+//!    the start and the members lost by it. Only now anything is answered.
+//! 6. Background tasks begin; members that can return by delta are joined.
+
+use super::maps::{Maps, Page, pages_of};
+use super::member_io::{RegionImage, Surveyed, read_pages, read_region, survey};
+use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
+use crate::assemble::{AssembleOptions, COMMITS_IN_FLIGHT_MAX, Plan, Refusal, Verdict, assemble};
+use crate::control::{ErrorKind, IoCounts};
+use crate::host::{Disk, Errno, Host};
+use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE};
+use crate::superblock::{LastStop, Loss, SlotState, Superblock};
+use crate::ControlError;
+use dirty_map::{Extent, ExtentState, STATES_PER_SECTOR, Stamp};
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// Why a mirror did not start; the message is a sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct StartError {
+    kind: ErrorKind,
+    message: String,
+}
+
+impl StartError {
+    fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    /// Class of the failure.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        self.kind
+    }
+}
+
+impl From<Refusal> for StartError {
+    fn from(refusal: Refusal) -> Self {
+        let kind = match refusal {
+            Refusal::NoMembers => ErrorKind::NotFound,
+            _ => ErrorKind::Refused,
+        };
+        Self::new(kind, refusal.to_string())
+    }
+}
+
+/// A device that was surveyed.
+struct Present<D> {
+    path: String,
+    disk: Rc<D>,
+    surveyed: Surveyed,
+}
+
+/// A lost slot's record-to-be.
+struct StartLoss {
+    slot: u8,
+    state: SlotState,
+    loss: Loss,
+}
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Starts a mirror on the members among `candidates`.
+    ///
+    /// # Errors
+    ///
+    /// When starting could serve old or wrong data, or a device fails; a sentence says which.
+    pub async fn start(
+        host: Rc<H>,
+        candidates: Vec<Candidate<D>>,
+        options: StartOptions,
+    ) -> Result<Rc<Self>, StartError> {
+        let present = survey_all(&*host, candidates).await?;
+        let seen: Vec<_> = present.iter().map(|p| p.surveyed.seen.clone()).collect();
+        let plan = assemble(&seen, AssembleOptions { force: options.force })?;
+        let config = &present[plan.newest].surveyed.seen.superblock;
+        if config.name != options.name {
+            return Err(StartError::new(
+                ErrorKind::Usage,
+                format!("these are members of the mirror '{}', not '{}'", config.name, options.name),
+            ));
+        }
+        let mirror = Rc::new(Self::new(host, options, config.clone()));
+        mirror.attach(&present, &plan);
+        mirror.load_maps(&present, &plan).await;
+        mirror.begin(&present, &plan).await?;
+        mirror.auto_join(present, plan);
+        Ok(mirror)
+    }
+
+    fn new(host: Rc<H>, options: StartOptions, config: Superblock) -> Self {
+        let slots = config.slots.iter().map(|record| Slot::absent(record.address.clone()));
+        let maps = Maps::new(&config.layout, config.slots.len(), config.tag());
+        Self {
+            slots: RefCell::new(slots.collect()),
+            view: RefCell::new(Rc::new(View { receivers: Vec::new(), absent: Vec::new() })),
+            maps: RefCell::new(maps),
+            gate: super::Gate::default(),
+            locks: super::RangeLocks::default(),
+            membership: super::Exclusive::default(),
+            commits: super::Commits::default(),
+            flushes: super::write::Flushes::default(),
+            stalls: super::StallWatch::default(),
+            prepared: super::WaitList::default(),
+            changed: super::WaitList::default(),
+            losses_pending: Cell::new(0),
+            flush_failed_here: Cell::new(false),
+            write_blocked: Cell::new(false),
+            stopping: Cell::new(false),
+            coarse_now: Cell::new(host.now()),
+            wrote_since_tick: Cell::new(false),
+            counts: RefCell::new(IoCounts::default()),
+            resync: RefCell::new(None),
+            last_resync: RefCell::new(None),
+            zeroes: host.allocate(PIECE_BYTES),
+            data_offset: config.layout.data_offset,
+            size_bytes: config.layout.size_bytes,
+            logical_block_bytes: config.logical_block_bytes,
+            config: RefCell::new(config),
+            options,
+            host,
+        }
+    }
+
+    /// Gives the in-sync members their slots.
+    fn attach(&self, present: &[Present<D>], plan: &Plan) {
+        {
+            let mut slots = self.slots.borrow_mut();
+            for (member, verdict) in present.iter().zip(&plan.verdicts) {
+                let superblock = &member.surveyed.seen.superblock;
+                let Some(slot) = slots.get_mut(usize::from(superblock.own_slot)) else { continue };
+                match verdict {
+                    Verdict::InSync => {
+                        *slot = Slot {
+                            running: Running::InSync,
+                            disk: Some(member.disk.clone()),
+                            position: member.surveyed.seen.position,
+                            epoch: superblock.epoch.id,
+                            write_count: superblock.write_count,
+                            ..Slot::absent(member.path.clone())
+                        };
+                    }
+                    Verdict::Delta { .. } => {}
+                    Verdict::Full { reason } | Verdict::Refused { reason } => {
+                        slot.reason = Some(reason.clone());
+                        slot.path.clone_from(&member.path);
+                    }
+                }
+            }
+        }
+        self.refresh_view();
+    }
+
+    /// Steps 3 and 4 of the module documentation.
+    async fn load_maps(&self, present: &[Present<D>], plan: &Plan) {
+        let in_sync: Vec<&Present<D>> =
+            present.iter().zip(&plan.verdicts).filter(|(_, v)| **v == Verdict::InSync).map(|(p, _)| p).collect();
+        let newest = present.iter().map(|p| p.surveyed.seen.position).max();
+        self.maps.borrow_mut().stamp = newest.unwrap_or(Stamp { ordinal: 0, sequence: 0 });
+        let states: Vec<&RegionImage> = in_sync.iter().map(|p| &p.surveyed.states).collect();
+        self.load_states(&states);
+        let lost: Vec<u8> = plan.lost.iter().map(|(slot, _)| *slot).collect();
+        let absent = self.view().absent.clone();
+        for &slot in absent.iter().filter(|slot| !lost.contains(slot)) {
+            self.load_missed(&in_sync, slot).await;
+        }
+        self.expose_hot(in_sync.len(), &absent);
+        let mut maps = self.maps.borrow_mut();
+        for &slot in &absent {
+            if lost.contains(&slot) {
+                maps.restart_missed(slot);
+            }
+            maps.queue_missed(slot);
+        }
+    }
+
+    fn load_states(&self, images: &[&RegionImage]) {
+        let mut maps = self.maps.borrow_mut();
+        let extents = u64::from(maps.states.len());
+        for index in 0..maps.states.sectors() {
+            let merged = newest_sector(images, index);
+            match merged.payload.and_then(|payload| payload.try_into().ok()) {
+                Some(payload) => maps.states.load_payload(index, payload),
+                None => {
+                    tracing::error!("the states of extents in map sector {index} are lost on every in-sync member");
+                    let first = u64::from(index) * STATES_PER_SECTOR;
+                    for extent in first..(first + STATES_PER_SECTOR).min(extents) {
+                        let extent = Extent(u32::try_from(extent).unwrap_or(u32::MAX));
+                        maps.states.force(extent, ExtentState::Hot);
+                        if !self.options.force {
+                            maps.unknown.insert(extent);
+                        }
+                    }
+                }
+            }
+            if merged.uneven {
+                let page = index / u32::try_from(SECTORS_PER_PAGE).unwrap_or(1);
+                maps.dirty.insert(Page { kind: RegionKind::State, slot: 0, index: page });
+            }
+        }
+    }
+
+    /// Reads the missed map of a slot that was not in-sync already.
+    async fn load_missed(&self, in_sync: &[&Present<D>], slot: u8) {
+        let layout = self.config.borrow().layout.clone();
+        let (Some(summary), Some(missed)) =
+            (layout.find(RegionKind::Summary, slot), layout.find(RegionKind::Missed, slot))
+        else {
+            return;
+        };
+        let config = self.config.borrow().clone();
+        let mut images = Vec::new();
+        for member in in_sync {
+            images.push(read_region(&*self.host, &*member.disk, &config, summary).await);
+        }
+        let images: Vec<&RegionImage> = images.iter().collect();
+        self.load_summary(&images, slot);
+        let pages: Vec<u32> = self.maps.borrow().missed[usize::from(slot)].summary.iter().collect();
+        for run in pages.chunk_by(|a, b| a + 1 == *b) {
+            for part in run.chunks(PIECE_BYTES / usize::try_from(PAGE_BYTES).unwrap_or(1)) {
+                let range = u64::from(part[0])..u64::from(part[0]) + part.len() as u64;
+                let mut images = Vec::new();
+                for member in in_sync {
+                    let image = read_pages(&*self.host, &*member.disk, &config, missed, range.clone());
+                    images.push(image.await);
+                }
+                self.load_missed_pages(&images.iter().collect::<Vec<_>>(), slot, range);
+            }
+        }
+    }
+
+    fn load_summary(&self, images: &[&RegionImage], slot: u8) {
+        let mut maps = self.maps.borrow_mut();
+        let maps = &mut *maps;
+        let summary = &mut maps.missed[usize::from(slot)].summary;
+        for index in 0..summary.sectors() {
+            let merged = newest_sector(images, index);
+            match merged.payload.and_then(|payload| payload.try_into().ok()) {
+                Some(payload) => summary.load_payload(index, payload),
+                // Every page of its range is looked at, and what is not valid there is missed.
+                None => summary.load_payload(index, &[0xff; dirty_map::PAYLOAD_BYTES]),
+            }
+        }
+        for index in 0..pages_of(u64::from(summary.sectors())) {
+            maps.dirty.insert(Page { kind: RegionKind::Summary, slot, index });
+        }
+    }
+
+    fn load_missed_pages(&self, images: &[&RegionImage], slot: u8, pages: Range<u64>) {
+        let mut maps = self.maps.borrow_mut();
+        let maps = &mut *maps;
+        let missed = &mut maps.missed[usize::from(slot)].map;
+        for (at, sector) in (pages.start * SECTORS_PER_PAGE..pages.end * SECTORS_PER_PAGE).enumerate() {
+            let sector = u32::try_from(sector).unwrap_or(u32::MAX);
+            if sector >= missed.sectors() {
+                break;
+            }
+            let merged = newest_sector(images, u32::try_from(at).unwrap_or(u32::MAX));
+            match merged.payload.and_then(|payload| payload.try_into().ok()) {
+                Some(payload) => missed.load_payload(sector, payload),
+                None => missed.set_sector(sector),
+            }
+            if merged.uneven {
+                let index = sector / u32::try_from(SECTORS_PER_PAGE).unwrap_or(1);
+                maps.dirty.insert(Page { kind: RegionKind::Missed, slot, index });
+            }
+        }
+    }
+
+    /// Hot extents may differ between members and may sit in caches; absent members may lack
+    /// any of their blocks (R12).
+    fn expose_hot(&self, in_sync: usize, absent: &[u8]) {
+        let mut maps = self.maps.borrow_mut();
+        let now = self.coarse_now.get();
+        let mut from = Extent(0);
+        while let Some(extent) = maps.states.next_in(ExtentState::Hot, from) {
+            maps.hot.insert(extent, now);
+            maps.hot.begin_write(extent, now);
+            maps.hot.end_write(extent, extent.blocks(), now);
+            if in_sync > 1 {
+                maps.hot.set_unequalised_all(extent);
+            }
+            for &slot in absent {
+                maps.miss(slot, extent.blocks());
+            }
+            from = Extent(extent.0 + 1);
+        }
+    }
+
+    /// Steps 5 and 6: durable before anything is answered.
+    async fn begin(self: &Rc<Self>, present: &[Present<D>], plan: &Plan) -> Result<(), StartError> {
+        self.spawn(Self::run_commits);
+        self.spawn(Self::run_stall_watch);
+        let failed = |errno: Errno| {
+            StartError::new(
+                ErrorKind::Failed,
+                format!("the start could not be recorded on any in-sync member: {errno}"),
+            )
+        };
+        self.commit().await.map_err(failed)?;
+        let losses = start_losses(&self.config.borrow(), present, plan);
+        for (slot, reason) in &plan.lost {
+            tracing::warn!("slot {slot} does not start in-sync: {reason}");
+            self.slots.borrow_mut()[usize::from(*slot)].reason = Some(reason.clone());
+        }
+        let epoch = self.host.random();
+        let forced = self.options.force && !losses.is_empty();
+        let round = self.round(|config| {
+            config.last_stop = LastStop::Unclean;
+            if losses.is_empty() {
+                return;
+            }
+            config.forced = forced;
+            for loss in &losses {
+                let record = &mut config.slots[usize::from(loss.slot)];
+                record.state = loss.state;
+                record.loss = Some(loss.loss);
+            }
+            config.begin_epoch(epoch);
+        });
+        round.await.map_err(failed)?;
+        self.spawn(Self::run_losses);
+        self.spawn(Self::run_ticks);
+        self.spawn(Self::run_equalise);
+        Ok(())
+    }
+
+    /// Members that can return by delta, and were not failed on purpose, come back by
+    /// themselves, one after the other.
+    fn auto_join(self: &Rc<Self>, present: Vec<Present<D>>, plan: Plan) {
+        let mut returning = Vec::new();
+        for (member, verdict) in present.into_iter().zip(plan.verdicts) {
+            let slot = member.surveyed.seen.superblock.own_slot;
+            let state = self.config.borrow().slots.get(usize::from(slot)).map(|r| r.state);
+            let by_itself = !matches!(state, Some(SlotState::Faulty));
+            if matches!(verdict, Verdict::Delta { .. }) && by_itself {
+                // Nobody else holds the device: it was opened for this start.
+                if let Ok(disk) = Rc::try_unwrap(member.disk) {
+                    returning.push((member.path, disk));
+                }
+            }
+        }
+        self.spawn(|mirror| async move {
+            for (path, disk) in returning {
+                let resynced = || mirror.resync.borrow().is_none().then_some(());
+                mirror.changed.until(resynced).await;
+                if let Err(error) = mirror.re_add(path.clone(), disk, false, false).await {
+                    tracing::warn!("{path} could not return by itself: {error}");
+                }
+            }
+        });
+    }
+
+    /// Flushes, cools every extent and records the clean stop. The front end has stopped
+    /// sending requests; what still comes is answered with EIO.
+    ///
+    /// # Errors
+    ///
+    /// When the stop could not be recorded: nothing is lost, the next start is that after a
+    /// crash.
+    pub async fn stop(self: &Rc<Self>) -> Result<(), ControlError> {
+        let _closed = self.gate.close().await;
+        let result = self.stop_inside().await;
+        self.stopping.set(true);
+        result.map_err(|errno| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("the clean stop could not be recorded ({errno}); the next start will be as after a crash, nothing is lost"),
+            )
+        })
+    }
+
+    async fn stop_inside(&self) -> Result<(), Errno> {
+        self.flush_inside().await?;
+        let quiet = self.maps.borrow_mut().hot.coolable(self.host.now(), Duration::ZERO, usize::MAX);
+        if self.options.write_intent {
+            self.cool(quiet).await?;
+        }
+        let clean = self.maps.borrow().hot.len() == 0;
+        self.round(|config| {
+            if clean {
+                config.last_stop = LastStop::Clean;
+            }
+        })
+        .await
+    }
+}
+
+/// Surveys all candidates; one that cannot be surveyed counts as absent, unless none can.
+async fn survey_all<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    candidates: Vec<Candidate<D>>,
+) -> Result<Vec<Present<D>>, StartError> {
+    let mut present = Vec::new();
+    let mut reasons = Vec::new();
+    for Candidate { path, disk } in candidates {
+        match survey(host, &disk, &path).await {
+            Ok(surveyed) => present.push(Present { path, disk: Rc::new(disk), surveyed }),
+            Err(error) => {
+                tracing::warn!("{path} is left out: {error}");
+                reasons.push(format!("{path}: {error}"));
+            }
+        }
+    }
+    if present.is_empty() && !reasons.is_empty() {
+        return Err(StartError::new(
+            ErrorKind::Refused,
+            format!("no usable member was given. {}", reasons.join(". ")),
+        ));
+    }
+    Ok(present)
+}
+
+/// What the records of slots say that were in-sync and do not start so.
+fn start_losses<D>(config: &Superblock, present: &[Present<D>], plan: &Plan) -> Vec<StartLoss> {
+    let ahead = present.iter().zip(&plan.verdicts).filter(|(_, v)| **v == Verdict::InSync);
+    let ahead = ahead.map(|(p, _)| p.surveyed.seen.position).max();
+    let ahead = ahead.unwrap_or(Stamp { ordinal: 0, sequence: 0 });
+    let records = plan.lost.iter().map(|(slot, _)| {
+        let here = present.iter().any(|p| p.surveyed.seen.superblock.own_slot == *slot);
+        // An absent one may have missed the commits that were in flight; one that is here was
+        // found to be older than that and must not come back by delta.
+        let slack = if here { 0 } else { COMMITS_IN_FLIGHT_MAX };
+        let position = Stamp { sequence: ahead.sequence.saturating_sub(slack), ..ahead };
+        StartLoss {
+            slot: *slot,
+            state: if here { SlotState::Stale } else { SlotState::Missing },
+            loss: Loss { epoch: config.epoch.id, position, block_exact: false },
+        }
+    });
+    records.collect()
+}
+
+/// The newest content of a sector over several members.
+struct Merged<'a> {
+    payload: Option<&'a [u8]>,
+    /// Whether a copy anywhere is damaged or older.
+    uneven: bool,
+}
+
+fn newest_sector<'a>(images: &[&'a RegionImage], index: u32) -> Merged<'a> {
+    let index = usize::try_from(index).unwrap_or(usize::MAX);
+    let contents = images.iter().map(|image| image.sectors.get(index).and_then(Option::as_ref));
+    let newest = contents.clone().flatten().max_by_key(|(stamp, _)| *stamp);
+    let uneven = images.iter().any(|image| image.uneven.get(index) != Some(&false))
+        || contents.clone().any(|content| content != newest);
+    Merged { payload: newest.map(|(_, payload)| payload.as_slice()), uneven }
+}

@@ -1,0 +1,149 @@
+//! Discard and write-zeroes (R11).
+//!
+//! Whole extents become *discarded*, durably on every receiving member, before the discard
+//! reaches any disk; from then on they read as zeroes whatever the disks hold, and are zeroed
+//! again before use. For write-zeroes that is exact and as cheap.
+//!
+//! Parts of extents: a discard ignores them (it is advisory), write-zeroes goes through the
+//! write path with zeroes as its data.
+
+use super::heat::extents;
+use super::write::intersect;
+use super::{Mirror, PIECE_BYTES, front, length};
+use crate::host::{Disk, DiskRequest, Errno, Host};
+use dirty_map::{Extent, ExtentState};
+use std::ops::Range;
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Forgets the content of the whole extents in the range; they read as zeroes afterwards.
+    /// What is smaller than an extent is ignored.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID` or `NO_SPACE` for a range that does not fit the device; `IO` when it could not
+    /// be recorded on any in-sync member.
+    pub async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
+        let range = self.check(offset, len)?;
+        self.count(|counts| counts.discards += 1);
+        let _pass = self.gate.enter().await;
+        let (_, whole, _) = self.split(&range);
+        self.answer(self.discard_extents(whole).await)
+    }
+
+    /// Makes the range read as zeroes; with `fua`, durably.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mirror::write`].
+    pub async fn write_zeroes(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
+        let range = self.check(offset, len)?;
+        self.count(|counts| counts.discards += 1);
+        let (head, whole, tail) = self.split(&range);
+        let mut result = self.zero_part(head, fua).await;
+        if result.is_ok() {
+            let _pass = self.gate.enter().await;
+            result = self.discard_extents(whole).await;
+        }
+        if result.is_ok() {
+            result = self.zero_part(tail, fua).await;
+        }
+        self.answer(result)
+    }
+
+    /// Splits a range into the part before the first whole extent, the whole extents, and the
+    /// part after. The device's last extent is whole when the range reaches the device's end.
+    fn split(&self, range: &Range<u64>) -> (Range<u64>, Range<u64>, Range<u64>) {
+        let extent = dirty_map::EXTENT_BYTES;
+        let start = range.start.next_multiple_of(extent).min(range.end);
+        let aligned = range.end - range.end % extent;
+        let end = if range.end == self.size_bytes { range.end } else { aligned };
+        if start >= end {
+            return (range.clone(), start..start, range.end..range.end);
+        }
+        (range.start..start, start..end, end..range.end)
+    }
+
+    async fn discard_extents(&self, whole: Range<u64>) -> Result<(), Errno> {
+        if whole.is_empty() {
+            return Ok(());
+        }
+        let _lock = self.locks.lock(whole.clone()).await;
+        if self.write_blocked.get() || self.stopping.get() {
+            return Err(Errno::IO);
+        }
+        let written: Vec<Extent> = {
+            let maps = self.maps.borrow();
+            extents(&whole).filter(|&e| maps.is_written(e)).collect()
+        };
+        if written.is_empty() {
+            return Ok(());
+        }
+        {
+            let mut maps = self.maps.borrow_mut();
+            for &extent in &written {
+                // Nothing of it is in flight: the range lock covers whole extents.
+                if maps.hot.contains(extent) {
+                    maps.hot.remove(extent);
+                }
+                maps.cooling.remove(&extent);
+                maps.unknown.remove(&extent);
+                maps.set_state(extent, ExtentState::Discarded);
+            }
+        }
+        if let Err(errno) = self.commit().await {
+            self.take_back(&written);
+            return Err(errno);
+        }
+        self.discard_on_members(&written).await;
+        self.losses_effective().await
+    }
+
+    /// The discard is not durable: the extents hold their data still.
+    fn take_back(&self, written: &[Extent]) {
+        let mut maps = self.maps.borrow_mut();
+        let now = self.coarse_now.get();
+        for &extent in written {
+            maps.set_state(extent, ExtentState::Hot);
+            maps.hot.insert(extent, now);
+            // What was known of its unflushed blocks is gone: assume the worst.
+            maps.hot.set_unequalised_all(extent);
+            maps.hot.begin_write(extent, now);
+            maps.hot.end_write(extent, extent.blocks(), now);
+        }
+    }
+
+    /// Tells the disks, advisory: an error loses nobody, a stall does.
+    async fn discard_on_members(&self, written: &[Extent]) {
+        let view = self.view();
+        for &extent in written {
+            let range = self.extent_bytes(extent);
+            let (offset, len) = (self.data_offset + range.start, range.end - range.start);
+            for receiver in view.receivers.iter().filter(|r| r.geometry.discard) {
+                let request = DiskRequest::Discard { offset, len };
+                if self.to_one(receiver, request).await == Err(Errno::TIMED_OUT) {
+                    self.begin_loss(receiver.slot, "a discard got no answer within the deadline");
+                }
+            }
+        }
+    }
+
+    /// Writes zeroes over part of an extent, or parts of two; what reads as zeroes already is
+    /// left alone.
+    async fn zero_part(&self, range: Range<u64>, fua: bool) -> Result<(), Errno> {
+        let mut at = range.start;
+        while at < range.end {
+            let Some(extent) = extents(&(at..at + 1)).next() else { break };
+            let within = intersect(&(at..range.end), &self.extent_bytes(extent));
+            let piece = at..within.end.min(at + PIECE_BYTES as u64);
+            at = piece.end;
+            if !self.maps.borrow().is_written(extent) {
+                continue;
+            }
+            let span = front(&self.zeroes, length(piece.end - piece.start));
+            let offset = self.data_offset + piece.start;
+            let request = |_: &_| DiskRequest::Write { offset, span: span.clone(), fua };
+            self.write_through(piece, fua, request).await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,133 @@
+#![allow(clippy::unwrap_used)]
+use super::*;
+use proptest::prelude::*;
+
+pub(crate) fn sample() -> Superblock {
+    let mut slots = vec![SlotRecord::empty(); 3];
+    for (slot, record) in slots.iter_mut().enumerate().take(2) {
+        record.member = Some(Uuid::from_u128(0x100 + slot as u128));
+        record.state = SlotState::InSync;
+        record.address = format!("/dev/sd{slot}");
+        record.zeroed = slot == 0;
+    }
+    slots[1].state = SlotState::Faulty;
+    slots[1].loss = Some(Loss {
+        epoch: 77,
+        position: Stamp { ordinal: 3, sequence: 900 },
+        block_exact: true,
+    });
+    slots[1].base = Stamp { ordinal: 2, sequence: 500 };
+    Superblock {
+        mirror: Uuid::from_u128(0xabcd),
+        member: Uuid::from_u128(0x100),
+        name: "data".into(),
+        write_count: 12,
+        layout: Layout::for_size(1 << 30),
+        event_count: 5,
+        epoch: Epoch { id: 78, ordinal: 4 },
+        history: vec![Epoch { id: 77, ordinal: 3 }, Epoch { id: 1, ordinal: 0 }],
+        own_slot: 0,
+        slots,
+        last_stop: LastStop::Unclean,
+        flush_failed: true,
+        forced: false,
+        logical_block_bytes: 512,
+        resync_cursor: 4096,
+        created_secs: 1,
+        updated_secs: 2,
+    }
+}
+
+fn reseal(bytes: &mut [u8]) {
+    bytes[CRC_AT..CRC_AT + 4].fill(0);
+    let crc = crc32fast::hash(bytes);
+    bytes[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_le_bytes());
+}
+
+#[test]
+fn round_trip() {
+    let superblock = sample();
+    assert_eq!(Superblock::decode(&superblock.encode()).unwrap(), superblock);
+}
+
+#[test]
+fn golden_image() {
+    // The format on disk does not change by accident: the checksum of a fixed superblock.
+    assert_eq!(crc32fast::hash(&sample().encode()[16..]), 0x8a1b_2c3d);
+}
+
+#[test]
+fn every_flipped_bit_is_noticed() {
+    let good = sample().encode();
+    for bit in 0..good.len() * 8 {
+        let mut bad = good.clone();
+        bad[bit / 8] ^= 1 << (bit % 8);
+        assert!(Superblock::decode(&bad).is_err(), "bit {bit}");
+    }
+}
+
+#[test]
+fn the_newer_valid_copy_wins() {
+    let old = sample();
+    let mut new = old.clone();
+    new.write_count += 1;
+    new.event_count += 1;
+    let (old_bytes, new_bytes) = (old.encode(), new.encode());
+    let torn = [&new_bytes[..512], &old_bytes[512..]].concat();
+    let blank = vec![0; COPY_BYTES];
+    let cases: [(&[u8], &[u8], Option<&Superblock>, bool); 7] = [
+        (&new_bytes, &new_bytes, Some(&new), false),
+        (&new_bytes, &old_bytes, Some(&new), true),
+        (&old_bytes, &new_bytes, Some(&new), true),
+        (&torn, &old_bytes, Some(&old), true),
+        (&new_bytes, &torn, Some(&new), true),
+        (&torn, &torn, None, false),
+        (&blank, &blank, None, false),
+    ];
+    for (index, (a, b, want, mending)) in cases.into_iter().enumerate() {
+        match (Superblock::load(a, b), want) {
+            (Ok(loaded), Some(want)) => {
+                assert_eq!(&loaded.superblock, want, "case {index}");
+                assert_eq!(loaded.needs_mending, mending, "case {index}");
+            }
+            (Err(_), None) => {}
+            (got, want) => panic!("case {index}: {got:?} instead of {want:?}"),
+        }
+    }
+    assert_eq!(Superblock::load(&blank, &blank), Err(SuperblockError::NotAMember));
+    assert!(matches!(Superblock::load(&blank, &torn), Err(SuperblockError::Damaged(_))));
+}
+
+#[test]
+fn unknown_features_refuse() {
+    for at in [24, 32] {
+        let mut bytes = sample().encode();
+        bytes[at] = 1;
+        reseal(&mut bytes);
+        assert!(matches!(Superblock::decode(&bytes), Err(SuperblockError::TooNew(_))));
+    }
+    let mut bytes = sample().encode();
+    bytes[16] = 1;
+    reseal(&mut bytes);
+    assert!(Superblock::decode(&bytes).is_ok(), "compatible features are ignored");
+}
+
+proptest! {
+    #[test]
+    fn decoding_never_panics(bytes in proptest::collection::vec(any::<u8>(), COPY_BYTES)) {
+        let mut bytes = bytes;
+        bytes[..8].copy_from_slice(MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[24..40].fill(0);
+        reseal(&mut bytes);
+        let _ = Superblock::decode(&bytes);
+    }
+
+    #[test]
+    fn decoding_damaged_fields_never_panics(at in 16usize..END, value: u8) {
+        let mut bytes = sample().encode();
+        bytes[at] = value;
+        reseal(&mut bytes);
+        let _ = Superblock::decode(&bytes);
+    }
+}
