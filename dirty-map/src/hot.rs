@@ -215,7 +215,7 @@ pub struct HotExtents {
     /// Extents by the time of a write; only the entry's own time counts.
     buckets: VecDeque<(Duration, Vec<Extent>)>,
     /// Extents out of old buckets that have not cooled yet, with the time of their last write.
-    ripe: Vec<(Duration, Extent)>,
+    ripe: BTreeSet<(Duration, Extent)>,
 }
 
 impl HotExtents {
@@ -234,7 +234,7 @@ impl HotExtents {
             unequalised: BTreeSet::new(),
             unequalised_blocks: 0,
             buckets: VecDeque::new(),
-            ripe: Vec::new(),
+            ripe: BTreeSet::new(),
         }
     }
 
@@ -479,14 +479,10 @@ impl HotExtents {
             .collect()
     }
 
-    /// Whether some extent could cool if a flush were done first.
-    pub fn quiet_but_unflushed(&mut self, now: Duration, quiet: Duration) -> bool {
-        self.ripen(now, quiet);
-        self.ripe.iter().any(|(_, extent)| {
-            self.entries
-                .get(extent)
-                .is_some_and(|e| e.is_quiet(now, quiet) && !e.is_flushed())
-        })
+    /// Whether any block was written since the last flush began.
+    #[must_use]
+    pub fn is_unflushed(&self) -> bool {
+        !self.written.is_empty()
     }
 
     /// Upper bound of the bytes in use.

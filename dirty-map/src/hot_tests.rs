@@ -55,11 +55,11 @@ fn an_extent_cools_when_nothing_speaks_against_it() {
         hot.coolable(late, QUIET, 9).is_empty(),
         "an unflushed block"
     );
-    assert!(hot.quiet_but_unflushed(late, QUIET));
+    assert!(hot.is_unflushed());
     hot.begin_flush();
     assert!(hot.coolable(late, QUIET, 9).is_empty(), "under a flush");
     hot.end_flush(true);
-    assert!(!hot.quiet_but_unflushed(late, QUIET));
+    assert!(!hot.is_unflushed());
     hot.set_unequalised(Extent(7), 7170..7171);
     assert!(hot.coolable(late, QUIET, 9).is_empty(), "un-equalised");
     hot.clear_unequalised(7170..7171);

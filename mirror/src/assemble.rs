@@ -156,20 +156,32 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
         verdicts.push(verdict);
     }
     for (slot, record) in config.slots.iter().enumerate() {
-        let present = seen.iter().any(|s| Some(s.superblock.member) == record.member);
+        let present = seen
+            .iter()
+            .any(|s| Some(s.superblock.member) == record.member);
         if record.state == SlotState::InSync && !present {
-            let absent = format!("the member in slot {slot} (last seen as {})", record.address);
+            let absent = format!(
+                "the member in slot {slot} (last seen as {})",
+                record.address
+            );
             if !options.force {
                 return Err(Refusal::MayBeOld { absent });
             }
-            lost.push((u8::try_from(slot).unwrap_or(u8::MAX), format!("{absent} was not found")));
+            lost.push((
+                u8::try_from(slot).unwrap_or(u8::MAX),
+                format!("{absent} was not found"),
+            ));
         }
     }
     if !verdicts.contains(&Verdict::InSync) {
         let reasons: Vec<String> = lost.into_iter().map(|(_, reason)| reason).collect();
         return Err(Refusal::NoSource(reasons.join("; ")));
     }
-    Ok(Plan { newest, verdicts, lost })
+    Ok(Plan {
+        newest,
+        verdicts,
+        lost,
+    })
 }
 
 /// Decides how a former member comes back to a running mirror with configuration `config`.
@@ -183,7 +195,10 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
         ));
     }
     let Some(record) = config.slots.get(usize::from(superblock.own_slot)) else {
-        return refused(format!("{} names a slot that the mirror does not have", member.path));
+        return refused(format!(
+            "{} names a slot that the mirror does not have",
+            member.path
+        ));
     };
     if record.member != Some(superblock.member) {
         return refused(format!(
@@ -208,7 +223,10 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
         ));
     }
     if epoch != loss.epoch && age(config, epoch) > age(config, loss.epoch) {
-        return full(format!("{} is an older copy than the one that was lost", member.path));
+        return full(format!(
+            "{} is an older copy than the one that was lost",
+            member.path
+        ));
     }
     // Sequences never fall from one epoch to the next, so along one history they alone tell.
     let needed = loss.position.sequence.max(record.base.sequence);
@@ -258,13 +276,19 @@ fn in_sync_position(seen: &[Seen], config: &Superblock) -> Option<Stamp> {
 }
 
 fn names_in_sync(config: &Superblock, member: &Superblock) -> bool {
-    config.slots.get(usize::from(member.own_slot)).is_some_and(|record| {
-        record.state == SlotState::InSync && record.member == Some(member.member)
-    })
+    config
+        .slots
+        .get(usize::from(member.own_slot))
+        .is_some_and(|record| {
+            record.state == SlotState::InSync && record.member == Some(member.member)
+        })
 }
 
 fn parent(superblock: &Superblock) -> u128 {
-    superblock.history.first().map_or(superblock.epoch.id, |epoch| epoch.id)
+    superblock
+        .history
+        .first()
+        .map_or(superblock.epoch.id, |epoch| epoch.id)
 }
 
 /// Whether there is evidence that `superblock`'s epoch never became effective (R10).
@@ -272,7 +296,9 @@ fn ineffective<'a>(
     superblock: &Superblock,
     mut others: impl Iterator<Item = &'a Superblock>,
 ) -> bool {
-    let Some(before) = superblock.history.first() else { return false };
+    let Some(before) = superblock.history.first() else {
+        return false;
+    };
     others.any(|other| {
         let resynced_since = other.own_record().base.ordinal >= superblock.epoch.ordinal;
         other.member != superblock.member
@@ -288,23 +314,42 @@ fn newest(seen: &[Seen]) -> Result<usize, Refusal> {
         .iter()
         .map(|s| {
             let cut_off = ineffective(&s.superblock, seen.iter().map(|o| &o.superblock));
-            if cut_off { parent(&s.superblock) } else { s.superblock.epoch.id }
+            if cut_off {
+                parent(&s.superblock)
+            } else {
+                s.superblock.epoch.id
+            }
         })
         .collect();
     let newest = (0..seen.len())
-        .filter(|&i| counts_as.iter().all(|&epoch| seen[i].superblock.descends_from(epoch)))
-        .max_by_key(|&i| (seen[i].superblock.event_count, seen[i].superblock.write_count));
+        .filter(|&i| {
+            counts_as
+                .iter()
+                .all(|&epoch| seen[i].superblock.descends_from(epoch))
+        })
+        .max_by_key(|&i| {
+            (
+                seen[i].superblock.event_count,
+                seen[i].superblock.write_count,
+            )
+        });
     newest.ok_or_else(|| split_brain(seen, &counts_as))
 }
 
 fn split_brain(seen: &[Seen], counts_as: &[u128]) -> Refusal {
-    let pair = (0..seen.len()).flat_map(|a| (0..seen.len()).map(move |b| (a, b))).find(|&(a, b)| {
-        !seen[a].superblock.descends_from(counts_as[b])
-            && !seen[b].superblock.descends_from(counts_as[a])
-    });
+    let pair = (0..seen.len())
+        .flat_map(|a| (0..seen.len()).map(move |b| (a, b)))
+        .find(|&(a, b)| {
+            !seen[a].superblock.descends_from(counts_as[b])
+                && !seen[b].superblock.descends_from(counts_as[a])
+        });
     let (a, b) = pair.unwrap_or((0, seen.len() - 1));
     let (first, second) = (&seen[a], &seen[b]);
-    let common = first.superblock.history.iter().find(|e| second.superblock.descends_from(e.id));
+    let common = first
+        .superblock
+        .history
+        .iter()
+        .find(|e| second.superblock.descends_from(e.id));
     Refusal::SplitBrain {
         first: first.path.clone(),
         second: second.path.clone(),
@@ -316,7 +361,10 @@ fn split_brain(seen: &[Seen], counts_as: &[u128]) -> Refusal {
 
 fn same_mirror(seen: &[Seen]) -> Result<(), Refusal> {
     let first = seen.first().ok_or(Refusal::NoMembers)?;
-    match seen.iter().find(|s| s.superblock.mirror != first.superblock.mirror) {
+    match seen
+        .iter()
+        .find(|s| s.superblock.mirror != first.superblock.mirror)
+    {
         Some(other) => Err(Refusal::Foreign(first.path.clone(), other.path.clone())),
         None => Ok(()),
     }
@@ -325,7 +373,10 @@ fn same_mirror(seen: &[Seen]) -> Result<(), Refusal> {
 fn no_member_twice(seen: &[Seen]) -> Result<(), Refusal> {
     for (index, member) in seen.iter().enumerate() {
         let uuid = member.superblock.member;
-        if let Some(twin) = seen[..index].iter().find(|other| other.superblock.member == uuid) {
+        if let Some(twin) = seen[..index]
+            .iter()
+            .find(|other| other.superblock.member == uuid)
+        {
             let (first, second) = (twin.path.clone(), member.path.clone());
             return Err(Refusal::Twice { first, second });
         }
@@ -338,7 +389,11 @@ fn age(config: &Superblock, epoch: u128) -> usize {
     if config.epoch.id == epoch {
         return 0;
     }
-    config.history.iter().position(|past| past.id == epoch).map_or(usize::MAX, |index| index + 1)
+    config
+        .history
+        .iter()
+        .position(|past| past.id == epoch)
+        .map_or(usize::MAX, |index| index + 1)
 }
 
 fn full(reason: String) -> Verdict {
@@ -356,7 +411,11 @@ fn short(epoch: u128) -> String {
 
 /// An epoch and the two before it, in words.
 fn history(superblock: &Superblock) -> String {
-    let mut text = format!("epoch {} (event {})", short(superblock.epoch.id), superblock.event_count);
+    let mut text = format!(
+        "epoch {} (event {})",
+        short(superblock.epoch.id),
+        superblock.event_count
+    );
     for epoch in superblock.history.iter().take(2) {
         text.push_str(&format!(" after {}", short(epoch.id)));
     }

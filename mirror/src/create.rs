@@ -8,7 +8,9 @@
 //! Order on each member: maps first, a flush, then the superblock's two copies and a flush. A
 //! creation cut off in the middle leaves members without a superblock, which are no members.
 
-use crate::layout::{Layout, MEMBER_BYTES_MIN, MIRROR_BYTES_MAX, PAGE_BYTES, RegionKind, SLOTS_MAX};
+use crate::layout::{
+    Layout, MEMBER_BYTES_MIN, MIRROR_BYTES_MAX, PAGE_BYTES, RegionKind, SLOTS_MAX,
+};
 use crate::superblock::{
     ADDRESS_BYTES_MAX, COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Epoch, LastStop, NAME_BYTES_MAX,
     SlotRecord, SlotState, Superblock,
@@ -90,7 +92,9 @@ pub enum CreateError {
     #[error("a size of {0} bytes makes no sense; give a multiple of {1} bytes, at most 1 PiB")]
     Size(u64, u32),
     /// A member cannot hold the device.
-    #[error("{path} has {have} bytes, but {need} are needed; use a larger device or a smaller --size")]
+    #[error(
+        "{path} has {have} bytes, but {need} are needed; use a larger device or a smaller --size"
+    )]
     TooSmall {
         /// The member.
         path: String,
@@ -100,7 +104,9 @@ pub enum CreateError {
         need: u64,
     },
     /// Unusable logical block.
-    #[error("a logical block of {0} bytes does not work with {1}; use 512 or 4096, not less than the device's own")]
+    #[error(
+        "a logical block of {0} bytes does not work with {1}; use 512 or 4096, not less than the device's own"
+    )]
     LogicalBlock(u32, String),
 }
 
@@ -109,7 +115,9 @@ pub enum CreateError {
 pub fn is_name(name: &str) -> bool {
     (1..=NAME_BYTES_MAX).contains(&name.len())
         && !name.starts_with(['.', '-'])
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && name
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
 }
 
 /// Plans a new mirror.
@@ -140,15 +148,26 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
     let mut random = request.random.iter().copied();
     let mut draw = || random.next().unwrap_or_default();
     let mirror = random_uuid(draw());
-    let epoch = Epoch { id: draw(), ordinal: 0 };
-    let members: Vec<Uuid> = request.members.iter().map(|_| random_uuid(draw())).collect();
-    let slots = request.members.iter().zip(&members).map(|(new, &uuid)| SlotRecord {
-        member: Some(uuid),
-        state: SlotState::InSync,
-        zeroed: new.zeroed,
-        address: hint(&new.path),
-        ..SlotRecord::empty()
-    });
+    let epoch = Epoch {
+        id: draw(),
+        ordinal: 0,
+    };
+    let members: Vec<Uuid> = request
+        .members
+        .iter()
+        .map(|_| random_uuid(draw()))
+        .collect();
+    let slots = request
+        .members
+        .iter()
+        .zip(&members)
+        .map(|(new, &uuid)| SlotRecord {
+            member: Some(uuid),
+            state: SlotState::InSync,
+            zeroed: new.zeroed,
+            address: hint(&new.path),
+            ..SlotRecord::empty()
+        });
     let template = Superblock {
         mirror,
         member: Uuid::nil(),
@@ -168,18 +187,23 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         created_secs: request.now_secs,
         updated_secs: request.now_secs,
     };
-    let plans = request.members.iter().zip(&members).enumerate().map(|(slot, (new, &member))| {
-        let superblock = Superblock {
-            member,
-            own_slot: u8::try_from(slot).unwrap_or(u8::MAX),
-            ..template.clone()
-        };
-        MemberPlan {
-            path: new.path.clone(),
-            maps: blank_maps(&superblock),
-            superblocks: copies(&superblock),
-        }
-    });
+    let plans = request
+        .members
+        .iter()
+        .zip(&members)
+        .enumerate()
+        .map(|(slot, (new, &member))| {
+            let superblock = Superblock {
+                member,
+                own_slot: u8::try_from(slot).unwrap_or(u8::MAX),
+                ..template.clone()
+            };
+            MemberPlan {
+                path: new.path.clone(),
+                maps: blank_maps(&superblock),
+                superblocks: copies(&superblock),
+            }
+        });
     Ok(CreatePlan {
         size_bytes,
         member_bytes: template.layout.member_bytes(),
@@ -199,22 +223,33 @@ pub fn copies(superblock: &Superblock) -> Vec<(u64, Vec<u8>)> {
 /// Ranges (offset, length) to zero so that a member is none any more.
 #[must_use]
 pub fn wipe_ranges() -> Vec<(u64, u64)> {
-    vec![(COPY_A_OFFSET, COPY_BYTES as u64), (COPY_B_OFFSET, COPY_BYTES as u64)]
+    vec![
+        (COPY_A_OFFSET, COPY_BYTES as u64),
+        (COPY_B_OFFSET, COPY_BYTES as u64),
+    ]
 }
 
 /// Every map of a new member, all extents unwritten and nothing missed.
 #[must_use]
 pub fn blank_maps(superblock: &Superblock) -> Vec<(u64, Vec<u8>)> {
-    let stamp = Stamp { ordinal: superblock.epoch.ordinal, sequence: 1 };
+    let stamp = Stamp {
+        ordinal: superblock.epoch.ordinal,
+        sequence: 1,
+    };
     let mut writes = Vec::new();
-    let region_kinds = [(RegionKind::Position, Kind::Position), (RegionKind::State, Kind::State)]
-        .map(|kinds| (kinds, 0..1))
-        .into_iter()
-        .chain([((RegionKind::Summary, Kind::Summary), 0..SLOTS_MAX)]);
+    let region_kinds = [
+        (RegionKind::Position, Kind::Position),
+        (RegionKind::State, Kind::State),
+    ]
+    .map(|kinds| (kinds, 0..1))
+    .into_iter()
+    .chain([((RegionKind::Summary, Kind::Summary), 0..SLOTS_MAX)]);
     for ((region_kind, kind), slots) in region_kinds {
         for slot in slots {
             let slot = u8::try_from(slot).unwrap_or(u8::MAX);
-            let Some(region) = superblock.layout.find(region_kind, slot) else { continue };
+            let Some(region) = superblock.layout.find(region_kind, slot) else {
+                continue;
+            };
             let bytes = blank_region(kind, slot, superblock.tag(), stamp, region.len);
             writes.push((region.copy_a, bytes.clone()));
             writes.push((region.copy_b, bytes));
@@ -228,7 +263,12 @@ fn blank_region(kind: Kind, slot: u8, tag: u32, stamp: Stamp, len: u64) -> Vec<u
     debug_assert_eq!(len % PAGE_BYTES, 0);
     let mut bytes = Vec::with_capacity(usize::try_from(len).unwrap_or(0));
     for index in 0..u32::try_from(sectors).unwrap_or(u32::MAX) {
-        bytes.extend_from_slice(&encode(Address { kind, slot, index }, tag, stamp, &[0; PAYLOAD_BYTES]));
+        bytes.extend_from_slice(&encode(
+            Address { kind, slot, index },
+            tag,
+            stamp,
+            &[0; PAYLOAD_BYTES],
+        ));
     }
     bytes
 }
@@ -242,14 +282,20 @@ pub fn random_uuid(bits: u128) -> Uuid {
 /// A path as recorded in a slot: left out when it is too long to be a hint.
 #[must_use]
 pub fn hint(path: &str) -> String {
-    if path.len() <= ADDRESS_BYTES_MAX { path.to_owned() } else { String::new() }
+    if path.len() <= ADDRESS_BYTES_MAX {
+        path.to_owned()
+    } else {
+        String::new()
+    }
 }
 
 fn logical_block(request: &CreateRequest) -> Result<u32, CreateError> {
     let Some(largest) = request.members.iter().max_by_key(|m| m.logical_block_bytes) else {
         return Err(CreateError::Members(0));
     };
-    let chosen = request.logical_block_bytes.unwrap_or(largest.logical_block_bytes);
+    let chosen = request
+        .logical_block_bytes
+        .unwrap_or(largest.logical_block_bytes);
     if !matches!(chosen, 512 | 4096) || chosen < largest.logical_block_bytes {
         return Err(CreateError::LogicalBlock(chosen, largest.path.clone()));
     }
@@ -306,7 +352,11 @@ mod tests {
         let blocks: Vec<Superblock> = plan
             .members
             .iter()
-            .map(|m| Superblock::load(&m.superblocks[0].1, &m.superblocks[1].1).unwrap().superblock)
+            .map(|m| {
+                Superblock::load(&m.superblocks[0].1, &m.superblocks[1].1)
+                    .unwrap()
+                    .superblock
+            })
             .collect();
         assert_ne!(blocks[0].member, blocks[1].member);
         assert_eq!(blocks[0].slots, blocks[1].slots);
@@ -324,13 +374,29 @@ mod tests {
         let cases: [(&[u64], Change, &str); 9] = [
             (&[large], |_| {}, "2 to 8 members"),
             (&[large; 9], |_| {}, "2 to 8 members"),
-            (&[large; 2], |r| r.name = "a/b".into(), "cannot be a mirror's name"),
-            (&[large; 2], |r| r.name = "-x".into(), "cannot be a mirror's name"),
+            (
+                &[large; 2],
+                |r| r.name = "a/b".into(),
+                "cannot be a mirror's name",
+            ),
+            (
+                &[large; 2],
+                |r| r.name = "-x".into(),
+                "cannot be a mirror's name",
+            ),
             (&[large; 2], |r| r.size_bytes = Some(0), "makes no sense"),
             (&[large; 2], |r| r.size_bytes = Some(1000), "makes no sense"),
             (&[large, 15 << 20], |_| {}, "/dev/d1 has 15728640 bytes"),
-            (&[large; 2], |r| r.size_bytes = Some(2 << 30), "use a larger device"),
-            (&[large; 2], |r| r.logical_block_bytes = Some(1024), "logical block of 1024"),
+            (
+                &[large; 2],
+                |r| r.size_bytes = Some(2 << 30),
+                "use a larger device",
+            ),
+            (
+                &[large; 2],
+                |r| r.logical_block_bytes = Some(1024),
+                "logical block of 1024",
+            ),
         ];
         for (sizes, change, want) in cases {
             let mut request = request(sizes);

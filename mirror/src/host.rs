@@ -86,7 +86,11 @@ impl<B: Buffer> Span<B> {
     /// The whole of `buffer`.
     pub fn whole(buffer: B) -> Self {
         let len = buffer.len();
-        Self { buffer, start: 0, len }
+        Self {
+            buffer,
+            start: 0,
+            len,
+        }
     }
 
     /// The part of this span that begins `start` bytes into it and is `len` bytes long.
@@ -95,18 +99,28 @@ impl<B: Buffer> Span<B> {
     ///
     /// When the part does not lie within the span.
     pub fn slice(&self, start: usize, len: usize) -> Self {
-        assert!(start + len <= self.len, "slice {start}+{len} of a span of {}", self.len);
-        Self { buffer: self.buffer.clone(), start: self.start + start, len }
+        assert!(
+            start + len <= self.len,
+            "slice {start}+{len} of a span of {}",
+            self.len
+        );
+        Self {
+            buffer: self.buffer.clone(),
+            start: self.start + start,
+            len,
+        }
     }
 
     /// Lends the part for reading.
     pub fn read<R>(&self, f: impl FnOnce(&[u8]) -> R) -> R {
-        self.buffer.read(|bytes| f(&bytes[self.start..self.start + self.len]))
+        self.buffer
+            .read(|bytes| f(&bytes[self.start..self.start + self.len]))
     }
 
     /// Lends the part for writing.
     pub fn fill<R>(&self, f: impl FnOnce(&mut [u8]) -> R) -> R {
-        self.buffer.fill(|bytes| f(&mut bytes[self.start..self.start + self.len]))
+        self.buffer
+            .fill(|bytes| f(&mut bytes[self.start..self.start + self.len]))
     }
 }
 

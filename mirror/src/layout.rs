@@ -22,7 +22,9 @@
 //! the crate `dirty-map`): a page is the unit of a commit, so that members with 4 KiB logical
 //! blocks work, and a sector is the unit that may tear.
 
-use dirty_map::{BLOCK_BYTES, EXTENT_BYTES, MISSED_PER_SECTOR, STATES_PER_SECTOR, SUMMARY_PER_SECTOR};
+use dirty_map::{
+    BLOCK_BYTES, EXTENT_BYTES, MISSED_PER_SECTOR, STATES_PER_SECTOR, SUMMARY_PER_SECTOR,
+};
 
 /// Bytes of a map page, the unit in which maps are written.
 pub const PAGE_BYTES: u64 = 4096;
@@ -82,7 +84,10 @@ pub struct Layout {
 
 /// Pages needed for `entries` entries at `per_sector` entries a sector.
 fn pages_for(entries: u64, per_sector: u64) -> u64 {
-    entries.div_ceil(per_sector).div_ceil(SECTORS_PER_PAGE).max(1)
+    entries
+        .div_ceil(per_sector)
+        .div_ceil(SECTORS_PER_PAGE)
+        .max(1)
 }
 
 /// Extents of a device of `size_bytes`; the last one may be partial.
@@ -110,7 +115,14 @@ impl Layout {
         let mut regions = Vec::new();
         let mut add = |kind, slot, len: u64, copies: u64| {
             let copy_b = if copies == 2 { next + len } else { next };
-            regions.push(Region { kind, slot, copy_a: next, copy_b, len, extents });
+            regions.push(Region {
+                kind,
+                slot,
+                copy_a: next,
+                copy_b,
+                len,
+                extents,
+            });
             next += len * copies;
         };
         add(RegionKind::Position, 0, PAGE_BYTES, 2);
@@ -119,11 +131,20 @@ impl Layout {
             add(RegionKind::Summary, narrow(slot), summary, 2);
         }
         for slot in 0..SLOTS_MAX {
-            add(RegionKind::Missed, narrow(slot), missed_pages * PAGE_BYTES, 2);
+            add(
+                RegionKind::Missed,
+                narrow(slot),
+                missed_pages * PAGE_BYTES,
+                2,
+            );
         }
         add(RegionKind::Checksums, 0, extents * PAGE_BYTES, 1);
         let data_offset = next.next_multiple_of(DATA_ALIGNMENT_BYTES);
-        Self { regions, data_offset, size_bytes }
+        Self {
+            regions,
+            data_offset,
+            size_bytes,
+        }
     }
 
     /// The largest device, a multiple of 4 KiB, that fits on a member of `member_bytes`; `None`
@@ -152,7 +173,9 @@ impl Layout {
     /// The region of `kind` for `slot`, if there is one.
     #[must_use]
     pub fn find(&self, kind: RegionKind, slot: u8) -> Option<&Region> {
-        self.regions.iter().find(|r| r.kind == kind && r.slot == slot)
+        self.regions
+            .iter()
+            .find(|r| r.kind == kind && r.slot == slot)
     }
 
     /// Whether the regions lie in the member without touching each other, the superblocks or
@@ -163,7 +186,9 @@ impl Layout {
         for region in &self.regions {
             let copies = if region.copy_a == region.copy_b { 1 } else { 2 };
             for start in [region.copy_a, region.copy_b].into_iter().take(copies) {
-                let Some(end) = start.checked_add(region.len) else { return false };
+                let Some(end) = start.checked_add(region.len) else {
+                    return false;
+                };
                 if start % PAGE_BYTES != 0 || region.len % PAGE_BYTES != 0 || region.len == 0 {
                     return false;
                 }
@@ -198,7 +223,14 @@ mod tests {
 
     #[test]
     fn layouts_of_all_sizes_are_sound_and_fit() {
-        for size in [4096, 1 << 20, 15 << 20, 1 << 30, (12 << 40) + 4096, 256 << 40] {
+        for size in [
+            4096,
+            1 << 20,
+            15 << 20,
+            1 << 30,
+            (12 << 40) + 4096,
+            256 << 40,
+        ] {
             let layout = Layout::for_size(size);
             assert!(layout.is_sound(), "size {size}");
             assert_eq!(layout.data_offset % DATA_ALIGNMENT_BYTES, 0);

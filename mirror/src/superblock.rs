@@ -166,7 +166,10 @@ impl SlotRecord {
             member: None,
             state: SlotState::Empty,
             loss: None,
-            base: Stamp { ordinal: 0, sequence: 0 },
+            base: Stamp {
+                ordinal: 0,
+                sequence: 0,
+            },
             zeroed: false,
             full: false,
             address: String::new(),
@@ -296,7 +299,12 @@ const KINDS: [RegionKind; 5] = [
 
 /// The index of `item` in a table that maps codes to values.
 fn code_of<T: PartialEq>(table: &[T], item: &T) -> u8 {
-    count_u8(table.iter().position(|entry| entry == item).unwrap_or(usize::from(u8::MAX)))
+    count_u8(
+        table
+            .iter()
+            .position(|entry| entry == item)
+            .unwrap_or(usize::from(u8::MAX)),
+    )
 }
 
 impl Superblock {
@@ -327,7 +335,11 @@ impl Superblock {
         put(&mut out, 200, self.resync_cursor.to_le_bytes());
         put(&mut out, 208, self.created_secs.to_le_bytes());
         put(&mut out, 216, self.updated_secs.to_le_bytes());
-        for (record, chunk) in self.slots.iter().zip(out[SLOTS_AT..].chunks_mut(SLOT_BYTES)) {
+        for (record, chunk) in self
+            .slots
+            .iter()
+            .zip(out[SLOTS_AT..].chunks_mut(SLOT_BYTES))
+        {
             encode_slot(record, chunk);
         }
         let regions = out[REGIONS_AT..HISTORY_AT].chunks_mut(REGION_BYTES);
@@ -385,17 +397,29 @@ impl Superblock {
         Ok(Self {
             mirror: Uuid::from_bytes(read.bytes(40)),
             member: Uuid::from_bytes(read.bytes(56)),
-            name: decode_text(&bytes[72..72 + NAME_BYTES_MAX]).ok_or(Damaged("the name is not text"))?,
+            name: decode_text(&bytes[72..72 + NAME_BYTES_MAX])
+                .ok_or(Damaged("the name is not text"))?,
             write_count: read.u64(136),
             layout: decode_layout(&read)?,
             event_count: read.u64(160),
-            epoch: Epoch { id: read.u128(168), ordinal: read.u32(184) },
+            epoch: Epoch {
+                id: read.u128(168),
+                ordinal: read.u32(184),
+            },
             history: decode_history(&read)?,
             own_slot,
             slots: (0..slots)
-                .map(|slot| decode_slot(&Reader(&bytes[SLOTS_AT + slot * SLOT_BYTES..][..SLOT_BYTES])))
+                .map(|slot| {
+                    decode_slot(&Reader(
+                        &bytes[SLOTS_AT + slot * SLOT_BYTES..][..SLOT_BYTES],
+                    ))
+                })
                 .collect::<Result<_, _>>()?,
-            last_stop: if read.u8(190) == 0 { LastStop::Clean } else { LastStop::Unclean },
+            last_stop: if read.u8(190) == 0 {
+                LastStop::Clean
+            } else {
+                LastStop::Unclean
+            },
             flush_failed: read.u8(191) & 1 != 0,
             forced: read.u8(191) & 2 != 0,
             logical_block_bytes,
@@ -415,17 +439,23 @@ impl Superblock {
             (Ok(a), Ok(b)) => {
                 let needs_mending = a != b;
                 let superblock = if b.write_count > a.write_count { b } else { a };
-                Ok(Loaded { superblock, needs_mending })
+                Ok(Loaded {
+                    superblock,
+                    needs_mending,
+                })
             }
             (Ok(superblock), Err(SuperblockError::TooNew(_)))
             | (Err(SuperblockError::TooNew(_)), Ok(superblock)) => {
                 // A newer version was cut off between its two copies: it alone may go on.
                 let _ = superblock;
-                Err(SuperblockError::TooNew("one copy was written by a newer version"))
+                Err(SuperblockError::TooNew(
+                    "one copy was written by a newer version",
+                ))
             }
-            (Ok(superblock), Err(_)) | (Err(_), Ok(superblock)) => {
-                Ok(Loaded { superblock, needs_mending: true })
-            }
+            (Ok(superblock), Err(_)) | (Err(_), Ok(superblock)) => Ok(Loaded {
+                superblock,
+                needs_mending: true,
+            }),
             (Err(SuperblockError::NotAMember), Err(error)) | (Err(error), Err(_)) => Err(error),
         }
     }
@@ -446,7 +476,10 @@ impl Superblock {
     pub fn begin_epoch(&mut self, id: u128) {
         self.history.insert(0, self.epoch);
         self.history.truncate(HISTORY_MAX);
-        self.epoch = Epoch { id, ordinal: self.epoch.ordinal + 1 };
+        self.epoch = Epoch {
+            id,
+            ordinal: self.epoch.ordinal + 1,
+        };
     }
 
     /// The first four bytes of the mirror's uuid, which tie map sectors to it.
@@ -474,18 +507,27 @@ fn encode_slot(record: &SlotRecord, out: &mut [u8]) {
     put(out, 56, record.base.sequence.to_le_bytes());
     let address = record.address.as_bytes();
     if address.len() <= ADDRESS_BYTES_MAX {
-        put(out, 18, u16::try_from(address.len()).unwrap_or(0).to_le_bytes());
+        put(
+            out,
+            18,
+            u16::try_from(address.len()).unwrap_or(0).to_le_bytes(),
+        );
         out[64..64 + address.len()].copy_from_slice(address);
     }
 }
 
 fn decode_slot(read: &Reader<'_>) -> Result<SlotRecord, SuperblockError> {
     use SuperblockError::Damaged;
-    let state = *STATES.get(usize::from(read.u8(16))).ok_or(Damaged("an unknown slot state"))?;
+    let state = *STATES
+        .get(usize::from(read.u8(16)))
+        .ok_or(Damaged("an unknown slot state"))?;
     let member = Uuid::from_bytes(read.bytes(0));
     let flags = read.u8(17);
     let address_len = usize::from(read.u16(18));
-    let address = read.0.get(64..64 + address_len.min(ADDRESS_BYTES_MAX)).unwrap_or(&[]);
+    let address = read
+        .0
+        .get(64..64 + address_len.min(ADDRESS_BYTES_MAX))
+        .unwrap_or(&[]);
     if (state == SlotState::Empty) != member.is_nil() {
         return Err(Damaged("a slot's state and its member do not fit"));
     }
@@ -494,10 +536,16 @@ fn decode_slot(read: &Reader<'_>) -> Result<SlotRecord, SuperblockError> {
         state,
         loss: (flags & 1 != 0).then(|| Loss {
             epoch: read.u128(32),
-            position: Stamp { ordinal: read.u32(20), sequence: read.u64(24) },
+            position: Stamp {
+                ordinal: read.u32(20),
+                sequence: read.u64(24),
+            },
             block_exact: flags & 2 != 0,
         }),
-        base: Stamp { ordinal: read.u32(48), sequence: read.u64(56) },
+        base: Stamp {
+            ordinal: read.u32(48),
+            sequence: read.u64(56),
+        },
         zeroed: flags & 4 != 0,
         full: flags & 8 != 0,
         address: decode_text(address).unwrap_or_default(),
@@ -511,7 +559,9 @@ fn decode_layout(read: &Reader<'_>) -> Result<Layout, SuperblockError> {
     for index in 0..count {
         let at = REGIONS_AT + index * REGION_BYTES;
         let code = usize::from(read.u8(at)).wrapping_sub(1);
-        let kind = *KINDS.get(code).ok_or(SuperblockError::TooNew("an unknown kind of region"))?;
+        let kind = *KINDS
+            .get(code)
+            .ok_or(SuperblockError::TooNew("an unknown kind of region"))?;
         regions.push(Region {
             kind,
             slot: read.u8(at + 1),
@@ -521,7 +571,11 @@ fn decode_layout(read: &Reader<'_>) -> Result<Layout, SuperblockError> {
             extents: read.u64(at + 32),
         });
     }
-    let layout = Layout { regions, data_offset: read.u64(152), size_bytes: read.u64(144) };
+    let layout = Layout {
+        regions,
+        data_offset: read.u64(152),
+        size_bytes: read.u64(144),
+    };
     let size = layout.size_bytes;
     if size == 0 || size > MIRROR_BYTES_MAX || size % 512 != 0 || !layout.is_sound() {
         return Err(Damaged("the sizes and the table of regions make no sense"));
@@ -536,13 +590,19 @@ fn decode_history(read: &Reader<'_>) -> Result<Vec<Epoch>, SuperblockError> {
     }
     Ok((0..count)
         .map(|index| HISTORY_AT + index * HISTORY_BYTES)
-        .map(|at| Epoch { id: read.u128(at), ordinal: read.u32(at + 16) })
+        .map(|at| Epoch {
+            id: read.u128(at),
+            ordinal: read.u32(at + 16),
+        })
         .collect())
 }
 
 /// Text up to the first zero byte; `None` when it is not UTF-8.
 fn decode_text(bytes: &[u8]) -> Option<String> {
-    let len = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+    let len = bytes
+        .iter()
+        .position(|&byte| byte == 0)
+        .unwrap_or(bytes.len());
     std::str::from_utf8(&bytes[..len]).ok().map(str::to_owned)
 }
 

@@ -13,10 +13,16 @@ pub(crate) fn sample() -> Superblock {
     slots[1].state = SlotState::Faulty;
     slots[1].loss = Some(Loss {
         epoch: 77,
-        position: Stamp { ordinal: 3, sequence: 900 },
+        position: Stamp {
+            ordinal: 3,
+            sequence: 900,
+        },
         block_exact: true,
     });
-    slots[1].base = Stamp { ordinal: 2, sequence: 500 };
+    slots[1].base = Stamp {
+        ordinal: 2,
+        sequence: 500,
+    };
     Superblock {
         mirror: Uuid::from_u128(0xabcd),
         member: Uuid::from_u128(0x100),
@@ -47,7 +53,10 @@ fn reseal(bytes: &mut [u8]) {
 #[test]
 fn round_trip() {
     let superblock = sample();
-    assert_eq!(Superblock::decode(&superblock.encode()).unwrap(), superblock);
+    assert_eq!(
+        Superblock::decode(&superblock.encode()).unwrap(),
+        superblock
+    );
 }
 
 #[test]
@@ -94,8 +103,14 @@ fn the_newer_valid_copy_wins() {
             (got, want) => panic!("case {index}: {got:?} instead of {want:?}"),
         }
     }
-    assert_eq!(Superblock::load(&blank, &blank), Err(SuperblockError::NotAMember));
-    assert!(matches!(Superblock::load(&blank, &torn), Err(SuperblockError::Damaged(_))));
+    assert_eq!(
+        Superblock::load(&blank, &blank),
+        Err(SuperblockError::NotAMember)
+    );
+    assert!(matches!(
+        Superblock::load(&blank, &torn),
+        Err(SuperblockError::Damaged(_))
+    ));
 }
 
 #[test]
@@ -104,12 +119,18 @@ fn unknown_features_refuse() {
         let mut bytes = sample().encode();
         bytes[at] = 1;
         reseal(&mut bytes);
-        assert!(matches!(Superblock::decode(&bytes), Err(SuperblockError::TooNew(_))));
+        assert!(matches!(
+            Superblock::decode(&bytes),
+            Err(SuperblockError::TooNew(_))
+        ));
     }
     let mut bytes = sample().encode();
     bytes[16] = 1;
     reseal(&mut bytes);
-    assert!(Superblock::decode(&bytes).is_ok(), "compatible features are ignored");
+    assert!(
+        Superblock::decode(&bytes).is_ok(),
+        "compatible features are ignored"
+    );
 }
 
 proptest! {

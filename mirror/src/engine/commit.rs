@@ -61,9 +61,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let ticket = commits.requested.get() + 1;
         commits.requested.set(ticket);
         commits.kick.wake_all();
-        commits.waiting.until(|| (commits.served.get() >= ticket).then_some(())).await;
+        commits
+            .waiting
+            .until(|| (commits.served.get() >= ticket).then_some(()))
+            .await;
         let failed = commits.failed.borrow();
-        if failed.iter().any(|&(first, last)| (first..=last).contains(&ticket)) {
+        if failed
+            .iter()
+            .any(|&(first, last)| (first..=last).contains(&ticket))
+        {
             return Err(Errno::IO);
         }
         Ok(())
@@ -92,9 +98,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         loop {
             let (pages, stamp) = {
                 let mut maps = self.maps.borrow_mut();
-                let pages = maps.take_dirty(PAGES_PER_STEP);
+                let mut pages = maps.take_dirty(PAGES_PER_STEP - 1);
                 if pages.is_empty() {
                     return Ok(());
+                }
+                if !pages.iter().any(|page| Page::tells_position(*page)) {
+                    // A start reads how far a member has come from these pages alone.
+                    pages.insert(0, Page::POSITION);
                 }
                 maps.stamp.sequence += 1;
                 maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
@@ -135,7 +145,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut under_way: Vec<FanOut<'_, D::Op>> = Vec::new();
         for (first, count) in runs(pages) {
             let page = pages[first];
-            let Some(region) = layout.find(page.kind, page.slot) else { continue };
+            let Some(region) = layout.find(page.kind, page.slot) else {
+                continue;
+            };
             for copy in [region.copy_a, region.copy_b] {
                 under_way.push(self.to_receivers(view, |_| DiskRequest::Write {
                     offset: copy + page_offset(page.index),

@@ -12,7 +12,6 @@ use super::Mirror;
 use super::fan_out::TICKS_PER_DEADLINE;
 use super::maps::Page;
 use crate::host::{Disk, Errno, Host};
-use crate::layout::RegionKind;
 use dirty_map::{Extent, ExtentState};
 use std::rc::Rc;
 use std::time::Duration;
@@ -55,14 +54,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok(());
         }
         let now = self.coarse_now.get();
-        if self.maps.borrow_mut().hot.quiet_but_unflushed(now, QUIET) {
+        if self.maps.borrow().hot.is_unflushed() {
+            // Applications that never flush must not make U, and so what a lost member is
+            // given again, grow without bound.
             self.flush_inside().await?;
         }
         let quiet = self.maps.borrow_mut().hot.coolable(now, QUIET, BATCH);
         self.cool(quiet).await?;
         if self.wrote_since_tick.replace(false) {
-            let page = Page { kind: RegionKind::Position, slot: 0, index: 0 };
-            self.maps.borrow_mut().dirty.insert(page);
+            self.maps.borrow_mut().dirty.insert(Page::POSITION);
             self.commit().await?;
         }
         Ok(())

@@ -50,7 +50,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let result = self.equalise(piece).await;
             drop(pass);
             if let Err(errno) = result {
-                tracing::warn!("equalising failed on every in-sync member: {errno}; it is tried again");
+                tracing::warn!(
+                    "equalising failed on every in-sync member: {errno}; it is tried again"
+                );
                 self.host.sleep(super::cool::TICK).await;
             }
         }
@@ -64,13 +66,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok(());
         }
         let view = self.view();
-        let in_sync: Vec<Receiver<D>> =
-            view.receivers.iter().filter(|r| r.in_sync).cloned().collect();
+        let in_sync: Vec<Receiver<D>> = view
+            .receivers
+            .iter()
+            .filter(|r| r.in_sync)
+            .cloned()
+            .collect();
         if in_sync.len() > 1 {
             let copies = self.read_copies(&in_sync, &range).await;
             let source = copies.iter().find_map(|copy| copy.as_ref().ok()).cloned();
             let Some(source) = source else {
-                return Err(copies.into_iter().find_map(Result::err).unwrap_or(Errno::IO));
+                return Err(copies
+                    .into_iter()
+                    .find_map(Result::err)
+                    .unwrap_or(Errno::IO));
             };
             let mut lacking = [None; crate::layout::SLOTS_MAX];
             for (receiver, copy) in in_sync.iter().zip(&copies) {
@@ -93,10 +102,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let len = length(range.end - range.start);
         let mut copies = Vec::with_capacity(members.len());
         for member in members {
-            let buffer = self.host.allocate(len.next_multiple_of(length(BLOCK_BYTES)));
+            let buffer = self
+                .host
+                .allocate(len.next_multiple_of(length(BLOCK_BYTES)));
             let span = front(&buffer, len);
             let offset = self.data_offset + range.start;
-            let read = self.to_one(member, DiskRequest::Read { offset, span: span.clone() }).await;
+            let read = self
+                .to_one(
+                    member,
+                    DiskRequest::Read {
+                        offset,
+                        span: span.clone(),
+                    },
+                )
+                .await;
             copies.push(read.map(|()| span));
         }
         copies
@@ -117,11 +136,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let len = block.min(source.len - at);
             let piece = source.slice(at, len);
             let equal = copy.is_some_and(|copy| {
-                copy.slice(at, len).read(|have| piece.read(|want| have == want))
+                copy.slice(at, len)
+                    .read(|have| piece.read(|want| have == want))
             });
             if !equal {
                 let offset = self.data_offset + range.start + at as u64;
-                let write = DiskRequest::Write { offset, span: piece, fua: true };
+                let write = DiskRequest::Write {
+                    offset,
+                    span: piece,
+                    fua: true,
+                };
                 self.to_one(receiver, write).await?;
             }
             at += len;

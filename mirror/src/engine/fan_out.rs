@@ -117,7 +117,10 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
             limited: false,
             place: None,
             running: [const { None }; SLOTS_MAX],
-            outcomes: Outcomes { list: [None; SLOTS_MAX], len: 0 },
+            outcomes: Outcomes {
+                list: [None; SLOTS_MAX],
+                len: 0,
+            },
         }
     }
 
@@ -131,8 +134,11 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
         let index = self.outcomes.len;
         self.running[index] = Some(op);
         // Until it completes, the outcome is that of a stall.
-        self.outcomes.list[index] =
-            Some(Outcome { slot, in_sync, result: Err(Errno::TIMED_OUT) });
+        self.outcomes.list[index] = Some(Outcome {
+            slot,
+            in_sync,
+            result: Err(Errno::TIMED_OUT),
+        });
         self.outcomes.len += 1;
     }
 }
@@ -144,7 +150,9 @@ impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
         let this = self.get_mut();
         let mut pending = false;
         for (running, outcome) in this.running.iter_mut().zip(&mut this.outcomes.list) {
-            let (Some(op), Some(outcome)) = (running.as_mut(), outcome.as_mut()) else { continue };
+            let (Some(op), Some(outcome)) = (running.as_mut(), outcome.as_mut()) else {
+                continue;
+            };
             match Pin::new(op).poll(context) {
                 Poll::Ready(result) => {
                     outcome.result = result;

@@ -31,7 +31,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.rewarm_cooling(range);
             let cold: Vec<Extent> = {
                 let maps = self.maps.borrow();
-                extents(range).filter(|&extent| !maps.hot.contains(extent)).collect()
+                extents(range)
+                    .filter(|&extent| !maps.hot.contains(extent))
+                    .collect()
             };
             if cold.is_empty() {
                 return Ok(());
@@ -54,7 +56,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
             self.prepared.wake_all();
-            return result;
+            // Once more: another extent of the range may have cooled meanwhile.
+            result?;
         }
     }
 
@@ -113,8 +116,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             };
             let config = self.config.borrow();
             let spared = |r: &Receiver<D>| never_used && config.slots[usize::from(r.slot)].zeroed;
-            let targets: Vec<Receiver<D>> =
-                view.receivers.iter().filter(|r| !spared(r)).cloned().collect();
+            let targets: Vec<Receiver<D>> = view
+                .receivers
+                .iter()
+                .filter(|r| !spared(r))
+                .cloned()
+                .collect();
             drop(config);
             if targets.is_empty() {
                 continue;
@@ -149,7 +156,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let offset = self.data_offset + range.start;
         let len = range.end - range.start;
         if receiver.geometry.cheap_zeroes {
-            match self.to_one(receiver, DiskRequest::WriteZeroes { offset, len }).await {
+            match self
+                .to_one(receiver, DiskRequest::WriteZeroes { offset, len })
+                .await
+            {
                 Err(Errno::NOT_SUPPORTED) => {}
                 result => return result,
             }
@@ -159,7 +169,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let len = super::length((range.end - at).min(super::PIECE_BYTES as u64));
             let span = super::front(&self.zeroes, len);
             let offset = self.data_offset + at;
-            self.to_one(receiver, DiskRequest::Write { offset, span, fua: false }).await?;
+            self.to_one(
+                receiver,
+                DiskRequest::Write {
+                    offset,
+                    span,
+                    fua: false,
+                },
+            )
+            .await?;
             at += len as u64;
         }
         Ok(())

@@ -24,7 +24,7 @@ use super::{Mirror, PIECE_BYTES, Running, Slot, length};
 use crate::assemble::{Verdict, judge_return};
 use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
 use crate::create::{blank_maps, hint, random_uuid};
-use crate::host::{Disk, DiskRequest, Errno, Host};
+use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind};
 use crate::superblock::{SlotRecord, SlotState, Superblock, SuperblockError};
 use crate::{ControlError, create};
@@ -54,6 +54,12 @@ fn refuse(message: String) -> ControlError {
     ControlError::new(ErrorKind::Refused, message)
 }
 
+fn owes_answers(path: &str) -> ControlError {
+    let message =
+        format!("{path} still owes answers to requests from before it was lost; try again later");
+    ControlError::new(ErrorKind::Busy, message)
+}
+
 fn failed(message: String) -> ControlError {
     ControlError::new(ErrorKind::Failed, message)
 }
@@ -72,6 +78,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         full: bool,
         dry_run: bool,
     ) -> Result<String, ControlError> {
+        self.owes_nothing(&path)?;
         let surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
             MemberError::Superblock(SuperblockError::NotAMember) => refuse(format!(
                 "{path} holds no superblock of this mirror; use `mirrorctl add` to bring it in as a new disk"
@@ -81,18 +88,26 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let superblock = &surveyed.seen.superblock;
         let slot = superblock.own_slot;
         let verdict = judge_return(&self.config.borrow(), &surveyed.seen);
-        let in_config = self.config.borrow().slots.get(usize::from(slot)).and_then(|r| r.member)
+        let in_config = self
+            .config
+            .borrow()
+            .slots
+            .get(usize::from(slot))
+            .and_then(|r| r.member)
             == Some(superblock.member);
         let (kind, reason, own_hot) = match verdict {
             Verdict::InSync => return Err(refuse(format!("{path} is in-sync already"))),
-            Verdict::Delta { own_hot: false } => {
-                (ResyncKind::Delta, "its loss was recorded block-exactly".to_owned(), Vec::new())
-            }
+            Verdict::Delta { own_hot: false } => (
+                ResyncKind::Delta,
+                "its loss was recorded block-exactly".to_owned(),
+                Vec::new(),
+            ),
             Verdict::Delta { own_hot: true } => {
                 let extents = self.maps.borrow().states.len();
                 let own_hot = own_hot_extents(&surveyed.states, extents);
                 let count = own_hot.len();
-                let reason = format!("what it missed is known, with {count} extents it was writing");
+                let reason =
+                    format!("what it missed is known, with {count} extents it was writing");
                 (ResyncKind::Delta, reason, own_hot)
             }
             Verdict::Full { reason } if full => (ResyncKind::Full, reason, Vec::new()),
@@ -108,7 +123,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         };
         self.may_join(slot, &path)?;
         if dry_run {
-            return Ok(format!("{path} would come back by {} resync: {reason}", kind.word()));
+            return Ok(format!(
+                "{path} would come back by {} resync: {reason}",
+                kind.word()
+            ));
         }
         let (member, write_count) = (superblock.member, superblock.write_count);
         let epoch = superblock.epoch.id;
@@ -167,7 +185,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         })?;
         self.may_join(slot, &path)?;
         if dry_run {
-            return Ok(format!("{path} would take slot {slot} by full resync of the written extents"));
+            return Ok(format!(
+                "{path} would take slot {slot} by full resync of the written extents"
+            ));
         }
         let joiner = Joiner {
             slot,
@@ -190,8 +210,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let slots = self.slots.borrow();
         let absent = |slot: &usize| slots[*slot].running == Running::Absent;
         let free: Vec<usize> = (0..slots.len()).filter(absent).collect();
-        let empty = free.iter().find(|&&slot| config.slots[slot].state == SlotState::Empty);
-        empty.or(free.first()).and_then(|&slot| u8::try_from(slot).ok())
+        let empty = free
+            .iter()
+            .find(|&&slot| config.slots[slot].state == SlotState::Empty);
+        empty
+            .or(free.first())
+            .and_then(|&slot| u8::try_from(slot).ok())
+    }
+
+    /// Whether no earlier incarnation of the device at `path` has operations outstanding (R6).
+    fn owes_nothing(&self, path: &str) -> Result<(), ControlError> {
+        self.release_idle_disks();
+        let slots = self.slots.borrow();
+        let held = |s: &Slot<D>| s.path == path && s.running == Running::Absent && s.disk.is_some();
+        if slots.iter().any(held) {
+            Err(owes_answers(path))
+        } else {
+            Ok(())
+        }
     }
 
     fn may_join(&self, slot: u8, path: &str) -> Result<(), ControlError> {
@@ -199,15 +235,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let slots = self.slots.borrow();
         let state = &slots[usize::from(slot)];
         if state.running != Running::Absent {
-            return Err(refuse(format!("slot {slot} has a member in service ({})", state.path)));
+            return Err(refuse(format!(
+                "slot {slot} has a member in service ({})",
+                state.path
+            )));
         }
         if state.disk.is_some() {
-            return Err(ControlError::new(
-                ErrorKind::Busy,
-                format!("{path} still owes answers to requests from before it was lost; try again later"),
-            ));
+            return Err(owes_answers(path));
         }
-        if self.resync.borrow().as_ref().is_some_and(|resync| !resync.finished) {
+        if self
+            .resync
+            .borrow()
+            .as_ref()
+            .is_some_and(|resync| !resync.finished)
+        {
             return Err(ControlError::new(
                 ErrorKind::Busy,
                 "another member is resyncing; wait for it (`mirrorctl wait`)",
@@ -233,7 +274,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.queue_missed(slot);
         }
         self.commit().await.map_err(|errno| {
-            failed(format!("the missed map could not be recorded on the in-sync members: {errno}"))
+            failed(format!(
+                "the missed map could not be recorded on the in-sync members: {errno}"
+            ))
         })?;
         let _closed = self.gate.close().await;
         let _turn = self.membership.enter().await;
@@ -241,9 +284,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Err(failed("the mirror is stopping".to_owned()));
         }
         let base = self.write_maps_to(&joiner).await.map_err(|errno| {
-            failed(format!("{} failed while its maps were written: {errno}", joiner.path))
+            failed(format!(
+                "{} failed while its maps were written: {errno}",
+                joiner.path
+            ))
         })?;
         self.join_round(&joiner, base).await?;
+        // The same position on all receiving members again, the joiner's own one included.
+        self.maps.borrow_mut().dirty.insert(Page::POSITION);
+        self.commit().await.map_err(|errno| {
+            failed(format!(
+                "the join could not be followed by a map commit: {errno}"
+            ))
+        })?;
         let message = format!(
             "{} (slot {slot}) is back and resyncing ({}): {}",
             joiner.path,
@@ -303,7 +356,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             Ok(()) => None,
         };
-        let Some(message) = failure else { return Ok(()) };
+        let Some(message) = failure else {
+            return Ok(());
+        };
         if self.slots.borrow()[usize::from(slot)].running == Running::Resyncing {
             self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;
             self.refresh_view();
@@ -321,7 +376,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         };
         let config = self.config.borrow().clone();
         if joiner.new {
-            let config = Superblock { member: joiner.member, ..config.clone() };
+            let config = Superblock {
+                member: joiner.member,
+                ..config.clone()
+            };
             for (offset, bytes) in blank_maps(&config) {
                 member_io::write_bytes(&*self.host, &*joiner.disk, offset, &bytes).await?;
             }
@@ -331,12 +389,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 member_io::write_bytes(&*self.host, &*joiner.disk, offset, &zeroes).await?;
             }
         }
-        for run in self.pages_of_all_maps(joiner.slot).chunk_by(|a, b| {
-            (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index)
-        }) {
+        for run in self
+            .pages_of_all_maps(joiner.slot)
+            .chunk_by(|a, b| (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index))
+        {
             for pages in run.chunks(PIECE_BYTES / length(PAGE_BYTES)) {
                 let page = pages[0];
-                let Some(region) = config.layout.find(page.kind, page.slot) else { continue };
+                let Some(region) = config.layout.find(page.kind, page.slot) else {
+                    continue;
+                };
                 let mut images = vec![0; pages.len() * length(PAGE_BYTES)];
                 for (page, image) in pages.iter().zip(images.chunks_mut(length(PAGE_BYTES))) {
                     self.maps.borrow().encode_page(*page, stamp, image);
@@ -347,7 +408,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
-        joiner.disk.submit(DiskRequest::Flush).await?;
+        member_io::flush(&*self.host, &*joiner.disk).await?;
         Ok(stamp)
     }
 
@@ -356,13 +417,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     fn pages_of_all_maps(&self, except: u8) -> Vec<Page> {
         let maps = self.maps.borrow();
         let page = |kind, slot, index| Page { kind, slot, index };
-        let mut pages = vec![page(RegionKind::Position, 0, 0)];
+        let mut pages = vec![Page::POSITION];
         let states = pages_of(u64::from(maps.states.sectors()));
         pages.extend((0..states).map(|index| page(RegionKind::State, 0, index)));
         for (slot, missed) in (0..).zip(&maps.missed).filter(|(slot, _)| *slot != except) {
             let summaries = pages_of(u64::from(missed.summary.sectors()));
             pages.extend((0..summaries).map(|index| page(RegionKind::Summary, slot, index)));
-            pages.extend(missed.summary.iter().map(|index| page(RegionKind::Missed, slot, index)));
+            pages.extend(
+                missed
+                    .summary
+                    .iter()
+                    .map(|index| page(RegionKind::Missed, slot, index)),
+            );
         }
         pages
     }

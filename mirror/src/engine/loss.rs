@@ -20,12 +20,12 @@
 use super::fan_out::FanOut;
 use super::{Mirror, Running, front};
 use crate::Buffer;
+use crate::ControlError;
 use crate::control::ErrorKind;
 use crate::control::MemberRef;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loss, SlotState, Superblock};
-use crate::ControlError;
 use dirty_map::blocks_covering;
 use std::rc::Rc;
 use std::time::Duration;
@@ -139,7 +139,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     fn losing(&self) -> Vec<u8> {
         let slots = self.slots.borrow();
         let losing = |s: &super::Slot<D>| matches!(s.running, Running::Losing { .. });
-        (0..).zip(slots.iter()).filter(|(_, s)| losing(s)).map(|(slot, _)| slot).collect()
+        (0..)
+            .zip(slots.iter())
+            .filter(|(_, s)| losing(s))
+            .map(|(slot, _)| slot)
+            .collect()
     }
 
     /// Makes the missed maps of members being lost durable on all others.
@@ -163,8 +167,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let slots = self.slots.borrow();
         for &slot in losing {
-            let (state, record) = (&slots[usize::from(slot)], &mut next.slots[usize::from(slot)]);
-            let Running::Losing { becomes } = state.running else { continue };
+            let (state, record) = (
+                &slots[usize::from(slot)],
+                &mut next.slots[usize::from(slot)],
+            );
+            let Running::Losing { becomes } = state.running else {
+                continue;
+            };
             record.state = becomes;
             record.address = crate::create::hint(&state.path);
             record.loss = Some(Loss {
@@ -180,7 +189,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// begin to be lost.
     async fn write_superblocks(&self, next: &Superblock, in_sync: bool) -> Result<(), Errno> {
         let view = self.view();
-        let targets: Vec<_> = view.receivers.iter().filter(|r| r.in_sync == in_sync).collect();
+        let targets: Vec<_> = view
+            .receivers
+            .iter()
+            .filter(|r| r.in_sync == in_sync)
+            .collect();
         let mut lacking = [None; SLOTS_MAX];
         let mut buffers = Vec::new();
         for receiver in &targets {
@@ -199,7 +212,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             for (receiver, buffer) in targets.iter().zip(&buffers) {
                 if lacking[usize::from(receiver.slot)].is_none() {
                     let span = front(buffer, COPY_BYTES);
-                    let write = DiskRequest::Write { offset, span, fua: true };
+                    let write = DiskRequest::Write {
+                        offset,
+                        span,
+                        fua: true,
+                    };
                     fan_out.push(receiver.slot, true, receiver.disk.submit(write));
                 }
             }
@@ -214,11 +231,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         } else {
             for receiver in &targets {
                 if let Some(errno) = lacking[usize::from(receiver.slot)] {
-                    self.begin_loss(receiver.slot, &format!("a superblock update failed: {errno}"));
+                    self.begin_loss(
+                        receiver.slot,
+                        &format!("a superblock update failed: {errno}"),
+                    );
                 }
             }
         }
-        for receiver in targets.iter().filter(|r| lacking[usize::from(r.slot)].is_none()) {
+        for receiver in targets
+            .iter()
+            .filter(|r| lacking[usize::from(r.slot)].is_none())
+        {
             let mut slots = self.slots.borrow_mut();
             let state = &mut slots[usize::from(receiver.slot)];
             state.write_count += 1;
@@ -230,8 +253,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// The shared configuration as the member in `slot` carries it.
     pub(super) fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
         let write_count = self.slots.borrow()[usize::from(slot)].write_count + 1;
-        let member = config.slots[usize::from(slot)].member.unwrap_or(Uuid::nil());
-        Superblock { member, own_slot: slot, write_count, ..config.clone() }
+        let member = config.slots[usize::from(slot)]
+            .member
+            .unwrap_or(Uuid::nil());
+        Superblock {
+            member,
+            own_slot: slot,
+            write_count,
+            ..config.clone()
+        }
     }
 
     fn round_effective(&self, losing: &[u8], next: Superblock) {
@@ -239,7 +269,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         for &slot in losing {
             self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;
         }
-        self.losses_pending.set(self.losses_pending.get() - losing.len());
+        self.losses_pending
+            .set(self.losses_pending.get() - losing.len());
         self.write_blocked.set(false);
         self.release_idle_disks();
         self.refresh_view();
@@ -250,7 +281,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// pull or re-add them.
     pub(super) fn release_idle_disks(&self) {
         for state in self.slots.borrow_mut().iter_mut() {
-            let idle = state.disk.as_ref().is_some_and(|disk| disk.in_flight() == 0);
+            let idle = state
+                .disk
+                .as_ref()
+                .is_some_and(|disk| disk.in_flight() == 0);
             if idle && state.running == Running::Absent {
                 state.disk = None;
             }
@@ -264,8 +298,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// When there is no such member or it is the last in-sync one.
     pub async fn fail(&self, member: &MemberRef) -> Result<String, ControlError> {
         let slot = self.find_member(member)?;
-        self.take_out(slot, SlotState::Faulty, "failed by the operator").await?;
-        Ok(format!("{} (slot {slot}) is out of service; the mirror goes on without it", self.path_of(slot)))
+        self.take_out(slot, SlotState::Faulty, "failed by the operator")
+            .await?;
+        Ok(format!(
+            "{} (slot {slot}) is out of service; the mirror goes on without it",
+            self.path_of(slot)
+        ))
     }
 
     /// Lets go of a member's device.
@@ -276,26 +314,61 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     pub async fn remove(&self, member: &MemberRef, force: bool) -> Result<String, ControlError> {
         let slot = self.find_member(member)?;
         let path = self.path_of(slot);
-        let receiving =
-            matches!(self.slots.borrow()[usize::from(slot)].running, Running::InSync | Running::Resyncing);
+        let receiving = matches!(
+            self.slots.borrow()[usize::from(slot)].running,
+            Running::InSync | Running::Resyncing
+        );
         if receiving && !force {
             return Err(ControlError::new(
                 ErrorKind::Refused,
                 format!("{path} is in service; `mirrorctl fail` it first, or use --force"),
             ));
         }
-        self.take_out(slot, SlotState::Missing, "removed by the operator").await?;
+        self.take_out(slot, SlotState::Missing, "removed by the operator")
+            .await?;
         self.release_idle_disks();
         if self.slots.borrow()[usize::from(slot)].disk.is_some() {
             return Err(ControlError::new(
                 ErrorKind::Busy,
-                format!("{path} still owes answers to earlier requests; try again when it has given them or is gone"),
+                format!(
+                    "{path} still owes answers to earlier requests; try again when it has given them or is gone"
+                ),
             ));
         }
-        Ok(format!("{path} (slot {slot}) is removed; bring it back with `mirrorctl re-add`"))
+        Ok(format!(
+            "{path} (slot {slot}) is removed; bring it back with `mirrorctl re-add`"
+        ))
+    }
+
+    /// Lets FLUSH and FUA work again after a flush that failed on every in-sync member: the
+    /// operator accepts that what it covered may be lost (R7).
+    ///
+    /// # Errors
+    ///
+    /// When it cannot be recorded.
+    pub async fn clear_flush_error(&self) -> Result<String, ControlError> {
+        if !self.config.borrow().flush_failed {
+            return Ok("no flush has failed on every member; there is nothing to clear".to_owned());
+        }
+        let _pass = self.gate.enter().await;
+        let cleared = self.round(|config| config.flush_failed = false).await;
+        cleared.map_err(|errno| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("it could not be recorded on any in-sync member: {errno}"),
+            )
+        })?;
+        self.maps.borrow_mut().suspect.clear_all();
+        Ok("FLUSH and FUA work again; check what was written before the failed flush".to_owned())
     }
 
     async fn take_out(&self, slot: u8, becomes: SlotState, why: &str) -> Result<(), ControlError> {
+        // On purpose, so there is time to leave it as little to miss as possible.
+        if !self.stopping.get() {
+            let _pass = self.gate.enter().await;
+            let flushed = self.flush_inside().await;
+            tracing::debug!("flush before taking out slot {slot}: {flushed:?}");
+        }
         if !self.begin_loss_as(slot, becomes, why) {
             return Err(ControlError::new(
                 ErrorKind::Refused,
@@ -321,15 +394,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let slots = self.slots.borrow();
         let found = match member {
             MemberRef::Slot(slot) => (usize::from(*slot) < slots.len()).then_some(*slot),
-            MemberRef::Path(path) => {
-                (0..).zip(slots.iter()).find(|(_, s)| s.path == *path).map(|(slot, _)| slot)
-            }
+            MemberRef::Path(path) => (0..)
+                .zip(slots.iter())
+                .find(|(_, s)| s.path == *path)
+                .map(|(slot, _)| slot),
         };
         found.ok_or_else(|| {
             let known: Vec<&str> = slots.iter().map(|s| s.path.as_str()).collect();
             ControlError::new(
                 ErrorKind::NotFound,
-                format!("the mirror has no member {member:?}; its members are {}", known.join(", ")),
+                format!(
+                    "the mirror has no member {member:?}; its members are {}",
+                    known.join(", ")
+                ),
             )
         })
     }

@@ -11,7 +11,8 @@
 use crate::layout::{Layout, PAGE_BYTES, RegionKind, SECTORS_PER_PAGE, SLOTS_MAX, extents_of};
 use dirty_map::{
     Address, BLOCKS_PER_EXTENT, Extent, ExtentState, HotExtents, Kind, MISSED_PER_SECTOR,
-    MissedMap, PAYLOAD_BYTES, SECTOR_BYTES, STATES_PER_SECTOR, SUMMARY_PER_SECTOR, Stamp, StateMap, Summary, encode,
+    MissedMap, PAYLOAD_BYTES, SECTOR_BYTES, STATES_PER_SECTOR, SUMMARY_PER_SECTOR, Stamp, StateMap,
+    Summary, encode,
 };
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
@@ -30,6 +31,20 @@ pub(super) struct Page {
     pub(super) slot: u8,
     /// Which page of it.
     pub(super) index: u32,
+}
+
+impl Page {
+    /// The position page.
+    pub(super) const POSITION: Self = Self {
+        kind: RegionKind::Position,
+        slot: 0,
+        index: 0,
+    };
+
+    /// Whether a start reads the page to learn the member's position (R16).
+    pub(super) fn tells_position(self) -> bool {
+        matches!(self.kind, RegionKind::Position | RegionKind::State)
+    }
 }
 
 /// One slot's missed map with its summary.
@@ -84,7 +99,10 @@ impl Maps {
             unknown: HashSet::new(),
             suspect: MissedMap::new(blocks),
             dirty: BTreeSet::new(),
-            stamp: Stamp { ordinal: 0, sequence: 0 },
+            stamp: Stamp {
+                ordinal: 0,
+                sequence: 0,
+            },
             tag,
             blocks,
         }
@@ -99,7 +117,11 @@ impl Maps {
     pub(super) fn set_state(&mut self, extent: Extent, state: ExtentState) {
         self.states.force(extent, state);
         let page = u64::from(extent.0) / (STATES_PER_SECTOR * SECTORS_PER_PAGE);
-        self.dirty.insert(Page { kind: RegionKind::State, slot: 0, index: narrow(page) });
+        self.dirty.insert(Page {
+            kind: RegionKind::State,
+            slot: 0,
+            index: narrow(page),
+        });
     }
 
     /// Sets missed bits of a slot, in memory until its changed pages are committed.
@@ -125,9 +147,17 @@ impl Maps {
             if !missed.summary.get(index) {
                 missed.summary.set(index);
                 let page = index / narrow(SUMMARY_PER_SECTOR * SECTORS_PER_PAGE);
-                self.dirty.insert(Page { kind: RegionKind::Summary, slot, index: page });
+                self.dirty.insert(Page {
+                    kind: RegionKind::Summary,
+                    slot,
+                    index: page,
+                });
             }
-            self.dirty.insert(Page { kind: RegionKind::Missed, slot, index });
+            self.dirty.insert(Page {
+                kind: RegionKind::Missed,
+                slot,
+                index,
+            });
         }
     }
 
@@ -143,7 +173,11 @@ impl Maps {
             from = run.end;
         }
         for index in 0..pages_of(u64::from(missed.summary.sectors())) {
-            self.dirty.insert(Page { kind: RegionKind::Summary, slot, index });
+            self.dirty.insert(Page {
+                kind: RegionKind::Summary,
+                slot,
+                index,
+            });
         }
     }
 
@@ -175,7 +209,11 @@ impl Maps {
                 }
                 _ => {}
             }
-            let address = Address { kind: sector_kind(page.kind), slot: page.slot, index };
+            let address = Address {
+                kind: sector_kind(page.kind),
+                slot: page.slot,
+                index,
+            };
             sector.copy_from_slice(&encode(address, self.tag, stamp, &payload));
         }
     }
@@ -187,7 +225,10 @@ impl Maps {
 
     /// Whether reads of `extent` are answered from the disks.
     pub(super) fn is_written(&self, extent: Extent) -> bool {
-        matches!(self.states.get(extent), ExtentState::Cool | ExtentState::Hot)
+        matches!(
+            self.states.get(extent),
+            ExtentState::Cool | ExtentState::Hot
+        )
     }
 }
 

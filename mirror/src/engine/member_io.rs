@@ -5,7 +5,13 @@ use crate::assemble::Seen;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::{PAGE_BYTES, Region, RegionKind};
 use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock, SuperblockError};
-use dirty_map::{Address, Extent, ExtentState, SECTOR_BYTES, STATES_PER_SECTOR, Stamp, StateMap, decode};
+use dirty_map::{
+    Address, Extent, ExtentState, SECTOR_BYTES, STATES_PER_SECTOR, Stamp, StateMap, decode,
+};
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::Duration;
 
 /// Bytes moved by one request here.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -29,6 +35,45 @@ pub(super) enum MemberError {
     },
 }
 
+/// How long a member's metadata may take to be read or written, a request.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits for an operation, but not longer than `limit`; it is an orphan afterwards.
+pub(super) async fn timed<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    mut op: D::Op,
+    limit: Duration,
+) -> Result<(), Errno> {
+    let mut timer = None;
+    poll_fn(move |context| {
+        if let Poll::Ready(result) = Pin::new(&mut op).poll(context) {
+            return Poll::Ready(result);
+        }
+        let timer = timer.get_or_insert_with(|| host.sleep(limit));
+        Pin::new(timer)
+            .poll(context)
+            .map(|()| Err(Errno::TIMED_OUT))
+    })
+    .await
+}
+
+/// Submits a request and waits for it with patience.
+async fn submit<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    disk: &D,
+    request: DiskRequest<H::Buffer>,
+) -> Result<(), Errno> {
+    timed::<H, D>(host, disk.submit(request), PATIENCE).await
+}
+
+/// Makes what was written to a member durable.
+pub(super) async fn flush<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    disk: &D,
+) -> Result<(), Errno> {
+    submit(host, disk, DiskRequest::Flush).await
+}
+
 /// Reads `len` bytes at `offset`; both multiples of 4 KiB.
 pub(super) async fn read_bytes<H: Host, D: Disk<Buffer = H::Buffer>>(
     host: &H,
@@ -41,7 +86,15 @@ pub(super) async fn read_bytes<H: Host, D: Disk<Buffer = H::Buffer>>(
     while (out.len() as u64) < len {
         let at = out.len() as u64;
         let span = front(&buffer, length((len - at).min(CHUNK_BYTES)));
-        disk.submit(DiskRequest::Read { offset: offset + at, span: span.clone() }).await?;
+        submit(
+            host,
+            disk,
+            DiskRequest::Read {
+                offset: offset + at,
+                span: span.clone(),
+            },
+        )
+        .await?;
         span.read(|bytes| out.extend_from_slice(bytes));
     }
     Ok(out)
@@ -60,7 +113,16 @@ pub(super) async fn write_bytes<H: Host, D: Disk<Buffer = H::Buffer>>(
     for chunk in bytes.chunks(chunk_bytes) {
         let span = front(&buffer, chunk.len());
         span.fill(|out| out.copy_from_slice(chunk));
-        disk.submit(DiskRequest::Write { offset: at, span, fua: false }).await?;
+        submit(
+            host,
+            disk,
+            DiskRequest::Write {
+                offset: at,
+                span,
+                fua: false,
+            },
+        )
+        .await?;
         at += chunk.len() as u64;
     }
     Ok(())
@@ -100,7 +162,7 @@ pub(super) async fn load_superblock<H: Host, D: Disk<Buffer = H::Buffer>>(
         let bytes = loaded.superblock.encode();
         for offset in [COPY_A_OFFSET, COPY_B_OFFSET] {
             write_bytes(host, disk, offset, &bytes).await?;
-            disk.submit(DiskRequest::Flush).await?;
+            flush(host, disk).await?;
         }
     }
     Ok(loaded.superblock)
@@ -138,17 +200,28 @@ pub(super) async fn read_pages<H: Host, D: Disk<Buffer = H::Buffer>>(
     let mut image = RegionImage {
         sectors: Vec::with_capacity(sectors),
         uneven: Vec::with_capacity(sectors),
-        newest: Stamp { ordinal: 0, sequence: 0 },
+        newest: Stamp {
+            ordinal: 0,
+            sequence: 0,
+        },
     };
     for sector in 0..sectors {
         let index = u32::try_from(first + sector as u64).unwrap_or(u32::MAX);
-        let address = Address { kind, slot: region.slot, index };
+        let address = Address {
+            kind,
+            slot: region.slot,
+            index,
+        };
         let mut best: Option<(Stamp, Vec<u8>)> = None;
         let at = sector * SECTOR_BYTES;
         for copy in &copies {
             let bytes = &copy[at..at + SECTOR_BYTES];
-            let Ok(bytes) = <&[u8; SECTOR_BYTES]>::try_from(bytes) else { continue };
-            let Ok((stamp, payload)) = decode(bytes, address, superblock.tag()) else { continue };
+            let Ok(bytes) = <&[u8; SECTOR_BYTES]>::try_from(bytes) else {
+                continue;
+            };
+            let Ok((stamp, payload)) = decode(bytes, address, superblock.tag()) else {
+                continue;
+            };
             image.newest = image.newest.max(stamp);
             if best.as_ref().is_none_or(|(have, _)| stamp > *have) {
                 best = Some((stamp, payload.to_vec()));
@@ -207,12 +280,22 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
 ) -> Result<Surveyed, MemberError> {
     let superblock = load_superblock(host, disk).await?;
     let missing = MemberError::Superblock(SuperblockError::Damaged("a region is missing"));
-    let state_region = superblock.layout.find(RegionKind::State, 0).ok_or(missing.clone())?;
-    let position_region = superblock.layout.find(RegionKind::Position, 0).ok_or(missing)?;
+    let state_region = superblock
+        .layout
+        .find(RegionKind::State, 0)
+        .ok_or(missing.clone())?;
+    let position_region = superblock
+        .layout
+        .find(RegionKind::Position, 0)
+        .ok_or(missing)?;
     let states = read_region(host, disk, &superblock, state_region).await;
     let positions = read_region(host, disk, &superblock, position_region).await;
     let position = states.newest.max(positions.newest);
-    let seen = Seen { path: path.to_owned(), superblock, position };
+    let seen = Seen {
+        path: path.to_owned(),
+        superblock,
+        position,
+    };
     Ok(Surveyed { seen, states })
 }
 
@@ -225,7 +308,10 @@ pub(super) fn own_hot_extents(states: &RegionImage, extents: u32) -> Vec<Extent>
         if first >= u64::from(extents) {
             break;
         }
-        match sector.as_ref().and_then(|(_, payload)| payload.as_slice().try_into().ok()) {
+        match sector
+            .as_ref()
+            .and_then(|(_, payload)| payload.as_slice().try_into().ok())
+        {
             Some(payload) => map.load_payload(index, payload),
             None => {
                 let last = (first + STATES_PER_SECTOR).min(u64::from(extents));

@@ -111,7 +111,10 @@ pub struct ControlError {
 
 impl ControlError {
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self {
+            kind,
+            message: message.into(),
+        }
     }
 }
 
@@ -158,7 +161,10 @@ impl<D> Slot<D> {
             disk: None,
             path,
             reason: None,
-            position: Stamp { ordinal: 0, sequence: 0 },
+            position: Stamp {
+                ordinal: 0,
+                sequence: 0,
+            },
             epoch: 0,
             write_count: 0,
             read_errors: 0,
@@ -177,7 +183,10 @@ struct Receiver<D> {
 
 impl<D> Clone for Receiver<D> {
     fn clone(&self) -> Self {
-        Self { disk: self.disk.clone(), ..*self }
+        Self {
+            disk: self.disk.clone(),
+            ..*self
+        }
     }
 }
 
@@ -250,7 +259,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Rebuilds the view after a slot changed.
     fn refresh_view(&self) {
         let config = self.config.borrow();
-        let mut view = View { receivers: Vec::new(), absent: Vec::new() };
+        let mut view = View {
+            receivers: Vec::new(),
+            absent: Vec::new(),
+        };
         for (slot, (state, record)) in (0..).zip(self.slots.borrow().iter().zip(&config.slots)) {
             match (&state.running, &state.disk) {
                 (Running::InSync | Running::Resyncing, Some(disk)) => {
@@ -289,22 +301,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         receiver: &Receiver<D>,
         request: DiskRequest<H::Buffer>,
     ) -> Result<(), Errno> {
-        let begun = self.host.now();
-        let mut op = receiver.disk.submit(request);
-        let deadline = self.options.deadline;
-        let mut timer = None;
-        std::future::poll_fn(move |context| {
-            use std::future::Future;
-            use std::task::Poll;
-            if let Poll::Ready(result) = std::pin::Pin::new(&mut op).poll(context) {
-                return Poll::Ready(result);
-            }
-            let timer = timer.get_or_insert_with(|| {
-                self.host.sleep(deadline.saturating_sub(self.host.now().saturating_sub(begun)))
-            });
-            std::pin::Pin::new(timer).poll(context).map(|()| Err(Errno::TIMED_OUT))
-        })
-        .await
+        let op = receiver.disk.submit(request);
+        member_io::timed::<H, D>(&*self.host, op, self.options.deadline).await
     }
 
     /// Checks a request's range against the device.
@@ -333,10 +331,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Spawns a background task that keeps the mirror alive.
-    fn spawn<F: Future<Output = ()> + 'static>(
-        self: &Rc<Self>,
-        task: impl FnOnce(Rc<Self>) -> F,
-    ) {
+    fn spawn<F: Future<Output = ()> + 'static>(self: &Rc<Self>, task: impl FnOnce(Rc<Self>) -> F) {
         self.host.spawn(Box::pin(task(self.clone())));
     }
 
@@ -347,7 +342,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
 /// A span of `len` bytes at the start of `buffer`.
 fn front<B: Buffer>(buffer: &B, len: usize) -> Span<B> {
-    Span { buffer: buffer.clone(), start: 0, len }
+    Span {
+        buffer: buffer.clone(),
+        start: 0,
+        len,
+    }
 }
 
 /// A byte count as a length in memory; counts here are bounded by [`PIECE_BYTES`] or by a

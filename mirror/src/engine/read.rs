@@ -38,7 +38,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let plain = {
             let maps = self.maps.borrow();
             extents(&range).all(|extent| maps.is_written(extent))
-                && !maps.hot.is_unequalised(blocks_covering(range.start, range.end - range.start))
+                && !maps
+                    .hot
+                    .is_unequalised(blocks_covering(range.start, range.end - range.start))
                 && maps.unknown.is_empty()
         };
         let result = if plain {
@@ -101,7 +103,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     fn fresh_span(&self, len: usize) -> Span<H::Buffer> {
-        front(&self.host.allocate(len.next_multiple_of(length(BLOCK_BYTES))), len)
+        front(
+            &self
+                .host
+                .allocate(len.next_multiple_of(length(BLOCK_BYTES))),
+            len,
+        )
     }
 
     /// Reads a range of written, equal extents from the best member, failing over.
@@ -115,13 +122,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut last_error = Errno::IO;
         loop {
             let view = self.view();
-            let candidates =
-                view.receivers.iter().filter(|r| r.in_sync && !failed.contains(&r.slot));
+            let candidates = view
+                .receivers
+                .iter()
+                .filter(|r| r.in_sync && !failed.contains(&r.slot));
             let Some(member) = candidates.min_by_key(|r| r.disk.in_flight()) else {
                 return Err(last_error);
             };
             let offset = self.data_offset + range.start;
-            let request = DiskRequest::Read { offset, span: span.clone() };
+            let request = DiskRequest::Read {
+                offset,
+                span: span.clone(),
+            };
             // A stall is noticed only while another member could answer instead.
             let alone = view.receivers.iter().filter(|r| r.in_sync).count() == 1;
             let result = if alone {
@@ -201,7 +213,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         for extent in extents(range) {
             if maps.hot.contains(extent) {
                 maps.hot.begin_write(extent, now);
-                maps.hot.end_write(extent, intersect(&blocks, &extent.blocks()), now);
+                maps.hot
+                    .end_write(extent, intersect(&blocks, &extent.blocks()), now);
             }
         }
     }
@@ -213,18 +226,29 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let span = self.fresh_span(len);
         let view = self.view();
         let find = |wanted: &dyn Fn(&&Receiver<D>) -> bool| {
-            view.receivers.iter().filter(|r| r.in_sync).find(wanted).cloned()
+            view.receivers
+                .iter()
+                .filter(|r| r.in_sync)
+                .find(wanted)
+                .cloned()
         };
         let (Some(source), Some(target)) = (find(&|r| r.slot != slot), find(&|r| r.slot == slot))
         else {
             return Ok(false);
         };
         let offset = self.data_offset + range.start;
-        let read = DiskRequest::Read { offset, span: span.clone() };
+        let read = DiskRequest::Read {
+            offset,
+            span: span.clone(),
+        };
         if self.to_one(&source, read.clone()).await.is_err() {
             return Ok(false);
         }
-        let write = DiskRequest::Write { offset, span: span.clone(), fua: true };
+        let write = DiskRequest::Write {
+            offset,
+            span: span.clone(),
+            fua: true,
+        };
         self.to_one(&target, write).await?;
         self.to_one(&target, read).await?;
         Ok(true)

@@ -42,11 +42,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Slots whose member is resyncing.
     pub(super) fn resyncing(&self) -> Vec<u8> {
         let slots = self.slots.borrow();
-        (0..).zip(slots.iter()).filter(|(_, s)| s.running == Running::Resyncing).map(|(i, _)| i).collect()
+        (0..)
+            .zip(slots.iter())
+            .filter(|(_, s)| s.running == Running::Resyncing)
+            .map(|(i, _)| i)
+            .collect()
     }
 
     fn resync_target(&self, slot: u8) -> Option<Receiver<D>> {
-        self.view().receivers.iter().find(|r| r.slot == slot && !r.in_sync).cloned()
+        self.view()
+            .receivers
+            .iter()
+            .find(|r| r.slot == slot && !r.in_sync)
+            .cloned()
     }
 
     /// Brings the member in `slot` up to date; ends when it is in-sync or lost.
@@ -63,7 +71,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 Err(errno) => {
                     if self.host.now().saturating_sub(last_move) > STALLED_AFTER {
                         self.update_resync(slot, |status| {
-                            status.stalled = Some(format!("nothing could be copied lately: {errno}"));
+                            status.stalled =
+                                Some(format!("nothing could be copied lately: {errno}"));
                         });
                     }
                     self.host.sleep(super::cool::TICK).await;
@@ -71,7 +80,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         self.note_progress(slot, begun);
-        let status = self.resync.borrow_mut().take_if(|status| status.slot == slot);
+        let status = self
+            .resync
+            .borrow_mut()
+            .take_if(|status| status.slot == slot);
         if let Some(status) = status {
             *self.last_resync.borrow_mut() = Some(status);
         }
@@ -96,9 +108,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 mirror.changed.wake_all();
             });
         }
-        self.changed.until(|| (batch.lanes.get() == 0).then_some(())).await;
+        self.changed
+            .until(|| (batch.lanes.get() == 0).then_some(()))
+            .await;
         let copied = batch.copied.take();
-        let Some(target) = self.resync_target(slot) else { return Err(Errno::NO_DEVICE) };
+        let Some(target) = self.resync_target(slot) else {
+            return Err(Errno::NO_DEVICE);
+        };
         let _pass = self.gate.enter().await;
         if !copied.is_empty() {
             if let Err(errno) = self.to_one(&target, DiskRequest::Flush).await {
@@ -130,9 +146,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let next = {
                 let maps = self.maps.borrow();
                 let max = PIECE_BYTES as u64 / BLOCK_BYTES;
-                maps.missed[usize::from(slot)].map.next_run(batch.cursor.get(), max)
+                maps.missed[usize::from(slot)]
+                    .map
+                    .next_run(batch.cursor.get(), max)
             };
-            let Some(run) = next.filter(|_| !self.stopping.get()) else { return };
+            let Some(run) = next.filter(|_| !self.stopping.get()) else {
+                return;
+            };
             let extent = Block(run.start).extent();
             let run = run.start..run.end.min(extent.blocks().end);
             batch.cursor.set(run.end);
@@ -167,7 +187,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         // Before the lock: equalising takes it itself.
         self.equalise_for_read(&range).await?;
         let _lock = self.locks.lock(range.clone()).await;
-        let Some(target) = self.resync_target(slot) else { return Err(Errno::NO_DEVICE) };
+        let Some(target) = self.resync_target(slot) else {
+            return Err(Errno::NO_DEVICE);
+        };
         if !self.maps.borrow().is_written(extent) {
             return Ok(());
         }
@@ -176,22 +198,35 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // A write failed on every member since: try this run again in the next batch.
             return Err(Errno::IO);
         }
-        let span = self.read_written(&range, front(buffer, length(range.end - range.start))).await?;
+        let span = self
+            .read_written(&range, front(buffer, length(range.end - range.start)))
+            .await?;
         let all_zero = span.read(is_zero);
         let offset = self.data_offset + range.start;
         let bytes = range.end - range.start;
         let result = if all_zero {
             self.zero_on(&target, range).await
         } else {
-            self.to_one(&target, DiskRequest::Write { offset, span, fua: false }).await
+            self.to_one(
+                &target,
+                DiskRequest::Write {
+                    offset,
+                    span,
+                    fua: false,
+                },
+            )
+            .await
         };
         if let Err(errno) = result {
             self.begin_loss(slot, &format!("a write during resync failed: {errno}"));
             return Err(errno);
         }
         self.update_resync(slot, |status| {
-            let counter =
-                if all_zero { &mut status.zeroed_bytes } else { &mut status.copied_bytes };
+            let counter = if all_zero {
+                &mut status.zeroed_bytes
+            } else {
+                &mut status.copied_bytes
+            };
             *counter += bytes;
             status.stalled = None;
         });
@@ -258,5 +293,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 /// Whether every byte is zero.
 fn is_zero(bytes: &[u8]) -> bool {
     // In pieces that the compiler turns into wide operations, ending at the first difference.
-    bytes.chunks(64).all(|piece| piece.iter().fold(0, |seen, &byte| seen | byte) == 0)
+    bytes
+        .chunks(64)
+        .all(|piece| piece.iter().fold(0, |seen, &byte| seen | byte) == 0)
 }

@@ -17,12 +17,12 @@
 use super::maps::{Maps, Page, pages_of};
 use super::member_io::{RegionImage, Surveyed, read_pages, read_region, survey};
 use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
+use crate::ControlError;
 use crate::assemble::{AssembleOptions, COMMITS_IN_FLIGHT_MAX, Plan, Refusal, Verdict, assemble};
 use crate::control::{ErrorKind, IoCounts};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE};
 use crate::superblock::{LastStop, Loss, SlotState, Superblock};
-use crate::ControlError;
 use dirty_map::{Extent, ExtentState, STATES_PER_SECTOR, Stamp};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -39,7 +39,10 @@ pub struct StartError {
 
 impl StartError {
     fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self {
+            kind,
+            message: message.into(),
+        }
     }
 
     /// Class of the failure.
@@ -86,12 +89,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ) -> Result<Rc<Self>, StartError> {
         let present = survey_all(&*host, candidates).await?;
         let seen: Vec<_> = present.iter().map(|p| p.surveyed.seen.clone()).collect();
-        let plan = assemble(&seen, AssembleOptions { force: options.force })?;
+        let plan = assemble(
+            &seen,
+            AssembleOptions {
+                force: options.force,
+            },
+        )?;
         let config = &present[plan.newest].surveyed.seen.superblock;
         if config.name != options.name {
             return Err(StartError::new(
                 ErrorKind::Usage,
-                format!("these are members of the mirror '{}', not '{}'", config.name, options.name),
+                format!(
+                    "these are members of the mirror '{}', not '{}'",
+                    config.name, options.name
+                ),
             ));
         }
         let mirror = Rc::new(Self::new(host, options, config.clone()));
@@ -103,11 +114,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     fn new(host: Rc<H>, options: StartOptions, config: Superblock) -> Self {
-        let slots = config.slots.iter().map(|record| Slot::absent(record.address.clone()));
+        let slots = config
+            .slots
+            .iter()
+            .map(|record| Slot::absent(record.address.clone()));
         let maps = Maps::new(&config.layout, config.slots.len(), config.tag());
         Self {
             slots: RefCell::new(slots.collect()),
-            view: RefCell::new(Rc::new(View { receivers: Vec::new(), absent: Vec::new() })),
+            view: RefCell::new(Rc::new(View {
+                receivers: Vec::new(),
+                absent: Vec::new(),
+            })),
             maps: RefCell::new(maps),
             gate: super::Gate::default(),
             locks: super::RangeLocks::default(),
@@ -142,7 +159,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let mut slots = self.slots.borrow_mut();
             for (member, verdict) in present.iter().zip(&plan.verdicts) {
                 let superblock = &member.surveyed.seen.superblock;
-                let Some(slot) = slots.get_mut(usize::from(superblock.own_slot)) else { continue };
+                let Some(slot) = slots.get_mut(usize::from(superblock.own_slot)) else {
+                    continue;
+                };
                 match verdict {
                     Verdict::InSync => {
                         *slot = Slot {
@@ -167,10 +186,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Steps 3 and 4 of the module documentation.
     async fn load_maps(&self, present: &[Present<D>], plan: &Plan) {
-        let in_sync: Vec<&Present<D>> =
-            present.iter().zip(&plan.verdicts).filter(|(_, v)| **v == Verdict::InSync).map(|(p, _)| p).collect();
+        let in_sync: Vec<&Present<D>> = present
+            .iter()
+            .zip(&plan.verdicts)
+            .filter(|(_, v)| **v == Verdict::InSync)
+            .map(|(p, _)| p)
+            .collect();
         let newest = present.iter().map(|p| p.surveyed.seen.position).max();
-        self.maps.borrow_mut().stamp = newest.unwrap_or(Stamp { ordinal: 0, sequence: 0 });
+        self.maps.borrow_mut().stamp = newest.unwrap_or(Stamp {
+            ordinal: 0,
+            sequence: 0,
+        });
         let states: Vec<&RegionImage> = in_sync.iter().map(|p| &p.surveyed.states).collect();
         self.load_states(&states);
         let lost: Vec<u8> = plan.lost.iter().map(|(slot, _)| *slot).collect();
@@ -196,7 +222,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             match merged.payload.and_then(|payload| payload.try_into().ok()) {
                 Some(payload) => maps.states.load_payload(index, payload),
                 None => {
-                    tracing::error!("the states of extents in map sector {index} are lost on every in-sync member");
+                    tracing::error!(
+                        "the states of extents in map sector {index} are lost on every in-sync member"
+                    );
                     let first = u64::from(index) * STATES_PER_SECTOR;
                     for extent in first..(first + STATES_PER_SECTOR).min(extents) {
                         let extent = Extent(u32::try_from(extent).unwrap_or(u32::MAX));
@@ -209,7 +237,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             if merged.uneven {
                 let page = index / u32::try_from(SECTORS_PER_PAGE).unwrap_or(1);
-                maps.dirty.insert(Page { kind: RegionKind::State, slot: 0, index: page });
+                maps.dirty.insert(Page {
+                    kind: RegionKind::State,
+                    slot: 0,
+                    index: page,
+                });
             }
         }
     }
@@ -217,9 +249,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Reads the missed map of a slot that was not in-sync already.
     async fn load_missed(&self, in_sync: &[&Present<D>], slot: u8) {
         let layout = self.config.borrow().layout.clone();
-        let (Some(summary), Some(missed)) =
-            (layout.find(RegionKind::Summary, slot), layout.find(RegionKind::Missed, slot))
-        else {
+        let (Some(summary), Some(missed)) = (
+            layout.find(RegionKind::Summary, slot),
+            layout.find(RegionKind::Missed, slot),
+        ) else {
             return;
         };
         let config = self.config.borrow().clone();
@@ -229,13 +262,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let images: Vec<&RegionImage> = images.iter().collect();
         self.load_summary(&images, slot);
-        let pages: Vec<u32> = self.maps.borrow().missed[usize::from(slot)].summary.iter().collect();
+        let pages: Vec<u32> = self.maps.borrow().missed[usize::from(slot)]
+            .summary
+            .iter()
+            .collect();
         for run in pages.chunk_by(|a, b| a + 1 == *b) {
             for part in run.chunks(PIECE_BYTES / usize::try_from(PAGE_BYTES).unwrap_or(1)) {
                 let range = u64::from(part[0])..u64::from(part[0]) + part.len() as u64;
                 let mut images = Vec::new();
                 for member in in_sync {
-                    let image = read_pages(&*self.host, &*member.disk, &config, missed, range.clone());
+                    let image =
+                        read_pages(&*self.host, &*member.disk, &config, missed, range.clone());
                     images.push(image.await);
                 }
                 self.load_missed_pages(&images.iter().collect::<Vec<_>>(), slot, range);
@@ -256,7 +293,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         for index in 0..pages_of(u64::from(summary.sectors())) {
-            maps.dirty.insert(Page { kind: RegionKind::Summary, slot, index });
+            maps.dirty.insert(Page {
+                kind: RegionKind::Summary,
+                slot,
+                index,
+            });
         }
     }
 
@@ -264,7 +305,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut maps = self.maps.borrow_mut();
         let maps = &mut *maps;
         let missed = &mut maps.missed[usize::from(slot)].map;
-        for (at, sector) in (pages.start * SECTORS_PER_PAGE..pages.end * SECTORS_PER_PAGE).enumerate() {
+        for (at, sector) in
+            (pages.start * SECTORS_PER_PAGE..pages.end * SECTORS_PER_PAGE).enumerate()
+        {
             let sector = u32::try_from(sector).unwrap_or(u32::MAX);
             if sector >= missed.sectors() {
                 break;
@@ -276,7 +319,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             if merged.uneven {
                 let index = sector / u32::try_from(SECTORS_PER_PAGE).unwrap_or(1);
-                maps.dirty.insert(Page { kind: RegionKind::Missed, slot, index });
+                maps.dirty.insert(Page {
+                    kind: RegionKind::Missed,
+                    slot,
+                    index,
+                });
             }
         }
     }
@@ -345,7 +392,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut returning = Vec::new();
         for (member, verdict) in present.into_iter().zip(plan.verdicts) {
             let slot = member.surveyed.seen.superblock.own_slot;
-            let state = self.config.borrow().slots.get(usize::from(slot)).map(|r| r.state);
+            let state = self
+                .config
+                .borrow()
+                .slots
+                .get(usize::from(slot))
+                .map(|r| r.state);
             let by_itself = !matches!(state, Some(SlotState::Faulty));
             if matches!(verdict, Verdict::Delta { .. }) && by_itself {
                 // Nobody else holds the device: it was opened for this start.
@@ -386,7 +438,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     async fn stop_inside(&self) -> Result<(), Errno> {
         self.flush_inside().await?;
-        let quiet = self.maps.borrow_mut().hot.coolable(self.host.now(), Duration::ZERO, usize::MAX);
+        let quiet =
+            self.maps
+                .borrow_mut()
+                .hot
+                .coolable(self.host.now(), Duration::ZERO, usize::MAX);
         if self.options.write_intent {
             self.cool(quiet).await?;
         }
@@ -409,7 +465,11 @@ async fn survey_all<H: Host, D: Disk<Buffer = H::Buffer>>(
     let mut reasons = Vec::new();
     for Candidate { path, disk } in candidates {
         match survey(host, &disk, &path).await {
-            Ok(surveyed) => present.push(Present { path, disk: Rc::new(disk), surveyed }),
+            Ok(surveyed) => present.push(Present {
+                path,
+                disk: Rc::new(disk),
+                surveyed,
+            }),
             Err(error) => {
                 tracing::warn!("{path} is left out: {error}");
                 reasons.push(format!("{path}: {error}"));
@@ -427,19 +487,38 @@ async fn survey_all<H: Host, D: Disk<Buffer = H::Buffer>>(
 
 /// What the records of slots say that were in-sync and do not start so.
 fn start_losses<D>(config: &Superblock, present: &[Present<D>], plan: &Plan) -> Vec<StartLoss> {
-    let ahead = present.iter().zip(&plan.verdicts).filter(|(_, v)| **v == Verdict::InSync);
+    let ahead = present
+        .iter()
+        .zip(&plan.verdicts)
+        .filter(|(_, v)| **v == Verdict::InSync);
     let ahead = ahead.map(|(p, _)| p.surveyed.seen.position).max();
-    let ahead = ahead.unwrap_or(Stamp { ordinal: 0, sequence: 0 });
+    let ahead = ahead.unwrap_or(Stamp {
+        ordinal: 0,
+        sequence: 0,
+    });
     let records = plan.lost.iter().map(|(slot, _)| {
-        let here = present.iter().any(|p| p.surveyed.seen.superblock.own_slot == *slot);
+        let here = present
+            .iter()
+            .any(|p| p.surveyed.seen.superblock.own_slot == *slot);
         // An absent one may have missed the commits that were in flight; one that is here was
         // found to be older than that and must not come back by delta.
         let slack = if here { 0 } else { COMMITS_IN_FLIGHT_MAX };
-        let position = Stamp { sequence: ahead.sequence.saturating_sub(slack), ..ahead };
+        let position = Stamp {
+            sequence: ahead.sequence.saturating_sub(slack),
+            ..ahead
+        };
         StartLoss {
             slot: *slot,
-            state: if here { SlotState::Stale } else { SlotState::Missing },
-            loss: Loss { epoch: config.epoch.id, position, block_exact: false },
+            state: if here {
+                SlotState::Stale
+            } else {
+                SlotState::Missing
+            },
+            loss: Loss {
+                epoch: config.epoch.id,
+                position,
+                block_exact: false,
+            },
         }
     });
     records.collect()
@@ -454,9 +533,16 @@ struct Merged<'a> {
 
 fn newest_sector<'a>(images: &[&'a RegionImage], index: u32) -> Merged<'a> {
     let index = usize::try_from(index).unwrap_or(usize::MAX);
-    let contents = images.iter().map(|image| image.sectors.get(index).and_then(Option::as_ref));
+    let contents = images
+        .iter()
+        .map(|image| image.sectors.get(index).and_then(Option::as_ref));
     let newest = contents.clone().flatten().max_by_key(|(stamp, _)| *stamp);
-    let uneven = images.iter().any(|image| image.uneven.get(index) != Some(&false))
+    let uneven = images
+        .iter()
+        .any(|image| image.uneven.get(index) != Some(&false))
         || contents.clone().any(|content| content != newest);
-    Merged { payload: newest.map(|(_, payload)| payload.as_slice()), uneven }
+    Merged {
+        payload: newest.map(|(_, payload)| payload.as_slice()),
+        uneven,
+    }
 }

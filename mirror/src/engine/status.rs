@@ -22,7 +22,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             MirrorState::Degraded
         };
         let resync = self.resync.borrow().clone().map(|mut status| {
-            let missed = self.maps.borrow().missed[usize::from(status.slot)].map.count();
+            let missed = self.maps.borrow().missed[usize::from(status.slot)]
+                .map
+                .count();
             status.remaining_bytes = missed * BLOCK_BYTES;
             status
         });
@@ -44,6 +46,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             last_resync: self.last_resync.borrow().clone(),
             io: *self.counts.borrow(),
         }
+    }
+
+    /// Whether the extent at `offset` reads as zeroes whatever its disks hold; members need not
+    /// agree there.
+    ///
+    /// # Panics
+    ///
+    /// When `offset` lies beyond the device.
+    pub fn reads_as_zeroes(&self, offset: u64) -> bool {
+        let extent = dirty_map::Block(offset / BLOCK_BYTES).extent();
+        !self.maps.borrow().is_written(extent)
     }
 
     fn extent_counts(&self) -> ExtentCounts {

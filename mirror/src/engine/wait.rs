@@ -64,7 +64,9 @@ pub(crate) struct ExclusiveGuard<'a>(&'a Exclusive);
 impl Exclusive {
     /// Waits for the turn.
     pub(crate) async fn enter(&self) -> ExclusiveGuard<'_> {
-        self.waiting.until(|| (!self.held.replace(true)).then_some(())).await;
+        self.waiting
+            .until(|| (!self.held.replace(true)).then_some(()))
+            .await;
         ExclusiveGuard(self)
     }
 }
@@ -95,7 +97,9 @@ impl Gate {
     /// Enters, waiting while the gate is closed.
     pub(crate) async fn enter(&self) -> Pass<'_> {
         if self.closed.get() {
-            self.waiting.until(|| (!self.closed.get()).then_some(())).await;
+            self.waiting
+                .until(|| (!self.closed.get()).then_some(()))
+                .await;
         }
         self.inside.set(self.inside.get() + 1);
         Pass(self)
@@ -103,9 +107,13 @@ impl Gate {
 
     /// Closes the gate and waits until nobody is inside.
     pub(crate) async fn close(&self) -> Closed<'_> {
-        self.waiting.until(|| (!self.closed.replace(true)).then_some(())).await;
+        self.waiting
+            .until(|| (!self.closed.replace(true)).then_some(()))
+            .await;
         let closed = Closed(self);
-        self.waiting.until(|| (self.inside.get() == 0).then_some(())).await;
+        self.waiting
+            .until(|| (self.inside.get() == 0).then_some(()))
+            .await;
         closed
     }
 }
@@ -159,14 +167,22 @@ impl RangeLocks {
     pub(crate) async fn lock(&self, range: Range<u64>) -> RangeGuard<'_> {
         let id = self.next_id.get();
         self.next_id.set(id + 1);
-        self.entries.borrow_mut().push(Entry { id, range, issued: false, waker: None });
+        self.entries.borrow_mut().push(Entry {
+            id,
+            range,
+            issued: false,
+            waker: None,
+        });
         // From here on the guard removes the entry, also when this future is dropped.
         let guard = RangeGuard { locks: self, id };
         poll_fn(|context| {
             let mut entries = self.entries.borrow_mut();
             let own = position(&entries, id);
             let (earlier, rest) = entries.split_at_mut(own);
-            if earlier.iter().any(|entry| overlap(&entry.range, &rest[0].range)) {
+            if earlier
+                .iter()
+                .any(|entry| overlap(&entry.range, &rest[0].range))
+            {
                 rest[0].waker = Some(context.waker().clone());
                 return Poll::Pending;
             }
@@ -186,9 +202,9 @@ impl RangeLocks {
 
 fn position(entries: &[Entry], id: u64) -> usize {
     // Entries are in the order of their ids.
-    entries.binary_search_by_key(&id, |entry| entry.id).unwrap_or_else(|_| {
-        unreachable!("a range lock's entry lives as long as its guard")
-    })
+    entries
+        .binary_search_by_key(&id, |entry| entry.id)
+        .unwrap_or_else(|_| unreachable!("a range lock's entry lives as long as its guard"))
 }
 
 impl RangeGuard<'_> {
@@ -232,12 +248,19 @@ mod tests {
         let mut second = pin!(locks.lock(4..12));
         let mut third = pin!(locks.lock(10..20));
         let mut apart = pin!(locks.lock(20..30));
-        let Poll::Ready(held) = poll(first.as_mut()) else { panic!() };
+        let Poll::Ready(held) = poll(first.as_mut()) else {
+            panic!()
+        };
         assert!(poll(second.as_mut()).is_pending());
-        assert!(poll(third.as_mut()).is_pending(), "behind the second, though free now");
+        assert!(
+            poll(third.as_mut()).is_pending(),
+            "behind the second, though free now"
+        );
         assert!(poll(apart.as_mut()).is_ready());
         drop(held);
-        let Poll::Ready(held) = poll(second.as_mut()) else { panic!() };
+        let Poll::Ready(held) = poll(second.as_mut()) else {
+            panic!()
+        };
         assert!(poll(third.as_mut()).is_pending());
         drop(held);
         assert!(poll(third.as_mut()).is_ready());
@@ -247,7 +270,9 @@ mod tests {
     fn only_issued_ranges_are_in_flight() {
         let locks = RangeLocks::default();
         let mut first = pin!(locks.lock(0..8));
-        let Poll::Ready(held) = poll(first.as_mut()) else { panic!() };
+        let Poll::Ready(held) = poll(first.as_mut()) else {
+            panic!()
+        };
         let seen = |locks: &RangeLocks| {
             let mut all = Vec::new();
             locks.for_each_issued(|range| all.push(range));
@@ -262,13 +287,17 @@ mod tests {
     fn the_gate_drains_before_it_closes() {
         let gate = Gate::default();
         let mut enter = pin!(gate.enter());
-        let Poll::Ready(pass) = poll(enter.as_mut()) else { panic!() };
+        let Poll::Ready(pass) = poll(enter.as_mut()) else {
+            panic!()
+        };
         let mut close = pin!(gate.close());
         assert!(poll(close.as_mut()).is_pending());
         let mut late = pin!(gate.enter());
         assert!(poll(late.as_mut()).is_pending());
         drop(pass);
-        let Poll::Ready(closed) = poll(close.as_mut()) else { panic!() };
+        let Poll::Ready(closed) = poll(close.as_mut()) else {
+            panic!()
+        };
         assert!(poll(late.as_mut()).is_pending());
         drop(closed);
         assert!(poll(late.as_mut()).is_ready());

@@ -51,7 +51,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             counts.written_bytes += span.len as u64;
         });
         let at = self.data_offset + offset;
-        let request = |_: &Receiver<D>| DiskRequest::Write { offset: at, span: span.clone(), fua };
+        let request = |_: &Receiver<D>| DiskRequest::Write {
+            offset: at,
+            span: span.clone(),
+            fua,
+        };
         self.answer(self.write_through(range, fua, request).await)
     }
 
@@ -141,7 +145,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let len = range.end - range.start;
         let blocks = blocks_covering(range.start, len);
         for extent in extents(range) {
-            maps.hot.end_write(extent, intersect(&blocks, &extent.blocks()), now);
+            maps.hot
+                .end_write(extent, intersect(&blocks, &extent.blocks()), now);
         }
         if written && maps.hot.unequalised_blocks() > 0 {
             // Whole blocks that every in-sync member has just taken are equal again.
@@ -225,7 +230,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// A flush failed on every in-sync member: nobody is dropped, and from now on, across
     /// restarts, durability is refused until the blocks are written anew (R7).
     async fn flush_failed_everywhere(&self, errno: Errno) {
-        tracing::error!("a flush failed on every in-sync member ({errno}); FLUSH and FUA answer EIO");
+        tracing::error!(
+            "a flush failed on every in-sync member ({errno}); FLUSH and FUA answer EIO"
+        );
         {
             let mut maps = self.maps.borrow_mut();
             let maps = &mut *maps;
@@ -237,7 +244,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.hot.unflushed_to_unequalised();
         }
         self.flush_failed_here.set(true);
-        if self.round(|config| config.flush_failed = true).await.is_err() {
+        if self
+            .round(|config| config.flush_failed = true)
+            .await
+            .is_err()
+        {
             self.write_blocked.set(true);
         }
     }
@@ -246,10 +257,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     async fn settle_suspects(&self) {
         let lifted = {
             let maps = self.maps.borrow();
-            self.config.borrow().flush_failed && self.flush_failed_here.get() && maps.suspect.is_clear()
+            self.config.borrow().flush_failed
+                && self.flush_failed_here.get()
+                && maps.suspect.is_clear()
         };
-        if lifted && self.round(|config| config.flush_failed = false).await.is_ok() {
-            tracing::warn!("every block of the failed flush has been written anew; FLUSH works again");
+        if lifted
+            && self
+                .round(|config| config.flush_failed = false)
+                .await
+                .is_ok()
+        {
+            tracing::warn!(
+                "every block of the failed flush has been written anew; FLUSH works again"
+            );
         }
     }
 

@@ -56,7 +56,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let extent = dirty_map::EXTENT_BYTES;
         let start = range.start.next_multiple_of(extent).min(range.end);
         let aligned = range.end - range.end % extent;
-        let end = if range.end == self.size_bytes { range.end } else { aligned };
+        let end = if range.end == self.size_bytes {
+            range.end
+        } else {
+            aligned
+        };
         if start >= end {
             return (range.clone(), start..start, range.end..range.end);
         }
@@ -132,7 +136,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     async fn zero_part(&self, range: Range<u64>, fua: bool) -> Result<(), Errno> {
         let mut at = range.start;
         while at < range.end {
-            let Some(extent) = extents(&(at..at + 1)).next() else { break };
+            let Some(extent) = extents(&(at..at + 1)).next() else {
+                break;
+            };
             let within = intersect(&(at..range.end), &self.extent_bytes(extent));
             let piece = at..within.end.min(at + PIECE_BYTES as u64);
             at = piece.end;
@@ -141,7 +147,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             let span = front(&self.zeroes, length(piece.end - piece.start));
             let offset = self.data_offset + piece.start;
-            let request = |_: &_| DiskRequest::Write { offset, span: span.clone(), fua };
+            let request = |_: &_| DiskRequest::Write {
+                offset,
+                span: span.clone(),
+                fua,
+            };
             self.write_through(piece, fua, request).await?;
         }
         Ok(())

@@ -1,0 +1,376 @@
+//! A simulated machine: executor, clock, randomness and disks, all driven by one seed.
+//!
+//! The production engine runs on it unchanged. At each step the seed decides which ready task
+//! is polled, which pending disk operation completes, or that time passes; so a seed and a
+//! build reproduce a run bit for bit.
+//!
+//! [`World`] is the machine: dropping its tasks is the crash of the daemon, and
+//! [`SimDisk::cut_power`] adds what a power cut does to a disk. The content of the disks
+//! survives both.
+
+mod disk;
+
+pub use disk::{Faults, SimDisk, SimOp};
+
+use crate::host::{Buffer, Host};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
+
+/// A small, fast, seeded generator (SplitMix64).
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    /// The generator of `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    /// The next 64 bits.
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// A number below `bound`.
+    pub fn below(&mut self, bound: u64) -> u64 {
+        self.next() % bound.max(1)
+    }
+
+    /// An index into something of length `len`.
+    pub fn index(&mut self, len: usize) -> usize {
+        usize::try_from(self.below(len as u64)).unwrap_or(0)
+    }
+
+    /// True once in `n` times on average.
+    pub fn one_in(&mut self, n: u64) -> bool {
+        self.below(n) == 0
+    }
+}
+
+/// Memory shared by reference count, with the checks that [`Buffer`] asks for.
+#[derive(Clone)]
+pub struct SimBuffer(Rc<BufferInner>);
+
+struct BufferInner {
+    bytes: RefCell<Vec<u8>>,
+    /// Device operations that read from it.
+    lent: Cell<usize>,
+    /// Device operations that write into it.
+    filled: Cell<usize>,
+}
+
+impl SimBuffer {
+    pub(super) fn begin(&self, device_writes: bool) {
+        let count = if device_writes {
+            &self.0.filled
+        } else {
+            &self.0.lent
+        };
+        count.set(count.get() + 1);
+    }
+
+    pub(super) fn end(&self, device_writes: bool) {
+        let count = if device_writes {
+            &self.0.filled
+        } else {
+            &self.0.lent
+        };
+        count.set(count.get() - 1);
+    }
+
+    pub(super) fn device_read(&self, range: std::ops::Range<usize>) -> Vec<u8> {
+        self.0.bytes.borrow()[range].to_vec()
+    }
+
+    pub(super) fn device_fill(&self, start: usize, bytes: &[u8]) {
+        self.0.bytes.borrow_mut()[start..start + bytes.len()].copy_from_slice(bytes);
+    }
+}
+
+impl Buffer for SimBuffer {
+    fn len(&self) -> usize {
+        self.0.bytes.borrow().len()
+    }
+
+    fn read<R>(&self, f: impl FnOnce(&[u8]) -> R) -> R {
+        assert_eq!(
+            self.0.filled.get(),
+            0,
+            "the device is writing into this buffer"
+        );
+        f(&self.0.bytes.borrow())
+    }
+
+    fn fill<R>(&self, f: impl FnOnce(&mut [u8]) -> R) -> R {
+        assert!(!self.in_use(), "a device operation uses this buffer");
+        f(&mut self.0.bytes.borrow_mut())
+    }
+
+    fn in_use(&self) -> bool {
+        self.0.filled.get() + self.0.lent.get() > 0
+    }
+}
+
+/// Ready tasks; the only thing shared with wakers, which must be `Send` for the language.
+type ReadyQueue = Arc<Mutex<Vec<usize>>>;
+
+struct TaskWaker {
+    id: usize,
+    ready: ReadyQueue,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+        if !ready.contains(&self.id) {
+            ready.push(self.id);
+        }
+    }
+}
+
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+/// The simulated machine.
+pub struct World {
+    rng: RefCell<Rng>,
+    now: Cell<Duration>,
+    tasks: RefCell<Vec<Option<Task>>>,
+    ready: ReadyQueue,
+    timers: RefCell<BTreeMap<(Duration, u64), Waker>>,
+    next_timer: Cell<u64>,
+    disks: RefCell<Vec<SimDisk>>,
+    steps: Cell<u64>,
+}
+
+impl World {
+    /// A machine whose every choice comes from `seed`.
+    #[must_use]
+    pub fn new(seed: u64) -> Rc<Self> {
+        Rc::new(Self {
+            rng: RefCell::new(Rng::new(seed)),
+            now: Cell::new(Duration::from_secs(1)),
+            tasks: RefCell::new(Vec::new()),
+            ready: ReadyQueue::default(),
+            timers: RefCell::new(BTreeMap::new()),
+            next_timer: Cell::new(0),
+            disks: RefCell::new(Vec::new()),
+            steps: Cell::new(0),
+        })
+    }
+
+    /// Steps taken so far.
+    #[must_use]
+    pub fn steps(&self) -> u64 {
+        self.steps.get()
+    }
+
+    /// A choice made by the seed.
+    pub fn choose<R>(&self, choice: impl FnOnce(&mut Rng) -> R) -> R {
+        choice(&mut self.rng.borrow_mut())
+    }
+
+    /// Connects a disk, whose operations this machine then completes.
+    pub fn connect(&self, disk: &SimDisk) {
+        self.disks.borrow_mut().push(disk.clone());
+    }
+
+    /// Starts a task.
+    pub fn spawn_task(&self, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.push(Some(Box::pin(task)));
+        let id = tasks.len() - 1;
+        self.ready
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(id);
+    }
+
+    /// Ends every task where it stands: the daemon is gone. Operations that disks have taken
+    /// stay with the disks.
+    pub fn crash(&self) {
+        let tasks = self.tasks.take();
+        drop(tasks);
+        self.ready
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+        self.timers.borrow_mut().clear();
+    }
+
+    /// Runs until `done` or until `limit` steps have been taken; true when `done`.
+    pub fn run(&self, limit: u64, mut done: impl FnMut() -> bool) -> bool {
+        for _ in 0..limit {
+            if done() {
+                return true;
+            }
+            if !self.step() {
+                return done();
+            }
+        }
+        done()
+    }
+
+    /// Runs `future` to its end.
+    ///
+    /// # Panics
+    ///
+    /// When nothing can move any more, or after very many steps: a deadlock.
+    pub fn block_on<T: 'static>(self: &Rc<Self>, future: impl Future<Output = T> + 'static) -> T {
+        let result = Rc::new(RefCell::new(None));
+        let slot = result.clone();
+        self.spawn_task(async move {
+            let value = future.await;
+            *slot.borrow_mut() = Some(value);
+        });
+        let finished = self.run(20_000_000, || result.borrow().is_some());
+        assert!(finished, "the simulated machine stands still");
+        match result.take() {
+            Some(value) => value,
+            None => unreachable!("the future has ended"),
+        }
+    }
+
+    /// One step: polls a task, completes a disk operation, or lets time pass. False when
+    /// nothing can ever happen again.
+    pub fn step(&self) -> bool {
+        self.steps.set(self.steps.get() + 1);
+        let ready = self
+            .ready
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len();
+        let pending: usize = self.disks.borrow().iter().map(SimDisk::completable).sum();
+        if ready > 0 && (pending == 0 || !self.choose(|rng| rng.one_in(4))) {
+            self.poll_one();
+            return true;
+        }
+        if pending > 0 {
+            let chosen = self.choose(|rng| rng.index(pending));
+            self.complete_one(chosen);
+            self.now.set(self.now.get() + Duration::from_micros(20));
+            return true;
+        }
+        self.pass_time()
+    }
+
+    fn poll_one(&self) {
+        let id = {
+            let mut ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner);
+            let chosen = self.choose(|rng| rng.index(ready.len()));
+            ready.swap_remove(chosen)
+        };
+        let task = self.tasks.borrow_mut().get_mut(id).and_then(Option::take);
+        let Some(mut task) = task else { return };
+        let waker = Waker::from(Arc::new(TaskWaker {
+            id,
+            ready: self.ready.clone(),
+        }));
+        if task
+            .as_mut()
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+            && let Some(place) = self.tasks.borrow_mut().get_mut(id)
+        {
+            *place = Some(task);
+        }
+    }
+
+    fn complete_one(&self, chosen: usize) {
+        let mut left = chosen;
+        let disk = self.disks.borrow().iter().find_map(|disk| {
+            let own = disk.completable();
+            if left < own {
+                Some(disk.clone())
+            } else {
+                left -= own;
+                None
+            }
+        });
+        if let Some(disk) = disk {
+            disk.complete(left, &mut self.rng.borrow_mut());
+        }
+    }
+
+    fn pass_time(&self) -> bool {
+        let Some(((at, _), waker)) = self.timers.borrow_mut().pop_first() else {
+            return false;
+        };
+        self.now.set(self.now.get().max(at));
+        waker.wake();
+        true
+    }
+}
+
+/// A delay on the simulated clock.
+pub struct SimSleep {
+    world: Rc<World>,
+    at: Duration,
+}
+
+impl Future for SimSleep {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        if self.world.now.get() >= self.at {
+            return Poll::Ready(());
+        }
+        let number = self.world.next_timer.get();
+        self.world.next_timer.set(number + 1);
+        self.world
+            .timers
+            .borrow_mut()
+            .insert((self.at, number), context.waker().clone());
+        Poll::Pending
+    }
+}
+
+/// The engine's surroundings on a [`World`].
+pub struct SimHost(pub Rc<World>);
+
+impl Host for SimHost {
+    type Buffer = SimBuffer;
+    type Sleep = SimSleep;
+
+    fn now(&self) -> Duration {
+        self.0.now.get()
+    }
+
+    fn wall_clock_secs(&self) -> u64 {
+        0
+    }
+
+    fn sleep(&self, delay: Duration) -> SimSleep {
+        SimSleep {
+            world: self.0.clone(),
+            at: self.0.now.get() + delay,
+        }
+    }
+
+    fn random(&self) -> u128 {
+        self.0
+            .choose(|rng| u128::from(rng.next()) << 64 | u128::from(rng.next()))
+    }
+
+    fn spawn(&self, task: Pin<Box<dyn Future<Output = ()>>>) {
+        self.0.spawn_task(task);
+    }
+
+    fn allocate(&self, len: usize) -> SimBuffer {
+        SimBuffer(Rc::new(BufferInner {
+            bytes: RefCell::new(vec![0; len]),
+            lent: Cell::new(0),
+            filled: Cell::new(0),
+        }))
+    }
+}

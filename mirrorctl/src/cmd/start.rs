@@ -1,0 +1,242 @@
+//! `mirrorctl start NAME [PATH...]`: starts the daemon of a mirror and waits until its device
+//! takes I/O.
+//!
+//! Which members are good is decided by the daemon; this command only finds candidates: the
+//! paths given, or else whatever carries the mirror's name where it was last seen, where
+//! `--scan` says, or on the machine's block devices.
+
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use mirror::control::MemberState;
+
+use crate::client::{self, Reach};
+use crate::daemon::{self, Ready};
+use crate::failure::Failure;
+use crate::run_dir::{RunDir, check_name};
+use crate::{Context, medium, output, scan};
+
+/// The kernel's door to ublk.
+const UBLK_CONTROL: &str = "/dev/ublk-control";
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The mirror
+    name: String,
+    /// Its members; found by a scan when none is given
+    paths: Vec<PathBuf>,
+    /// Look for members on this device or in this directory (may be repeated)
+    #[arg(long, value_name = "DIR|DEVICE", conflicts_with = "paths")]
+    scan: Vec<PathBuf>,
+    #[command(flatten)]
+    options: Options,
+    /// Stay in the foreground and print what the daemon prints
+    #[arg(long)]
+    foreground: bool,
+}
+
+/// How applications reach the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Front {
+    /// A block device, /dev/ublkbN
+    Ublk,
+    /// A Network Block Device server on a unix socket
+    Nbd,
+}
+
+/// What `start` and `assemble` pass on to the daemon.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// How applications reach the device [default: ublk where the kernel has it, else nbd]
+    #[arg(long, value_enum)]
+    front: Option<Front>,
+    /// Where the NBD server listens [default: NAME.nbd in the run directory]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) nbd_socket: Option<PathBuf>,
+    /// Let the NBD server listen on TCP as well; anybody who can connect can write
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) nbd_tcp: Option<SocketAddr>,
+    /// Start although an absent member may hold newer data
+    #[arg(long)]
+    force: bool,
+    /// Record no write intent: an unclean stop then loses data. For benchmarks only
+    #[arg(long)]
+    no_intent_unsafe_for_benchmarks: bool,
+    /// Requests in flight at once
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    queue_depth: Option<u16>,
+    /// How long a member may take to answer before it is lost
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    deadline: Option<u32>,
+    /// How many extents may be hot before it is reported
+    #[arg(long, value_name = "EXTENTS", value_parser = clap::value_parser!(u32).range(1..))]
+    hot_budget: Option<u32>,
+}
+
+impl Options {
+    fn arguments(&self, run_dir: &RunDir, name: &str, members: &[PathBuf]) -> Vec<OsString> {
+        let mut args: Vec<OsString> = vec!["--name".into(), name.into()];
+        args.extend(["--run-dir".into(), run_dir.path().into(), "--front".into()]);
+        args.push(match self.front.unwrap_or_else(default_front) {
+            Front::Ublk => "ublk".into(),
+            Front::Nbd => "nbd".into(),
+        });
+        let mut option = |flag: &str, value: Option<OsString>| {
+            if let Some(value) = value {
+                args.extend([flag.into(), value]);
+            }
+        };
+        let absolute = |path: &PathBuf| medium::absolute(path).unwrap_or_else(|_| path.clone());
+        let number = |n: u32| OsString::from(n.to_string());
+        option(
+            "--nbd-socket",
+            self.nbd_socket.as_ref().map(|p| absolute(p).into()),
+        );
+        option(
+            "--nbd-tcp",
+            self.nbd_tcp.map(|addr| addr.to_string().into()),
+        );
+        option("--queue-depth", self.queue_depth.map(|n| number(n.into())));
+        option("--deadline", self.deadline.map(number));
+        option("--hot-budget", self.hot_budget.map(number));
+        if self.force {
+            args.push("--force".into());
+        }
+        if self.no_intent_unsafe_for_benchmarks {
+            args.push("--no-intent-unsafe-for-benchmarks".into());
+        }
+        args.push("--".into());
+        args.extend(members.iter().map(|path| path.into()));
+        args
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_secs(self.deadline.unwrap_or_default().into())
+    }
+}
+
+pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
+    check_name(&args.name)?;
+    refuse_running(context, &args.name)?;
+    let members = candidates(args, context)?;
+    if args.foreground {
+        context.run_dir.ensure()?;
+        context.run_dir.set_hints(&args.name, &members);
+        let arguments = args
+            .options
+            .arguments(&context.run_dir, &args.name, &members);
+        let mut daemon = Command::new(daemon::program()?);
+        return Err(daemon::run_in_place(daemon.args(arguments)));
+    }
+    start(context, &args.name, &members, &args.options)
+}
+
+/// Starts a mirror and prints the sentence that says so.
+pub(crate) fn start(
+    context: &Context,
+    name: &str,
+    members: &[PathBuf],
+    options: &Options,
+) -> Result<(), Failure> {
+    refuse_running(context, name)?;
+    context.run_dir.ensure()?;
+    let arguments = options.arguments(&context.run_dir, name, members);
+    let ready = daemon::launch(&context.run_dir, name, &arguments, options.patience())?;
+    context.run_dir.set_hints(name, members);
+    report(context, name, &ready)
+}
+
+fn report(context: &Context, name: &str, ready: &Ready) -> Result<(), Failure> {
+    let Ok(status) = client::status(&context.run_dir, name) else {
+        return output::done(context.json, &ready.message);
+    };
+    if context.json {
+        return output::json(&status);
+    }
+    let device = ready.device.as_ref().or(status.device.as_ref());
+    let in_sync = |state| state == MemberState::InSync;
+    let good = status.members.iter().filter(|m| in_sync(m.state)).count();
+    output::line(&format!(
+        "mirror {name} started on {} ({good} of {} members in-sync)",
+        device.map_or("an unnamed device", String::as_str),
+        status.members.len()
+    ));
+    Ok(())
+}
+
+fn refuse_running(context: &Context, name: &str) -> Result<(), Failure> {
+    let Reach::Connected(_) = client::reach(&context.run_dir, name)? else {
+        return Ok(());
+    };
+    let device = client::status(&context.run_dir, name)
+        .ok()
+        .and_then(|status| status.device);
+    let place = device.map_or_else(String::new, |device| format!(" on {device}"));
+    Err(Failure::busy(format!(
+        "Mirror {name} is already running{place}. 'mirrorctl status {name}' shows it."
+    )))
+}
+
+fn candidates(args: &Args, context: &Context) -> Result<Vec<PathBuf>, Failure> {
+    if !args.paths.is_empty() {
+        for path in &args.paths {
+            // Only to say in time that it is not there or no device.
+            medium::Medium::open(path, medium::Access::Look)?;
+        }
+        let absolute = args.paths.iter().map(|path| medium::absolute(path));
+        return absolute.collect();
+    }
+    Ok(scan::named(&context.run_dir, &args.name, &args.scan)?.paths())
+}
+
+/// ublk where the kernel has it or can load it.
+fn default_front() -> Front {
+    let there = || Path::new(UBLK_CONTROL).exists();
+    if there() {
+        return Front::Ublk;
+    }
+    if rustix::process::geteuid().is_root() {
+        let loaded = Command::new("modprobe").arg("ublk_drv").output();
+        if loaded.is_ok_and(|output| output.status.success()) && there() {
+            return Front::Ublk;
+        }
+    }
+    output::note(
+        "This kernel has no ublk driver (/dev/ublk-control is missing); serving NBD instead.",
+    );
+    Front::Nbd
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn every_option_reaches_the_daemon() {
+        let options = Options {
+            front: Some(Front::Nbd),
+            nbd_socket: Some("/s".into()),
+            nbd_tcp: Some("[::1]:10809".parse().unwrap()),
+            force: true,
+            no_intent_unsafe_for_benchmarks: true,
+            queue_depth: Some(64),
+            deadline: Some(7),
+            hot_budget: Some(9),
+        };
+        let run = RunDir::new(Path::new("/r")).unwrap();
+        let args = options.arguments(&run, "m", &["/a".into(), "-b".into()]);
+        let text: Vec<&str> = args.iter().map(|arg| arg.to_str().unwrap()).collect();
+        assert_eq!(
+            text.join(" "),
+            "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
+             --queue-depth 64 --deadline 7 --hot-budget 9 --force \
+             --no-intent-unsafe-for-benchmarks -- /a -b"
+        );
+        assert_eq!(options.patience(), Duration::from_secs(7));
+    }
+}

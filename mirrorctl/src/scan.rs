@@ -1,0 +1,210 @@
+//! Finding members: which devices and files carry the superblock of a mirror.
+//!
+//! A scan looks at block devices, at files, and at the block devices and files that lie
+//! directly in directories. It follows links, sees each medium once, opens nothing exclusively
+//! and leaves out what it cannot read, because a scan of a whole machine meets many things
+//! that are none of its business.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use mirror::superblock::Superblock;
+use uuid::Uuid;
+
+use crate::failure::Failure;
+use crate::medium::{Access, Identity, Medium, identity};
+use crate::run_dir::RunDir;
+
+/// A medium with a superblock.
+#[derive(Clone, Debug)]
+pub(crate) struct Found {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// What it says.
+    pub(crate) superblock: Superblock,
+}
+
+/// A mirror of which at least one member was found.
+#[derive(Clone, Debug)]
+pub(crate) struct FoundMirror {
+    /// Its name, as its newest member has it.
+    pub(crate) name: String,
+    /// Its identity.
+    pub(crate) uuid: Uuid,
+    /// Its members, in order of their slots.
+    pub(crate) members: Vec<Found>,
+}
+
+impl FoundMirror {
+    /// The paths of its members.
+    pub(crate) fn paths(&self) -> Vec<PathBuf> {
+        self.members
+            .iter()
+            .map(|found| found.path.clone())
+            .collect()
+    }
+}
+
+/// Where to look when nothing was named: all block devices of the machine, except those that
+/// mirrors provide (reading one that waits for its daemon would not return) and drives for
+/// removable media.
+pub(crate) fn all_block_devices() -> Result<Vec<PathBuf>, Failure> {
+    let text = std::fs::read_to_string("/proc/partitions").map_err(|e| {
+        Failure::failed(format!(
+            "The list of block devices, /proc/partitions, cannot be read: {}. Name devices or \
+             directories to scan.",
+            crate::failure::words(&e)
+        ))
+    })?;
+    Ok(devices_in(&text))
+}
+
+fn devices_in(partitions: &str) -> Vec<PathBuf> {
+    let names = partitions.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(2);
+        let blocks: u64 = fields.next()?.parse().ok()?;
+        let name = fields.next()?;
+        let skip = ["ublkb", "sr", "fd", "zram"];
+        let wanted = blocks > 0 && !skip.iter().any(|prefix| name.starts_with(prefix));
+        wanted.then(|| PathBuf::from("/dev").join(name))
+    });
+    names.collect()
+}
+
+/// The places that were named, directories replaced by what lies in them.
+fn expand(places: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
+    let mut all = Vec::new();
+    for place in places {
+        let cannot = |e: std::io::Error| {
+            Failure::new(
+                crate::failure::Exit::of_io(&e),
+                format!(
+                    "{} cannot be scanned: {}.",
+                    place.display(),
+                    crate::failure::words(&e)
+                ),
+            )
+        };
+        if std::fs::metadata(place).map_err(cannot)?.is_dir() {
+            let entries = std::fs::read_dir(place).map_err(cannot)?;
+            let mut inside: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+            inside.sort_unstable();
+            all.extend(inside);
+        } else {
+            all.push(place.clone());
+        }
+    }
+    Ok(all)
+}
+
+/// All members found at the places.
+pub(crate) fn members(places: &[PathBuf]) -> Result<Vec<Found>, Failure> {
+    let mut seen: BTreeMap<Identity, ()> = BTreeMap::new();
+    let mut found = Vec::new();
+    for path in expand(places)? {
+        let Some(id) = identity(&path) else { continue };
+        if seen.insert(id, ()).is_none()
+            && let Some(superblock) = look(&path)
+        {
+            let path = crate::medium::absolute(&path)?;
+            found.push(Found { path, superblock });
+        }
+    }
+    Ok(found)
+}
+
+/// The superblock at `path`, when there is a valid one that can be read.
+fn look(path: &Path) -> Option<Superblock> {
+    let meta = std::fs::metadata(path).ok()?;
+    if meta.is_dir() || (meta.is_file() && meta.len() < 12 << 10) {
+        return None;
+    }
+    let medium = Medium::open(path, Access::Look).ok()?;
+    Some(medium.superblock().ok()?.ok()?.superblock)
+}
+
+/// The members sorted into mirrors, by name.
+pub(crate) fn mirrors(found: Vec<Found>) -> Vec<FoundMirror> {
+    let mut by_uuid: BTreeMap<Uuid, Vec<Found>> = BTreeMap::new();
+    for member in found {
+        by_uuid
+            .entry(member.superblock.mirror)
+            .or_default()
+            .push(member);
+    }
+    let mut mirrors: Vec<FoundMirror> = by_uuid
+        .into_iter()
+        .filter_map(|(uuid, mut members)| {
+            members.sort_by_key(|m| (m.superblock.own_slot, m.path.clone()));
+            let newest = members.iter().max_by_key(|m| m.superblock.event_count)?;
+            Some(FoundMirror {
+                name: newest.superblock.name.clone(),
+                uuid,
+                members,
+            })
+        })
+        .collect();
+    mirrors.sort_by(|a, b| (&a.name, a.uuid).cmp(&(&b.name, b.uuid)));
+    mirrors
+}
+
+/// The members of the mirror of that name: at the places, or when none is given, where it was
+/// last seen and on the machine's block devices.
+pub(crate) fn named(
+    run_dir: &RunDir,
+    name: &str,
+    places: &[PathBuf],
+) -> Result<FoundMirror, Failure> {
+    if !places.is_empty() {
+        return only_named(members(places)?, name);
+    }
+    let mut everywhere = run_dir.hints(name);
+    everywhere.retain(|path| path.exists());
+    everywhere.extend(all_block_devices().unwrap_or_default());
+    only_named(members(&everywhere)?, name)
+}
+
+/// The one mirror of that name among those found.
+fn only_named(found: Vec<Found>, name: &str) -> Result<FoundMirror, Failure> {
+    let mut named = mirrors(found);
+    named.retain(|mirror| mirror.name == name);
+    let list = |named: &[FoundMirror]| {
+        let each = named.iter().map(|mirror| {
+            let paths: Vec<String> = mirror
+                .paths()
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect();
+            format!("uuid {} on {}", mirror.uuid, paths.join(" "))
+        });
+        each.collect::<Vec<_>>().join("; ")
+    };
+    match named.len() {
+        1 => Ok(named.remove(0)),
+        0 => Err(Failure::not_found(format!(
+            "No member of a mirror named {name} was found. Name the members' paths, or where to \
+             look with --scan; 'mirrorctl examine PATH' says what a path holds."
+        ))),
+        count => Err(Failure::refused(format!(
+            "{count} mirrors are named {name}: {}. Name the paths of the members of the one that \
+             you mean.",
+            list(&named)
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_from_the_kernels_list() {
+        let text = "major minor  #blocks  name\n\n   8        0  1024 sda\n   8        1  1023 \
+                    sda1\n 259        0  99 ublkb0\n  11        0  10 sr0\n   7        0  0 loop0\n   \
+                    7        1  5 loop1\n";
+        assert_eq!(
+            devices_in(text),
+            ["/dev/sda", "/dev/sda1", "/dev/loop1"].map(PathBuf::from)
+        );
+    }
+}

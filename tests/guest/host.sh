@@ -1,0 +1,36 @@
+#!/bin/bash
+# All tests on a real kernel: one boot for the tests of this folder, three for the host crash.
+#
+# Usage: tests/guest/host.sh [--family F] [NAME...]
+#
+# Builds nothing: the release binaries have to be there. With names only those tests are run
+# (host_crash is one). Exit status 0 if all passed.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+family=6.12
+if [ "${1:-}" = --family ]; then
+    family=$2
+    shift 2
+fi
+names=() crash=no
+[ $# -eq 0 ] && crash=yes
+for name in "$@"; do
+    if [ "$name" = host_crash ]; then
+        crash=yes
+    else
+        names+=("$name")
+    fi
+done
+
+result=0
+if [ $# -eq 0 ] || [ ${#names[@]} -gt 0 ]; then
+    "$here/../../scripts/guest.sh" --family "$family" --timeout 1500 -- \
+        "bash \$PROJECT_DIR/tests/guest/run.sh ${names[*]}" || result=1
+fi
+if [ $crash = yes ]; then
+    "$here/crash.sh" --family "$family" || result=1
+fi
+[ $result -eq 0 ] && echo "guest tests on kernel $family: all passed" ||
+    echo "guest tests on kernel $family: FAILED"
+exit $result

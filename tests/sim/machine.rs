@@ -1,0 +1,309 @@
+//! A mirror on simulated disks, with the steps that tests put together.
+
+use crate::oracle::{Oracle, Version, content};
+use mirror::control::{MemberRef, MemberState};
+use mirror::create::{CreateRequest, NewMember, plan};
+use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
+use mirror::{Candidate, Errno, Host, Mirror, Span, StartError, StartOptions};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+pub(crate) type SimMirror = Mirror<SimHost, SimDisk>;
+
+/// Garbage that a disk held before it became a member.
+const GARBAGE: u8 = 0xa7;
+
+/// Disks, the machine that runs the daemon, and what readers may see.
+pub(crate) struct Machine {
+    pub(crate) world: Rc<World>,
+    pub(crate) disks: Vec<SimDisk>,
+    pub(crate) oracle: Rc<RefCell<Oracle>>,
+    pub(crate) mirror: Option<Rc<SimMirror>>,
+    pub(crate) size_bytes: u64,
+    next_version: Rc<Cell<Version>>,
+    pub(crate) data_offset: u64,
+}
+
+pub(crate) fn path(slot: usize) -> String {
+    format!("disk{slot}")
+}
+
+pub(crate) fn options(force: bool) -> StartOptions {
+    StartOptions {
+        name: "m".into(),
+        force,
+        write_intent: true,
+        deadline: Duration::from_secs(5),
+        hot_budget: None,
+    }
+}
+
+impl Machine {
+    /// A new mirror of `members` disks, not started.
+    pub(crate) fn new(seed: u64, members: usize, size_bytes: u64) -> Self {
+        let world = World::new(seed);
+        let request = CreateRequest {
+            name: "m".into(),
+            members: (0..members)
+                .map(|slot| NewMember {
+                    path: path(slot),
+                    size_bytes: 1 << 30,
+                    logical_block_bytes: 512,
+                    zeroed: false,
+                })
+                .collect(),
+            size_bytes: Some(size_bytes),
+            logical_block_bytes: None,
+            random: (0..20).map(|i| u128::from(seed) << 64 | (i + 1)).collect(),
+            now_secs: 0,
+        };
+        let plan = plan(&request).unwrap();
+        let disks: Vec<SimDisk> =
+            (0..members).map(|_| SimDisk::new(plan.member_bytes + (16 << 20), GARBAGE)).collect();
+        for (disk, member) in disks.iter().zip(&plan.members) {
+            for (offset, bytes) in member.maps.iter().chain(&member.superblocks) {
+                disk.write_now(*offset, bytes);
+            }
+        }
+        let machine = Self {
+            world,
+            disks,
+            oracle: Rc::default(),
+            mirror: None,
+            size_bytes,
+            next_version: Rc::new(Cell::new(1)),
+            data_offset: plan.data_offset,
+        };
+        machine.connect();
+        machine
+    }
+
+    fn connect(&self) {
+        for disk in &self.disks {
+            self.world.connect(disk);
+        }
+    }
+
+    /// Starts the mirror on the disks in `slots`.
+    pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
+        let candidates = slots
+            .iter()
+            .map(|&slot| Candidate { path: path(slot), disk: self.disks[slot].clone() })
+            .collect();
+        let host = Rc::new(SimHost(self.world.clone()));
+        let mirror = self.world.block_on(SimMirror::start(host, candidates, options(force)))?;
+        self.mirror = Some(mirror);
+        Ok(())
+    }
+
+    pub(crate) fn start(&mut self) {
+        let all: Vec<usize> = (0..self.disks.len()).collect();
+        self.start_on(&all, false).unwrap();
+    }
+
+    pub(crate) fn mirror(&self) -> Rc<SimMirror> {
+        self.mirror.clone().unwrap()
+    }
+
+    /// A clean stop; the daemon ends.
+    pub(crate) fn stop(&mut self) -> Result<(), mirror::ControlError> {
+        let mirror = self.mirror.take().unwrap();
+        let result = self.world.block_on(async move { mirror.stop().await });
+        self.replace_machine();
+        result
+    }
+
+    /// The daemon is killed; the disks finish what they have taken.
+    pub(crate) fn kill_daemon(&mut self) {
+        self.world.crash();
+        let mut rng = self.world.choose(|rng| rng.clone());
+        for disk in &self.disks {
+            disk.finish_all(&mut rng);
+        }
+        self.oracle.borrow_mut().crash(false);
+        self.replace_machine();
+    }
+
+    /// The power of the whole machine goes.
+    pub(crate) fn cut_power(&mut self) {
+        self.world.crash();
+        let mut rng = self.world.choose(|rng| rng.clone());
+        for disk in &self.disks {
+            disk.cut_power(&mut rng);
+        }
+        self.oracle.borrow_mut().crash(true);
+        self.replace_machine();
+    }
+
+    fn replace_machine(&mut self) {
+        self.mirror = None;
+        self.world.crash();
+        let seed = self.world.choose(mirror::sim::Rng::next);
+        self.world = World::new(seed);
+        self.connect();
+    }
+
+    /// A client that shares the oracle.
+    pub(crate) fn client(&self) -> Client {
+        Client {
+            mirror: self.mirror(),
+            world: self.world.clone(),
+            oracle: self.oracle.clone(),
+            next_version: self.next_version.clone(),
+        }
+    }
+
+    /// Reads every sector ever written and checks it; after a crash this settles it.
+    pub(crate) fn check_all(&mut self, what: &str) {
+        let touched = self.oracle.borrow().touched();
+        let (client, oracle) = (self.client(), self.oracle.clone());
+        let found = self.world.block_on(async move {
+            let mut found = Vec::new();
+            for run in touched.chunk_by(|a, b| a + 1 == *b) {
+                for part in run.chunks(128) {
+                    let bytes = client.read_raw(part[0] * 512, part.len() * 512).await.unwrap();
+                    found.push((part[0], bytes));
+                }
+            }
+            found
+        });
+        for (first, bytes) in found {
+            for (sector, bytes) in (first..).zip(bytes.chunks(512)) {
+                let settled = oracle.borrow_mut().settle(sector, bytes);
+                assert!(settled.is_ok(), "{what}: {}", settled.unwrap_err());
+            }
+        }
+    }
+
+    /// Waits until every member is in-sync.
+    pub(crate) fn wait_in_sync(&self) {
+        let mirror = self.mirror();
+        let in_sync = || {
+            let status = mirror.status();
+            status.members.iter().all(|m| m.state == MemberState::InSync)
+        };
+        assert!(self.world.run(10_000_000, in_sync), "not in-sync: {:#?}", mirror.status());
+    }
+
+    pub(crate) fn fail(&self, slot: u8) -> Result<String, mirror::ControlError> {
+        let mirror = self.mirror();
+        self.world.block_on(async move { mirror.fail(&MemberRef::Slot(slot)).await })
+    }
+
+    pub(crate) fn re_add(&self, slot: usize) -> Result<String, mirror::ControlError> {
+        self.re_add_disk(path(slot), self.disks[slot].clone(), false)
+    }
+
+    pub(crate) fn re_add_disk(
+        &self,
+        path: String,
+        disk: SimDisk,
+        full: bool,
+    ) -> Result<String, mirror::ControlError> {
+        let mirror = self.mirror();
+        self.world.block_on(async move { mirror.re_add(path, disk, full, false).await })
+    }
+
+    /// After everything is written back: all in-sync members hold the same in every sector
+    /// ever written, unless its extent reads as zeroes.
+    pub(crate) fn compare_members(&self) {
+        let status = self.mirror().status();
+        let in_sync: Vec<usize> = status
+            .members
+            .iter()
+            .filter(|m| m.state == MemberState::InSync)
+            .map(|m| usize::from(m.slot))
+            .collect();
+        for sector in self.oracle.borrow().touched() {
+            if self.mirror().reads_as_zeroes(sector * 512) {
+                continue;
+            }
+            let at = self.data_offset + sector * 512;
+            let first = self.disks[in_sync[0]].read_now(at, 512);
+            for &slot in &in_sync[1..] {
+                let other = self.disks[slot].read_now(at, 512);
+                assert!(first == other, "sector {sector} differs between {} and {slot}", in_sync[0]);
+            }
+        }
+    }
+}
+
+/// Issues requests and tells the oracle.
+#[derive(Clone)]
+pub(crate) struct Client {
+    pub(crate) mirror: Rc<SimMirror>,
+    pub(crate) world: Rc<World>,
+    oracle: Rc<RefCell<Oracle>>,
+    next_version: Rc<Cell<Version>>,
+}
+
+impl Client {
+    fn buffer(&self, len: usize) -> Span<SimBuffer> {
+        let buffer = SimHost(self.world.clone()).allocate(len.next_multiple_of(4096));
+        Span { buffer, start: 0, len }
+    }
+
+    pub(crate) async fn write(&self, offset: u64, len: usize, fua: bool) -> Result<(), Errno> {
+        let version = self.next_version.get();
+        self.next_version.set(version + 1);
+        let span = self.buffer(len);
+        let first = offset / 512;
+        span.fill(|bytes| {
+            for (sector, chunk) in (first..).zip(bytes.chunks_mut(512)) {
+                chunk.copy_from_slice(&content(sector, version));
+            }
+        });
+        let issued = self.oracle.borrow_mut().issue(first..first + len as u64 / 512, version);
+        let result = self.mirror.write(offset, span, fua).await;
+        if result.is_ok() {
+            self.oracle.borrow_mut().acknowledge(&issued, fua);
+        }
+        result
+    }
+
+    pub(crate) async fn write_zeroes(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
+        let issued = self.oracle.borrow_mut().issue(offset / 512..(offset + len) / 512, 0);
+        let result = self.mirror.write_zeroes(offset, len, fua).await;
+        if result.is_ok() {
+            self.oracle.borrow_mut().acknowledge(&issued, fua);
+        }
+        result
+    }
+
+    /// Discards whole extents; parts are ignored, so only those are told to the oracle.
+    pub(crate) async fn discard_extent(&self, extent: u64) -> Result<(), Errno> {
+        let (offset, len) = (extent << 22, 1 << 22);
+        let issued = self.oracle.borrow_mut().issue(offset / 512..(offset + len) / 512, 0);
+        let result = self.mirror.discard(offset, len).await;
+        if result.is_ok() {
+            self.oracle.borrow_mut().acknowledge(&issued, true);
+        }
+        result
+    }
+
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
+        let begun = self.oracle.borrow_mut().begin_flush();
+        let result = self.mirror.flush().await;
+        if result.is_ok() {
+            self.oracle.borrow_mut().flushed(begun);
+        }
+        result
+    }
+
+    /// Reads and checks.
+    pub(crate) async fn read(&self, offset: u64, len: usize) -> Result<(), Errno> {
+        let begun = self.oracle.borrow_mut().begin_read();
+        let bytes = self.read_raw(offset, len).await?;
+        for (sector, bytes) in (offset / 512..).zip(bytes.chunks(512)) {
+            let checked = self.oracle.borrow_mut().check(sector, bytes, begun);
+            assert!(checked.is_ok(), "{}", checked.unwrap_err());
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn read_raw(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let span = self.mirror.read(offset, self.buffer(len)).await?;
+        Ok(span.read(<[u8]>::to_vec))
+    }
+}

@@ -1,0 +1,184 @@
+//! Which contents a reader may see.
+//!
+//! The unit is a 512-byte sector. Every change has a number, the time it was issued, the time
+//! it was acknowledged, and the time a flush (or FUA) made it durable. A change is
+//! *superseded* for a reader when another change was acknowledged before the read began and
+//! issued after this one was acknowledged. After a crash the same holds with *durable* for
+//! *acknowledged*; what the first read after the crash finds is what it stays.
+
+use std::collections::BTreeMap;
+
+/// Number of the change that made a sector what it is; 0 is "reads as zeroes".
+pub(crate) type Version = u64;
+
+#[derive(Clone, Copy, Debug)]
+struct Change {
+    version: Version,
+    issued: u64,
+    acknowledged: Option<u64>,
+    durable: Option<u64>,
+}
+
+/// Handle of a change under way.
+pub(crate) struct Issued {
+    sectors: std::ops::Range<u64>,
+    issued: u64,
+}
+
+/// The oracle of a device.
+#[derive(Default)]
+pub(crate) struct Oracle {
+    time: u64,
+    sectors: BTreeMap<u64, Vec<Change>>,
+}
+
+/// The bytes of a sector with content `version`.
+pub(crate) fn content(sector: u64, version: Version) -> Vec<u8> {
+    if version == 0 {
+        return vec![0; 512];
+    }
+    let mut bytes = Vec::with_capacity(512);
+    for _ in 0..32 {
+        bytes.extend_from_slice(&version.to_le_bytes());
+        bytes.extend_from_slice(&sector.to_le_bytes());
+    }
+    bytes
+}
+
+impl Oracle {
+    fn tick(&mut self) -> u64 {
+        self.time += 1;
+        self.time
+    }
+
+    fn changes(&mut self, sector: u64) -> &mut Vec<Change> {
+        self.sectors.entry(sector).or_insert_with(|| {
+            vec![Change { version: 0, issued: 0, acknowledged: Some(0), durable: Some(0) }]
+        })
+    }
+
+    /// A change of `sectors` to `version` begins.
+    pub(crate) fn issue(&mut self, sectors: std::ops::Range<u64>, version: Version) -> Issued {
+        let issued = self.tick();
+        for sector in sectors.clone() {
+            let change = Change { version, issued, acknowledged: None, durable: None };
+            self.changes(sector).push(change);
+        }
+        Issued { sectors, issued }
+    }
+
+    /// The change was acknowledged; with `durable`, as durable.
+    pub(crate) fn acknowledge(&mut self, issued: &Issued, durable: bool) {
+        let now = self.tick();
+        for sector in issued.sectors.clone() {
+            let changes = self.changes(sector);
+            for change in changes.iter_mut().filter(|c| c.issued == issued.issued) {
+                change.acknowledged = Some(now);
+                change.durable = durable.then_some(now);
+            }
+            prune(changes);
+        }
+    }
+
+    /// A flush begins.
+    pub(crate) fn begin_flush(&mut self) -> u64 {
+        self.tick()
+    }
+
+    /// The flush that began at `begun` was acknowledged.
+    pub(crate) fn flushed(&mut self, begun: u64) {
+        let now = self.tick();
+        for changes in self.sectors.values_mut() {
+            for change in changes.iter_mut() {
+                if change.acknowledged.is_some_and(|at| at < begun) && change.durable.is_none() {
+                    change.durable = Some(now);
+                }
+            }
+            prune(changes);
+        }
+    }
+
+    /// A read begins.
+    pub(crate) fn begin_read(&mut self) -> u64 {
+        self.tick()
+    }
+
+    /// Whether a read that began at `begun` may find `bytes` in `sector`.
+    ///
+    /// # Errors
+    ///
+    /// What was found and what would have been legal.
+    pub(crate) fn check(&mut self, sector: u64, bytes: &[u8], begun: u64) -> Result<(), String> {
+        let changes = self.changes(sector).clone();
+        let legal = |change: &Change| {
+            let Some(acknowledged) = change.acknowledged else { return true };
+            !changes.iter().any(|other| {
+                other.issued > acknowledged && other.acknowledged.is_some_and(|at| at < begun)
+            })
+        };
+        let allowed: Vec<Version> =
+            changes.iter().filter(|c| legal(c)).map(|c| c.version).collect();
+        if allowed.iter().any(|&version| content(sector, version) == bytes) {
+            return Ok(());
+        }
+        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
+        Err(format!(
+            "sector {sector} holds version {} of sector {} (legal: {allowed:?}; all: {changes:?})",
+            word(0),
+            word(8)
+        ))
+    }
+
+    /// The machine stopped without a word: what was acknowledged and not durable may be gone,
+    /// what was under way may or may not have happened. `caches_lost` is false when only the
+    /// daemon died: what was acknowledged is still in the disks' caches.
+    pub(crate) fn crash(&mut self, caches_lost: bool) {
+        for changes in self.sectors.values_mut() {
+            if !caches_lost {
+                for change in changes.iter_mut() {
+                    change.durable = change.durable.or(change.acknowledged);
+                }
+            }
+            let all = changes.clone();
+            let gone = |change: &Change| {
+                let Some(acknowledged) = change.acknowledged else { return false };
+                all.iter().any(|other| other.issued > acknowledged && other.durable.is_some())
+            };
+            changes.retain(|change| !gone(change));
+            for change in changes.iter_mut() {
+                // From now on they are all candidates of one moment.
+                change.acknowledged = None;
+            }
+        }
+    }
+
+    /// After a crash: the first read decides which candidate it was.
+    pub(crate) fn settle(&mut self, sector: u64, bytes: &[u8]) -> Result<(), String> {
+        let begun = self.begin_read();
+        self.check(sector, bytes, begun)?;
+        let now = self.tick();
+        let changes = self.changes(sector);
+        changes.retain(|change| content(sector, change.version) == bytes);
+        changes.truncate(1);
+        for change in changes.iter_mut() {
+            change.acknowledged = Some(now);
+            change.durable = Some(now);
+        }
+        Ok(())
+    }
+
+    /// Sectors that were ever changed.
+    pub(crate) fn touched(&self) -> Vec<u64> {
+        self.sectors.keys().copied().collect()
+    }
+}
+
+/// Drops what no reader can see any more, now or after a crash.
+fn prune(changes: &mut Vec<Change>) {
+    let all = changes.clone();
+    changes.retain(|change| {
+        let Some(acknowledged) = change.acknowledged else { return true };
+        !all.iter().any(|other| other.issued > acknowledged && other.durable.is_some())
+            || all.len() < 64 && change.durable.is_none() && change.acknowledged.is_none()
+    });
+}

@@ -1,0 +1,57 @@
+//! The daemon's command line. People use `mirrorctl`, which starts the daemon.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+
+/// Serves one mirror in the foreground until it is told to stop.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "ublk-mirror", version, about, long_about = None)]
+pub(crate) struct Args {
+    /// Name of the mirror
+    #[arg(long)]
+    pub(crate) name: String,
+    /// Directory of the control socket, the lock and the log
+    #[arg(long, env = "UBLK_MIRROR_RUN_DIR", default_value = "/run/ublk-mirror")]
+    pub(crate) run_dir: PathBuf,
+    /// How applications reach the mirror
+    #[arg(long, value_enum)]
+    pub(crate) front: FrontKind,
+    /// Unix socket of the NBD server [default: RUN_DIR/NAME.nbd]
+    #[arg(long)]
+    pub(crate) nbd_socket: Option<PathBuf>,
+    /// Also serve NBD on this address; there is no authentication
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub(crate) nbd_tcp: Option<SocketAddr>,
+    /// Start although a member that is not here may hold newer data
+    #[arg(long)]
+    pub(crate) force: bool,
+    /// Do not record write intent: after a crash the copies may differ. For benchmarks only
+    #[arg(long)]
+    pub(crate) no_intent_unsafe_for_benchmarks: bool,
+    /// Requests of the block device under way at once
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub(crate) queue_depth: u16,
+    /// A member that has not answered for so long is lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) deadline: u64,
+    /// Extents that may be hot at once [default: decided by the engine]
+    #[arg(long, value_name = "EXTENTS")]
+    pub(crate) hot_budget: Option<u32>,
+    /// Descriptor that receives one line of JSON when the mirror is up or has failed
+    #[arg(long, value_name = "FD")]
+    pub(crate) ready_fd: Option<i32>,
+    /// The members' devices or image files
+    #[arg(required = true, value_name = "MEMBER_PATH")]
+    pub(crate) members: Vec<String>,
+}
+
+/// How applications reach the mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FrontKind {
+    /// A block device, `/dev/ublkbN`
+    Ublk,
+    /// An NBD server on a socket
+    Nbd,
+}

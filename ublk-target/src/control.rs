@@ -1,0 +1,165 @@
+//! The control socket: one request a connection, as [`mirror::control`] defines it.
+//!
+//! Only root and the daemon's own user are served (SO_PEERCRED), whatever the mode of the
+//! socket file. What may block, such as opening a device, happens on a thread of its own, so
+//! that an operator's command never stops the data path.
+
+use std::cell::Cell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::time::Duration;
+
+use mirror::ControlError;
+use mirror::control::{ErrorKind, MAX_LINE_BYTES, Reply, Request};
+
+use crate::batch::Batch;
+use crate::daemon::Daemon;
+use crate::disk::{self, LocalDisk};
+use crate::ring;
+use crate::stream::{Inbox, StreamError, send_all};
+use crate::sys::Prepared;
+
+/// Most commands at once.
+const MAX_CONNECTIONS: usize = 32;
+/// A client that has not sent its request by then is cut off.
+const REQUEST_LIMIT: Duration = Duration::from_secs(10);
+
+/// Serves `listener` for as long as the daemon lives.
+pub(crate) fn serve(daemon: &Rc<Daemon>, listener: Rc<OwnedFd>) {
+    let daemon = Rc::clone(daemon);
+    let ring = Rc::clone(&daemon.ring);
+    ring.spawn(async move {
+        loop {
+            daemon
+                .ring
+                .submit(Prepared::poll_readable(&listener), None)
+                .await;
+            let flags = rustix::net::SocketFlags::CLOEXEC;
+            let Ok(fd) = rustix::net::accept_with(listener.as_fd(), flags) else {
+                continue;
+            };
+            if daemon.commands.get() >= MAX_CONNECTIONS {
+                continue;
+            }
+            let open = OpenCommand::new(&daemon);
+            let daemon = Rc::clone(&daemon);
+            let ring = Rc::clone(&daemon.ring);
+            ring.spawn(async move {
+                if let Err(error) = handle(&daemon, Rc::new(fd)).await {
+                    tracing::info!("a control connection ended: {error}");
+                }
+                drop(open);
+            });
+        }
+    });
+}
+
+/// Counts a command until it has been answered.
+struct OpenCommand(Rc<Daemon>);
+
+impl OpenCommand {
+    fn new(daemon: &Rc<Daemon>) -> Self {
+        add(&daemon.commands, 1);
+        Self(Rc::clone(daemon))
+    }
+}
+
+impl Drop for OpenCommand {
+    fn drop(&mut self) {
+        self.0.commands.set(self.0.commands.get() - 1);
+        self.0.command_ended.notify();
+    }
+}
+
+fn add(counter: &Cell<usize>, count: usize) {
+    counter.set(counter.get() + count);
+}
+
+async fn handle(daemon: &Rc<Daemon>, fd: Rc<OwnedFd>) -> Result<(), StreamError> {
+    let refused = peer_refused(&fd);
+    let reply = match refused {
+        Some(reply) => reply,
+        None => {
+            let cut_off = Rc::downgrade(&fd);
+            let limit = daemon.ring.sleep_until(ring::now() + REQUEST_LIMIT);
+            daemon.ring.spawn(async move {
+                limit.await;
+                // Ends only the receiving side: a long command is still answered.
+                if let Some(fd) = cut_off.upgrade() {
+                    let _ = rustix::net::shutdown(fd.as_fd(), rustix::net::Shutdown::Read);
+                }
+            });
+            let line = Inbox::new(&daemon.ring, &fd, MAX_LINE_BYTES).line().await?;
+            match serde_json::from_slice::<Request>(&line) {
+                Ok(request) => answer(daemon, request).await,
+                Err(error) => Reply::Error {
+                    message: format!("the daemon does not understand the request ({error})"),
+                    kind: ErrorKind::Usage,
+                },
+            }
+        }
+    };
+    let mut line = serde_json::to_vec(&reply).unwrap_or_default();
+    line.push(b'\n');
+    let mut batch = Batch::default();
+    batch.push_bytes(&line);
+    send_all(&daemon.ring, &fd, Rc::new(batch)).await
+}
+
+/// Refuses everybody but root and the daemon's own user.
+fn peer_refused(fd: &Rc<OwnedFd>) -> Option<Reply> {
+    let own = rustix::process::geteuid();
+    let allowed = rustix::net::sockopt::socket_peercred(fd.as_fd())
+        .is_ok_and(|peer| peer.uid == rustix::process::Uid::ROOT || peer.uid == own);
+    (!allowed).then(|| Reply::Error {
+        message: "only root and the user the daemon runs as may control it".to_owned(),
+        kind: ErrorKind::Refused,
+    })
+}
+
+async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
+    let engine = &daemon.engine;
+    let result = match request {
+        Request::Status => {
+            let mut status = engine.status();
+            status.device = Some(daemon.device.clone());
+            status.daemon_pid = std::process::id();
+            return Reply::Status(Box::new(status));
+        }
+        Request::Fail { member } => engine.fail(&member).await,
+        Request::Remove { member, force } => engine.remove(&member, force).await,
+        Request::ReAdd {
+            path,
+            full,
+            dry_run,
+        } => match open(daemon, &path).await {
+            Ok(disk) => engine.re_add(path, disk, full, dry_run).await,
+            Err(refused) => Err(refused),
+        },
+        Request::Add {
+            path,
+            force,
+            dry_run,
+        } => match open(daemon, &path).await {
+            Ok(disk) => engine.add(path, disk, force, dry_run).await,
+            Err(refused) => Err(refused),
+        },
+        Request::ClearFlushError => engine.clear_flush_error().await,
+        Request::Stop { force } => daemon.stop_on_request(force).await,
+    };
+    match result {
+        Ok(message) => Reply::Done { message },
+        Err(ControlError { kind, message }) => Reply::Error { message, kind },
+    }
+}
+
+async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<LocalDisk, ControlError> {
+    let path = path.to_owned();
+    match daemon.ring.blocking(move || disk::open(&path)).await {
+        Ok(opened) => Ok(LocalDisk::new(&daemon.ring, opened)),
+        Err(error) => Err(ControlError {
+            kind: error.kind(),
+            message: error.to_string(),
+        }),
+    }
+}

@@ -1,0 +1,403 @@
+//! Start, life and stop of the daemon.
+//!
+//! ```text
+//! claim the run directory ─► open members ─► engine starts ─► front end is up ─► ready
+//!                                                                   │
+//!        exit ◄─ control answers ◄─ engine stops ◄─ front end drained ◄─ SIGTERM, stop
+//! ```
+//!
+//! The front end drains before the engine stops, so that no request meets a stopped engine.
+
+use std::cell::{Cell, RefCell};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use mirror::control::{ErrorKind, MemberState};
+use mirror::{Candidate, ControlError, Mirror, StartOptions};
+
+use crate::cli::{Args, FrontKind};
+use crate::control;
+use crate::disk::{self, LocalDisk, OpenError};
+use crate::front_nbd::{Listener, NbdServer};
+use crate::front_ublk::{self, UblkFront};
+use crate::host::RingHost;
+use crate::ready::{Failure, Ready};
+use crate::ring::{self, Ring};
+use crate::rundir::{RunDir, listen_tcp, listen_unix};
+use crate::signal::Signal;
+use crate::surroundings;
+use crate::sys::{self, Prepared};
+
+/// The engine over this machine's ring and disks.
+pub(crate) type Engine = Mirror<RingHost, LocalDisk>;
+
+/// Submissions that fit into one turn; more only cost another system call.
+const RING_ENTRIES: u32 = 2048;
+/// A daemon that was killed lets go of its members when its last I/O has ended.
+const BUSY_PATIENCE: Duration = Duration::from_secs(5);
+/// Control clients get their answers before the process exits, but not for ever.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How applications reach the mirror.
+pub(crate) enum Front {
+    /// The NBD server.
+    Nbd(Rc<NbdServer>),
+    /// The block device.
+    Ublk(Rc<UblkFront>),
+}
+
+/// The running daemon, as its tasks see it.
+pub(crate) struct Daemon {
+    /// The thread's reactor.
+    pub(crate) ring: Rc<Ring>,
+    /// The mirror.
+    pub(crate) engine: Rc<Engine>,
+    /// What applications open.
+    pub(crate) device: String,
+    /// Control commands under way.
+    pub(crate) commands: Cell<usize>,
+    /// Notified whenever one has been answered.
+    pub(crate) command_ended: Signal,
+    front: Front,
+    name: String,
+    stop_asked: Rc<Signal>,
+    outcome: RefCell<Option<Result<(), ControlError>>>,
+    outcome_waiters: RefCell<Vec<Rc<Signal>>>,
+}
+
+impl Daemon {
+    /// Stops the mirror for an operator; returns when it has stopped.
+    pub(crate) async fn stop_on_request(
+        self: &Rc<Self>,
+        force: bool,
+    ) -> Result<String, ControlError> {
+        if !force && let Some(user) = self.user().await {
+            let message = format!(
+                "{} is in use ({user}); unmount or disconnect it first, or use --force",
+                self.device
+            );
+            return Err(ControlError {
+                kind: ErrorKind::Busy,
+                message,
+            });
+        }
+        let waiter = Rc::new(Signal::default());
+        self.outcome_waiters.borrow_mut().push(Rc::clone(&waiter));
+        self.stop_asked.notify();
+        loop {
+            if let Some(outcome) = self.outcome.borrow().clone() {
+                return outcome.map(|()| format!("mirror {} stopped", self.name));
+            }
+            waiter.wait().await;
+        }
+    }
+
+    /// Who uses the device, if anybody does.
+    async fn user(&self) -> Option<String> {
+        match &self.front {
+            Front::Nbd(server) => match server.open_connections() {
+                0 => None,
+                count => Some(format!("{count} NBD connections")),
+            },
+            Front::Ublk(front) => {
+                let front = front.path().to_owned();
+                let held = self
+                    .ring
+                    .blocking(move || front_ublk::is_held(&front))
+                    .await;
+                held.then(|| "mounted or opened exclusively".to_owned())
+            }
+        }
+    }
+
+    fn finish(&self, outcome: Result<(), ControlError>) {
+        self.outcome.replace(Some(outcome));
+        for waiter in self.outcome_waiters.borrow().iter() {
+            waiter.notify();
+        }
+    }
+
+    /// One line for a person.
+    fn up_message(&self) -> String {
+        let status = self.engine.status();
+        let in_sync = status
+            .members
+            .iter()
+            .filter(|it| it.state == MemberState::InSync)
+            .count();
+        format!(
+            "mirror {} started on {} ({in_sync} of {} members in-sync)",
+            self.name,
+            self.device,
+            status.members.len()
+        )
+    }
+}
+
+/// Runs the daemon until it is stopped.
+pub(crate) fn run(args: &Args, ready: &Ready) -> Result<(), Failure> {
+    let run_dir = RunDir::claim(&args.run_dir, &args.name)?;
+    surroundings::leave_mount_namespace(&args.members);
+    let signals = sys::take_signals().map_err(|error| {
+        Failure::failed(format!(
+            "cannot take SIGTERM through a descriptor ({error})"
+        ))
+    })?;
+    match args.front {
+        FrontKind::Ublk => {
+            surroundings::require_io_flusher()?;
+            surroundings::lock_memory()?;
+        }
+        FrontKind::Nbd => {
+            if let Err(error) = surroundings::become_io_flusher() {
+                tracing::info!("goes on without PR_SET_IO_FLUSHER ({error}): NBD only");
+            }
+        }
+    }
+    let control_path = run_dir.path("sock");
+    let control = listen_unix(&control_path)?;
+    let nbd_path = args
+        .nbd_socket
+        .clone()
+        .unwrap_or_else(|| run_dir.path("nbd"));
+    let paths = Paths {
+        nbd: nbd_path.clone(),
+        ublk_note: run_dir.path("ublk"),
+    };
+    let result = run_with_sockets(args, ready, signals, control, &paths);
+    let _ = std::fs::remove_file(&control_path);
+    if args.front == FrontKind::Nbd {
+        let _ = std::fs::remove_file(&nbd_path);
+    }
+    result
+}
+
+/// Files of the front ends.
+struct Paths {
+    nbd: PathBuf,
+    ublk_note: PathBuf,
+}
+
+fn run_with_sockets(
+    args: &Args,
+    ready: &Ready,
+    signals: OwnedFd,
+    control: Rc<OwnedFd>,
+    paths: &Paths,
+) -> Result<(), Failure> {
+    let ring = Ring::new(RING_ENTRIES).map_err(Failure::failed)?;
+    let stop_asked = Rc::new(Signal::default());
+    watch_signals(&ring, signals, &stop_asked);
+    let engine = ring
+        .block_on(start_engine(args.clone(), Rc::clone(&ring)))
+        .map_err(broken)??;
+    if sys::memory_lock_refused() {
+        tracing::warn!("the kernel refused to lock I/O buffers in RAM (see ulimit -l)");
+    }
+    let life = Life {
+        args,
+        ready,
+        control,
+        ring: &ring,
+        engine: &engine,
+        stop_asked: &stop_asked,
+    };
+    let served = match args.front {
+        FrontKind::Nbd => serve_nbd(&life, &paths.nbd),
+        FrontKind::Ublk => serve_ublk(&life, &paths.ublk_note),
+    };
+    let daemon = match served {
+        Ok(daemon) => daemon,
+        Err(failure) => {
+            // The front end did not come up: leave the members as a clean stop does.
+            if let Err(error) = ring.block_on(stop_engine(&engine)).map_err(broken)? {
+                tracing::error!("the mirror did not stop cleanly: {}", error.message);
+            }
+            return Err(failure);
+        }
+    };
+    let outcome = ring.block_on(stop_engine(&engine)).map_err(broken)?;
+    daemon.finish(outcome.clone());
+    ring.block_on(farewell(Rc::clone(&daemon)))
+        .map_err(broken)?;
+    outcome.map_err(|error| Failure::new(error.kind, error.message))
+}
+
+/// What the front ends need to come up and to go down.
+struct Life<'a> {
+    args: &'a Args,
+    ready: &'a Ready,
+    control: Rc<OwnedFd>,
+    ring: &'a Rc<Ring>,
+    engine: &'a Rc<Engine>,
+    stop_asked: &'a Rc<Signal>,
+}
+
+impl Life<'_> {
+    /// The front end is up: answer commands and say so.
+    fn up(&self, front: Front, device: String) -> Rc<Daemon> {
+        let daemon = Rc::new(Daemon {
+            ring: Rc::clone(self.ring),
+            engine: Rc::clone(self.engine),
+            device,
+            commands: Cell::new(0),
+            command_ended: Signal::default(),
+            front,
+            name: self.args.name.clone(),
+            stop_asked: Rc::clone(self.stop_asked),
+            outcome: RefCell::new(None),
+            outcome_waiters: RefCell::default(),
+        });
+        control::serve(&daemon, Rc::clone(&self.control));
+        let message = daemon.up_message();
+        tracing::info!("{message}");
+        self.ready.up(&daemon.device, &message);
+        daemon
+    }
+}
+
+fn serve_nbd(life: &Life<'_>, path: &Path) -> Result<Rc<Daemon>, Failure> {
+    let unix = listen_unix(path)?;
+    let server = NbdServer::new(life.ring, life.engine, &life.args.name);
+    let tcp = life.args.nbd_tcp.map(listen_tcp).transpose()?;
+    server.listen(Listener {
+        fd: unix,
+        tcp: false,
+    });
+    if let Some(fd) = tcp {
+        server.listen(Listener { fd, tcp: true });
+    }
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let device = format!("nbd+unix:///{}?socket={}", life.args.name, path.display());
+    let daemon = life.up(Front::Nbd(Rc::clone(&server)), device);
+    let stop_asked = Rc::clone(life.stop_asked);
+    let serving = async move {
+        stop_asked.wait().await;
+        tracing::info!("stopping");
+        server.stop().await;
+    };
+    life.ring.block_on(serving).map_err(broken)?;
+    Ok(daemon)
+}
+
+fn serve_ublk(life: &Life<'_>, note: &Path) -> Result<Rc<Daemon>, Failure> {
+    let daemon = RefCell::new(None);
+    front_ublk::serve(
+        life.ring,
+        life.engine,
+        life.args.queue_depth,
+        note,
+        life.stop_asked,
+        |front: Rc<UblkFront>| {
+            let device = front.path().to_owned();
+            daemon.replace(Some(life.up(Front::Ublk(front), device)));
+        },
+    )?;
+    daemon
+        .into_inner()
+        .ok_or_else(|| Failure::failed("the block device ended before it was up"))
+}
+
+fn broken(error: std::io::Error) -> Failure {
+    Failure::failed(format!("io_uring failed ({error})"))
+}
+
+fn watch_signals(ring: &Rc<Ring>, signals: OwnedFd, stop_asked: &Rc<Signal>) {
+    let (ring_of_task, stop_asked) = (Rc::clone(ring), Rc::clone(stop_asked));
+    ring.spawn(async move {
+        let fd = Rc::new(signals);
+        loop {
+            ring_of_task
+                .submit(Prepared::poll_readable(&fd), None)
+                .await;
+            let mut info = [0_u8; 128];
+            if rustix::io::read(fd.as_fd(), &mut info).is_ok() {
+                tracing::info!("asked to end by a signal");
+                stop_asked.notify();
+            }
+        }
+    });
+}
+
+async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure> {
+    let mut candidates = Vec::new();
+    let mut missing = Vec::new();
+    for path in &args.members {
+        match open_member(&ring, path).await {
+            Ok(opened) => {
+                let disk = LocalDisk::new(&ring, opened);
+                candidates.push(Candidate {
+                    path: path.clone(),
+                    disk,
+                });
+            }
+            // The engine decides whether the mirror may start without it (R15).
+            Err(error @ (OpenError::Missing { .. } | OpenError::Failed { .. })) => {
+                tracing::warn!("{error}");
+                missing.push(error.to_string());
+            }
+            Err(error) => return Err(Failure::new(error.kind(), error)),
+        }
+    }
+    if candidates.is_empty() {
+        return Err(Failure::new(ErrorKind::NotFound, missing.join("; ")));
+    }
+    let options = StartOptions {
+        name: args.name.clone(),
+        force: args.force,
+        write_intent: !args.no_intent_unsafe_for_benchmarks,
+        deadline: Duration::from_secs(args.deadline),
+        hot_budget: args.hot_budget,
+    };
+    let host = Rc::new(RingHost::new(&ring));
+    Mirror::start(host, candidates, options)
+        .await
+        .map_err(|error| {
+            let mut message = error.to_string();
+            for sentence in &missing {
+                message.push_str("; ");
+                message.push_str(sentence);
+            }
+            Failure::new(error.kind(), message)
+        })
+}
+
+/// Opens a member; waits a little while a dead daemon still holds it (R13).
+async fn open_member(ring: &Rc<Ring>, path: &str) -> Result<disk::OpenedDisk, OpenError> {
+    let give_up = ring::now() + BUSY_PATIENCE;
+    loop {
+        let owned = path.to_owned();
+        match ring.blocking(move || disk::open(&owned)).await {
+            Err(OpenError::Busy { .. }) if ring::now() < give_up => {
+                ring.sleep_until(ring::now() + Duration::from_millis(100))
+                    .await;
+            }
+            other => return other,
+        }
+    }
+}
+
+fn stop_engine(engine: &Rc<Engine>) -> impl Future<Output = Result<(), ControlError>> + use<> {
+    let engine = Rc::clone(engine);
+    async move { engine.stop().await }
+}
+
+/// Lets the control clients read their answers.
+async fn farewell(daemon: Rc<Daemon>) {
+    let patience = Rc::new(Cell::new(true));
+    let (limit, ended) = (
+        daemon.ring.sleep_until(ring::now() + FAREWELL),
+        Rc::clone(&daemon),
+    );
+    let over = Rc::clone(&patience);
+    daemon.ring.spawn(async move {
+        limit.await;
+        over.set(false);
+        ended.command_ended.notify();
+    });
+    while daemon.commands.get() > 0 && patience.get() {
+        daemon.command_ended.wait().await;
+    }
+}

@@ -1,0 +1,189 @@
+//! Buffered receiving from and complete sending to a stream socket on the ring.
+
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+
+use mirror::host::{Buffer as _, Errno};
+
+use crate::batch::Batch;
+use crate::nbd_proto::ProtocolError;
+use crate::ring::Ring;
+use crate::sys::{IoBuffer, Prepared};
+
+/// What ends a stream.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StreamError {
+    /// The peer closed in the middle of something.
+    #[error("the client closed the connection in the middle of a message")]
+    Closed,
+    /// The socket failed.
+    #[error("the socket failed: {0}")]
+    Socket(#[from] Errno),
+    /// What came makes no sense.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+}
+
+/// Bytes received and not yet taken.
+pub(crate) struct Inbox {
+    ring: Rc<Ring>,
+    fd: Rc<OwnedFd>,
+    buffer: IoBuffer,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    /// An inbox that asks the socket for up to `capacity` bytes at once.
+    pub(crate) fn new(ring: &Rc<Ring>, fd: &Rc<OwnedFd>, capacity: usize) -> Self {
+        let buffer = IoBuffer::recycled(capacity);
+        Self {
+            ring: Rc::clone(ring),
+            fd: Rc::clone(fd),
+            buffer,
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// Receives more; false at the end of the stream.
+    async fn receive(&mut self) -> Result<bool, StreamError> {
+        if self.start == self.end {
+            (self.start, self.end) = (0, 0);
+        } else if self.start > 0 {
+            let (start, end) = (self.start, self.end);
+            self.buffer.fill(|bytes| bytes.copy_within(start..end, 0));
+            (self.start, self.end) = (0, end - start);
+        }
+        let lend = self
+            .buffer
+            .lend_to_writer(self.end, self.buffer.len() - self.end);
+        let received = self
+            .ring
+            .submit(Prepared::receive(&self.fd, lend, false), None);
+        let received = received.bytes().await?;
+        self.end += received;
+        Ok(received > 0)
+    }
+
+    /// The next `N` bytes, or none when the stream ends before the first of them.
+    pub(crate) async fn array_or_end<const N: usize>(
+        &mut self,
+    ) -> Result<Option<[u8; N]>, StreamError> {
+        while self.end - self.start < N {
+            if !self.receive().await? {
+                return if self.start == self.end {
+                    Ok(None)
+                } else {
+                    Err(StreamError::Closed)
+                };
+            }
+        }
+        let mut array = [0; N];
+        self.buffer
+            .read(|bytes| array.copy_from_slice(&bytes[self.start..self.start + N]));
+        self.start += N;
+        Ok(Some(array))
+    }
+
+    /// The next `N` bytes.
+    pub(crate) async fn array<const N: usize>(&mut self) -> Result<[u8; N], StreamError> {
+        self.array_or_end().await?.ok_or(StreamError::Closed)
+    }
+
+    /// Moves bytes that are here into `to`; returns how many.
+    fn drain(&mut self, to: &mut [u8]) -> usize {
+        let len = to.len().min(self.end - self.start);
+        self.buffer
+            .read(|bytes| to[..len].copy_from_slice(&bytes[self.start..self.start + len]));
+        self.start += len;
+        len
+    }
+
+    /// The next `len` bytes.
+    pub(crate) async fn take(&mut self, len: usize) -> Result<Vec<u8>, StreamError> {
+        let mut taken = vec![0; len];
+        let mut done = 0;
+        loop {
+            done += self.drain(&mut taken[done..]);
+            if done == len {
+                return Ok(taken);
+            }
+            if !self.receive().await? {
+                return Err(StreamError::Closed);
+            }
+        }
+    }
+
+    /// Throws the next `len` bytes away.
+    pub(crate) async fn skip(&mut self, len: usize) -> Result<(), StreamError> {
+        let mut left = len;
+        loop {
+            let here = left.min(self.end - self.start);
+            self.start += here;
+            left -= here;
+            if left == 0 {
+                return Ok(());
+            }
+            if !self.receive().await? {
+                return Err(StreamError::Closed);
+            }
+        }
+    }
+
+    /// Fills the first `len` bytes of `target`: what is here is copied, the rest is received
+    /// in place.
+    pub(crate) async fn fill(&mut self, target: &IoBuffer, len: usize) -> Result<(), StreamError> {
+        let mut done = target.fill(|bytes| self.drain(&mut bytes[..len]));
+        while done < len {
+            let lend = target.lend_to_writer(done, len - done);
+            let received = self
+                .ring
+                .submit(Prepared::receive(&self.fd, lend, true), None);
+            let received = received.bytes().await?;
+            if received == 0 {
+                return Err(StreamError::Closed);
+            }
+            done += received;
+        }
+        Ok(())
+    }
+
+    /// The bytes up to the next newline, which is taken but not returned; an error when there
+    /// is none within the inbox's capacity.
+    pub(crate) async fn line(&mut self) -> Result<Vec<u8>, StreamError> {
+        loop {
+            let (start, end) = (self.start, self.end);
+            let line = self.buffer.read(|bytes| {
+                let here = &bytes[start..end];
+                here.iter()
+                    .position(|byte| *byte == b'\n')
+                    .map(|len| here[..len].to_vec())
+            });
+            if let Some(line) = line {
+                self.start += line.len() + 1;
+                return Ok(line);
+            }
+            let full = end - start == self.buffer.len();
+            if full || !self.receive().await? {
+                return Err(StreamError::Closed);
+            }
+        }
+    }
+}
+
+/// Sends the whole batch.
+pub(crate) async fn send_all(
+    ring: &Rc<Ring>,
+    fd: &Rc<OwnedFd>,
+    batch: Rc<Batch>,
+) -> Result<(), StreamError> {
+    let mut sent = 0;
+    while sent < batch.bytes() {
+        sent += ring
+            .submit(Prepared::send(fd, &batch, sent), None)
+            .bytes()
+            .await?;
+    }
+    Ok(())
+}
