@@ -99,15 +99,13 @@ impl MissedMap {
     /// Whether `block` is missed.
     #[must_use]
     pub fn contains(&self, block: u64) -> bool {
-        self.next_run(block, 1)
-            .is_some_and(|run| run.start == block)
+        block < self.blocks && self.word(block / 64) >> (block % 64) & 1 != 0
     }
 
     /// Whether any of `blocks` is missed.
     #[must_use]
     pub fn any_in(&self, blocks: Range<u64>) -> bool {
-        self.find(blocks.start, true)
-            .is_some_and(|found| found < blocks.end)
+        self.find(blocks.start..blocks.end, true).is_some()
     }
 
     /// How many of `blocks` are missed.
@@ -128,9 +126,9 @@ impl MissedMap {
     /// The first run of missed blocks at or after `from`, cut at `max` blocks.
     #[must_use]
     pub fn next_run(&self, from: u64, max: u64) -> Option<Range<u64>> {
-        let start = self.find(from, true)?;
-        let end = self.find(start, false).unwrap_or(self.blocks);
-        Some(start..end.min(start.saturating_add(max)))
+        let start = self.find(from..self.blocks, true)?;
+        let cut = start.saturating_add(max).min(self.blocks);
+        Some(start..self.find(start..cut, false).unwrap_or(cut))
     }
 
     /// Map sectors that it takes.
@@ -149,18 +147,15 @@ impl MissedMap {
 
     /// Takes the bits of sector `sector`; those beyond the device are ignored.
     pub fn load_payload(&mut self, sector: u32, payload: &[u8; PAYLOAD_BYTES]) {
-        let first = u64::from(sector) * MISSED_PER_SECTOR;
-        self.clear(first..first + MISSED_PER_SECTOR);
-        for (at, bytes) in (first..).step_by(64).zip(payload.chunks_exact(8)) {
+        let first = u64::from(sector) * WORDS_PER_SECTOR;
+        for (at, bytes) in (first..).zip(payload.chunks_exact(8)) {
+            let valid = self.valid(at);
+            if valid == 0 {
+                return;
+            }
             let mut word = [0; 8];
             word.copy_from_slice(bytes);
-            let mut left = u64::from_le_bytes(word);
-            while left != 0 {
-                let start = left.trailing_zeros();
-                let len = (!(left >> start)).trailing_zeros();
-                self.set(at + u64::from(start)..at + u64::from(start + len));
-                left &= u64::MAX.checked_shl(start + len).unwrap_or(0);
-            }
+            self.load_word(at, u64::from_le_bytes(word) & valid, valid);
         }
     }
 
@@ -174,10 +169,10 @@ impl MissedMap {
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
         let mixed_nodes = self.nodes.iter().filter_map(|node| match node {
-            Node::Mixed { pages, .. } => Some(pages),
+            Node::Mixed { pages, .. } => Some(&**pages),
             _ => None,
         });
-        let pages = |pages: &Box<[Page; PAGES_PER_NODE]>| {
+        let pages = |pages: &[Page; PAGES_PER_NODE]| {
             let mixed = pages
                 .iter()
                 .filter(|page| matches!(page, Page::Mixed { .. }))
@@ -202,14 +197,34 @@ impl MissedMap {
         changed
     }
 
-    /// The first block at or after `from` whose bit is `value`.
-    fn find(&self, from: u64, value: bool) -> Option<u64> {
-        let mut at = from;
-        while at < self.blocks {
+    /// Gives the blocks of word `at` the bits `new`; `valid` are those that exist.
+    fn load_word(&mut self, at: u64, new: u64, valid: u64) {
+        let old = self.word(at) & valid;
+        if old == new {
+            return;
+        }
+        let start = at * 64;
+        if new == 0 {
+            self.clear(start..start + 64);
+        } else if new == valid {
+            self.set(start..start + 64);
+        } else {
+            let node = start / BITS_PER_NODE;
+            let size = (self.blocks - node * BITS_PER_NODE).min(BITS_PER_NODE);
+            self.nodes[small(node)].flip(start % BITS_PER_NODE, old ^ new, size);
+            self.count = self.count - u64::from(old.count_ones()) + u64::from(new.count_ones());
+        }
+    }
+
+    /// The first of `blocks` whose bit is `value`.
+    fn find(&self, blocks: Range<u64>, value: bool) -> Option<u64> {
+        let end = blocks.end.min(self.blocks);
+        let mut at = blocks.start;
+        while at < end {
             let node = at / BITS_PER_NODE;
             let start = node * BITS_PER_NODE;
             if let Some(found) = self.nodes[small(node)].find(at - start, value) {
-                return Some(start + found).filter(|&found| found < self.blocks);
+                return Some(start + found).filter(|&found| found < end);
             }
             at = start + BITS_PER_NODE;
         }
@@ -256,16 +271,7 @@ impl Node {
         if (value && count == size) || (!value && count == 0) {
             return 0;
         }
-        if !matches!(self, Self::Mixed { .. }) {
-            let page = if count == 0 { Page::Clear } else { Page::Set };
-            *self = Self::Mixed {
-                pages: Box::new(std::array::from_fn(|_| page.clone())),
-                count,
-            };
-        }
-        let Self::Mixed { pages, count } = self else {
-            return 0;
-        };
+        let (pages, count) = self.make_mixed(size);
         let mut changed = 0;
         let mut at = range.start;
         while at < range.end {
@@ -276,17 +282,51 @@ impl Node {
             changed += pages[small(page)].change(at - start..stop - start, value, page_size);
             at = stop;
         }
-        *count = if value {
+        let now = if value {
             *count + changed
         } else {
             *count - changed
         };
-        if *count == 0 {
-            *self = Self::Clear;
-        } else if *count == size {
-            *self = Self::Set;
-        }
+        self.settle(now, size);
         changed
+    }
+
+    /// Turns over the bits `flips` of the word at bit `at`.
+    fn flip(&mut self, at: u64, flips: u64, size: u64) {
+        let (pages, count) = self.make_mixed(size);
+        let start = at / BITS_PER_PAGE * BITS_PER_PAGE;
+        let page = &mut pages[small(at / BITS_PER_PAGE)];
+        let (cleared, set) = page.flip(at - start, flips, (size - start).min(BITS_PER_PAGE));
+        let now = *count - u64::from(cleared) + u64::from(set);
+        self.settle(now, size);
+    }
+
+    fn make_mixed(&mut self, size: u64) -> (&mut [Page; PAGES_PER_NODE], &mut u64) {
+        let (page, uniform) = match self {
+            Self::Set => (Page::Set, size),
+            _ => (Page::Clear, 0),
+        };
+        if !matches!(self, Self::Mixed { .. }) {
+            *self = Self::Mixed {
+                pages: Box::new(std::array::from_fn(|_| page.clone())),
+                count: uniform,
+            };
+        }
+        match self {
+            Self::Mixed { pages, count } => (pages, count),
+            _ => unreachable!("made mixed above"),
+        }
+    }
+
+    /// Takes the new count, and becomes uniform when it says so.
+    fn settle(&mut self, now: u64, size: u64) {
+        if now == 0 {
+            *self = Self::Clear;
+        } else if now == size {
+            *self = Self::Set;
+        } else if let Self::Mixed { count, .. } = self {
+            *count = now;
+        }
     }
 
     fn find(&self, from: u64, value: bool) -> Option<u64> {
@@ -320,16 +360,7 @@ impl Page {
         if (value && count == size) || (!value && count == 0) {
             return 0;
         }
-        if !matches!(self, Self::Mixed { .. }) {
-            let word = if count == 0 { 0 } else { u64::MAX };
-            *self = Self::Mixed {
-                words: Box::new([word; WORDS_PER_PAGE]),
-                count,
-            };
-        }
-        let Self::Mixed { words, count } = self else {
-            return 0;
-        };
+        let (words, count) = self.make_mixed(size);
         let mut changed = 0;
         let mut at = range.start;
         while at < range.end {
@@ -341,17 +372,54 @@ impl Page {
             changed += flips.count_ones();
             at = stop;
         }
-        *count = if value {
+        let now = if value {
             *count + changed
         } else {
             *count - changed
         };
-        if *count == 0 {
-            *self = Self::Clear;
-        } else if *count == size {
-            *self = Self::Set;
-        }
+        self.settle(now, size);
         u64::from(changed)
+    }
+
+    /// Turns over the bits `flips` of the word at bit `at`; returns how many became clear and
+    /// how many set.
+    fn flip(&mut self, at: u64, flips: u64, size: u64) -> (u32, u32) {
+        let size = u32::try_from(size).unwrap_or(u32::MAX);
+        let (words, count) = self.make_mixed(size);
+        let word = &mut words[small(at / 64)];
+        let changed = ((*word & flips).count_ones(), (!*word & flips).count_ones());
+        *word ^= flips;
+        let now = *count - changed.0 + changed.1;
+        self.settle(now, size);
+        changed
+    }
+
+    fn make_mixed(&mut self, size: u32) -> (&mut [u64; WORDS_PER_PAGE], &mut u32) {
+        let (word, uniform) = match self {
+            Self::Set => (u64::MAX, size),
+            _ => (0, 0),
+        };
+        if !matches!(self, Self::Mixed { .. }) {
+            *self = Self::Mixed {
+                words: Box::new([word; WORDS_PER_PAGE]),
+                count: uniform,
+            };
+        }
+        match self {
+            Self::Mixed { words, count } => (words, count),
+            _ => unreachable!("made mixed above"),
+        }
+    }
+
+    /// Takes the new count, and becomes uniform when it says so.
+    fn settle(&mut self, now: u32, size: u32) {
+        if now == 0 {
+            *self = Self::Clear;
+        } else if now == size {
+            *self = Self::Set;
+        } else if let Self::Mixed { count, .. } = self {
+            *count = now;
+        }
     }
 
     fn find(&self, from: u64, value: bool) -> Option<u64> {
@@ -428,6 +496,23 @@ mod tests {
         assert_eq!(map.next_run(BITS_PER_NODE + 1000, 1), None);
     }
 
+    #[test]
+    fn bits_beyond_the_device_are_ignored() {
+        for blocks in [1, 63, 64, 70, 3839, 3841] {
+            let mut map = MissedMap::new(blocks);
+            for sector in 0..map.sectors() {
+                map.load_payload(sector, &[0xfe; PAYLOAD_BYTES]);
+            }
+            let want = (0..blocks).filter(|block| block % 8 != 0).count() as u64;
+            assert_eq!(map.count(), want, "{blocks} blocks");
+            assert_eq!(map.count_in(0..blocks), want, "{blocks} blocks");
+            map.set_all();
+            assert_eq!(map.count(), blocks);
+            map.load_payload(0, &[0; PAYLOAD_BYTES]);
+            assert_eq!(map.count(), blocks.saturating_sub(MISSED_PER_SECTOR));
+        }
+    }
+
     proptest! {
         #[test]
         fn agrees_with_a_bit_vector(
@@ -456,7 +541,24 @@ mod tests {
                 map.write_payload(sector, &mut payload);
                 copy.load_payload(sector, &payload);
             }
-            for map in [&map, &copy] {
+            // A load replaces what the sector's blocks were, whatever that was.
+            let mut over = MissedMap::new(blocks);
+            over.set(blocks / 4..blocks);
+            over.clear(blocks / 2..blocks / 2 + 100);
+            for sector in 0..map.sectors() {
+                let mut payload = [0xff; PAYLOAD_BYTES];
+                map.write_payload(sector, &mut payload);
+                over.load_payload(sector, &payload);
+            }
+            prop_assert_eq!(over.count(), plain.count_ones() as u64);
+            prop_assert_eq!(over.memory_bytes(), copy.memory_bytes());
+            for block in (0..blocks + 70).step_by(61) {
+                let want = plain.get(small(block)).is_some_and(|bit| *bit);
+                prop_assert_eq!(map.contains(block), want);
+                let some = plain.iter().skip(small(block)).take(90).any(|bit| *bit);
+                prop_assert_eq!(map.any_in(block..block + 90), some);
+            }
+            for map in [&map, &copy, &over] {
                 let mut rebuilt: BitVec<u64, Lsb0> = BitVec::repeat(false, small(blocks));
                 let mut from = 0;
                 while let Some(run) = map.next_run(from, 777) {

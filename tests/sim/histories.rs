@@ -13,7 +13,10 @@ const SIZE: u64 = 24 << 20;
 fn seeds() -> (Vec<u64>, bool) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     match number("SIM_SEED") {
-        Some(seed) => (vec![seed], true),
+        Some(seed) => {
+            tracing_subscriber::fmt().without_time().with_max_level(tracing::Level::TRACE).try_init().ok();
+            (vec![seed], true)
+        }
         None => ((0..number("SIM_SEEDS").unwrap_or(300)).collect(), false),
     }
 }
@@ -87,7 +90,7 @@ fn history(seed: u64, members: usize, verbose: bool) {
             disturbed.set(disturbed.get() + 1);
         });
         let cut_short = rng.one_in(2);
-        let limit = if cut_short { 200 + rng.below(4000) } else { 30_000_000 };
+        let limit = if cut_short { 200 + rng.below(4000) } else { 2_000_000 };
         let done = ended.clone();
         let finished = machine.world.run(limit, || done.get() == 4);
         if verbose {
@@ -127,18 +130,26 @@ fn finish(machine: &mut Machine, seed: u64) {
     machine.compare_members();
 }
 
+/// Runs every seed; a failure names its seed, which reproduces it.
+fn run_all(members: usize) {
+    let (seeds, verbose) = seeds();
+    let mut failed = Vec::new();
+    for seed in seeds {
+        let run = std::panic::AssertUnwindSafe(|| history(seed, members, verbose));
+        if std::panic::catch_unwind(run).is_err() {
+            eprintln!("FAILED: SIM_SEED={seed}, {members} members");
+            failed.push(seed);
+        }
+    }
+    assert!(failed.is_empty(), "{members} members: seeds {failed:?}");
+}
+
 #[test]
 fn two_members() {
-    let (seeds, verbose) = seeds();
-    for seed in seeds {
-        history(seed, 2, verbose);
-    }
+    run_all(2);
 }
 
 #[test]
 fn three_members() {
-    let (seeds, verbose) = seeds();
-    for seed in seeds {
-        history(seed, 3, verbose);
-    }
+    run_all(3);
 }

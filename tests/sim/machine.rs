@@ -255,7 +255,9 @@ impl Client {
             }
         });
         let issued = self.oracle.borrow_mut().issue(first..first + len as u64 / 512, version);
+        tracing::trace!("write {version} at sector {first} of {len} bytes, fua {fua}");
         let result = self.mirror.write(offset, span, fua).await;
+        tracing::trace!("write {version} answered {result:?}");
         if result.is_ok() {
             self.oracle.borrow_mut().acknowledge(&issued, fua);
         }
@@ -294,6 +296,7 @@ impl Client {
     /// Reads and checks.
     pub(crate) async fn read(&self, offset: u64, len: usize) -> Result<(), Errno> {
         let begun = self.oracle.borrow_mut().begin_read();
+        tracing::trace!("read sector {} of {len} bytes", offset / 512);
         let bytes = self.read_raw(offset, len).await?;
         for (sector, bytes) in (offset / 512..).zip(bytes.chunks(512)) {
             let checked = self.oracle.borrow_mut().check(sector, bytes, begun);

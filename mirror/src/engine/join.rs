@@ -159,6 +159,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         force: bool,
         dry_run: bool,
     ) -> Result<String, ControlError> {
+        self.owes_nothing(&path)?;
         let geometry = disk.geometry();
         let need = self.config.borrow().layout.member_bytes();
         if geometry.size_bytes < need {
@@ -218,10 +219,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .and_then(|&slot| u8::try_from(slot).ok())
     }
 
-    /// Whether no earlier incarnation of the device at `path` has operations outstanding (R6).
+    /// Whether the device at `path` is not in service, and no earlier incarnation of it has
+    /// operations outstanding (R6).
     fn owes_nothing(&self, path: &str) -> Result<(), ControlError> {
         self.release_idle_disks();
         let slots = self.slots.borrow();
+        if slots
+            .iter()
+            .any(|s| s.path == path && s.running != Running::Absent)
+        {
+            return Err(refuse(format!("{path} is in service already")));
+        }
         let held = |s: &Slot<D>| s.path == path && s.running == Running::Absent && s.disk.is_some();
         if slots.iter().any(held) {
             Err(owes_answers(path))

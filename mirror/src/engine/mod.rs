@@ -65,7 +65,7 @@ use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
-use wait::{Exclusive, Gate, RangeLocks, WaitList};
+use wait::{Exclusive, Gate, RangeLocks, ReadPhases, WaitList};
 
 pub use start::StartError;
 
@@ -211,6 +211,7 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     maps: RefCell<Maps>,
     gate: Gate,
     locks: RangeLocks,
+    reads: ReadPhases,
     membership: Exclusive,
     commits: Commits,
     flushes: write::Flushes,

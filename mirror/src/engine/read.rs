@@ -35,6 +35,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok(span);
         }
         let _pass = self.gate.enter().await;
+        let _reading = self.reads.begin();
         let plain = {
             let maps = self.maps.borrow();
             extents(&range).all(|extent| maps.is_written(extent))

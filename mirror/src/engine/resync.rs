@@ -66,7 +66,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.note_progress(slot, begun);
             match moved {
                 Ok(0) if self.finish_resync(slot).await => break,
-                Ok(0) => {}
+                // Not recorded, or a bit was set again: not at once, a disk may be failing.
+                Ok(0) => self.host.sleep(super::cool::TICK).await,
                 Ok(_) => last_move = self.host.now(),
                 Err(errno) => {
                     if self.host.now().saturating_sub(last_move) > STALLED_AFTER {

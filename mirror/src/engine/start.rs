@@ -128,6 +128,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps: RefCell::new(maps),
             gate: super::Gate::default(),
             locks: super::RangeLocks::default(),
+            reads: super::ReadPhases::default(),
             membership: super::Exclusive::default(),
             commits: super::Commits::default(),
             flushes: super::write::Flushes::default(),

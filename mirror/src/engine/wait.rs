@@ -135,6 +135,54 @@ impl Drop for Closed<'_> {
     }
 }
 
+/// Tells when every read that was under way has ended, without a lock in the read path: reads
+/// count themselves in the present phase, and a waiter begins a new phase and waits for the old
+/// one to empty.
+#[derive(Default)]
+pub(crate) struct ReadPhases {
+    phase: Cell<usize>,
+    inside: [Cell<usize>; 2],
+    turn: Exclusive,
+    waiting: WaitList,
+}
+
+/// A read under way.
+pub(crate) struct Reading<'a> {
+    phases: &'a ReadPhases,
+    phase: usize,
+}
+
+impl ReadPhases {
+    /// A read begins.
+    pub(crate) fn begin(&self) -> Reading<'_> {
+        let phase = self.phase.get();
+        self.inside[phase].set(self.inside[phase].get() + 1);
+        Reading {
+            phases: self,
+            phase,
+        }
+    }
+
+    /// Waits until every read that has begun before the call has ended.
+    pub(crate) async fn drained(&self) {
+        let _turn = self.turn.enter().await;
+        let before = self.phase.replace(1 - self.phase.get());
+        self.waiting
+            .until(|| (self.inside[before].get() == 0).then_some(()))
+            .await;
+    }
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        let inside = &self.phases.inside[self.phase];
+        inside.set(inside.get() - 1);
+        if inside.get() == 0 && self.phases.phase.get() != self.phase {
+            self.phases.waiting.wake_all();
+        }
+    }
+}
+
 struct Entry {
     id: u64,
     range: Range<u64>,

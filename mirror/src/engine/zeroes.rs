@@ -98,6 +98,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.take_back(&written);
             return Err(errno);
         }
+        // A read that began before may still be on its way to what the discard destroys.
+        self.reads.drained().await;
         self.discard_on_members(&written).await;
         self.losses_effective().await
     }

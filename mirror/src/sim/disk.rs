@@ -2,7 +2,8 @@
 //!
 //! Completed writes sit in a volatile cache until a flush or FUA; a power cut keeps any subset
 //! of the cached sectors, in any order, and any subset of the sectors of writes under way.
-//! Reads, writes and flushes fail on demand; a disk can hang or vanish and come back. A
+//! Reads, writes and flushes fail on demand, and what a
+//! failed flush gave up is gone with the power, whatever a later flush says; a disk can hang or vanish and come back. A
 //! discarded range reads as arbitrary bytes.
 
 use super::{Rng, SimBuffer};
@@ -52,6 +53,8 @@ struct Cached {
     bytes: Content,
     /// Order in which the disk took it.
     number: u64,
+    /// A flush that failed has given it up: readable until the power goes, never durable.
+    given_up: bool,
 }
 
 struct Inner {
@@ -178,6 +181,7 @@ impl SimDisk {
         }
         let mut durable = self.0.durable.borrow_mut();
         for (sector, mut versions) in self.0.cache.take() {
+            versions.retain(|cached| !cached.given_up);
             // Any of its versions, or none: the disk writes back when it likes.
             let kept = rng.index(versions.len() + 1);
             if kept < versions.len() {
@@ -243,7 +247,7 @@ impl SimDisk {
             DiskRequest::Flush => {
                 let covers = pending.covers.unwrap_or(0);
                 if faults.flushes {
-                    self.forget_some(covers, rng);
+                    self.give_up_some(covers, rng);
                     return Err(Errno::IO);
                 }
                 self.write_back(covers);
@@ -259,27 +263,26 @@ impl SimDisk {
         Ok(())
     }
 
-    /// Everything cached before `covers` becomes durable, in order.
+    /// Everything cached before `covers` becomes durable, in order, except what an earlier
+    /// flush has given up.
     fn write_back(&self, covers: u64) {
         let mut durable = self.0.durable.borrow_mut();
         self.0.cache.borrow_mut().retain(|sector, versions| {
-            let older = versions.partition_point(|cached| cached.number < covers);
-            durable.extend(
-                versions
-                    .drain(..older)
-                    .last()
-                    .map(|cached| (*sector, cached.bytes)),
-            );
+            let covered = |cached: &Cached| cached.number < covers && !cached.given_up;
+            if let Some(last) = versions.iter().rposition(covered) {
+                durable.insert(*sector, versions[last].bytes.clone());
+                versions.drain(..=last);
+            }
             !versions.is_empty()
         });
     }
 
-    /// A failed flush: of what it covered, some is dropped without a trace.
-    fn forget_some(&self, covers: u64, rng: &mut Rng) {
-        self.0.cache.borrow_mut().retain(|_, versions| {
-            versions.retain(|cached| cached.number >= covers || rng.one_in(2));
-            !versions.is_empty()
-        });
+    /// A failed flush: of what it covered, some will never be durable, and no later flush says
+    /// so again.
+    fn give_up_some(&self, covers: u64, rng: &mut Rng) {
+        for cached in self.0.cache.borrow_mut().values_mut().flatten() {
+            cached.given_up |= cached.number < covers && rng.one_in(2);
+        }
     }
 
     fn write_all(&self, offset: u64, span: &Span<SimBuffer>, fua: bool) {
@@ -317,7 +320,11 @@ impl SimDisk {
             .borrow_mut()
             .entry(sector)
             .or_default()
-            .push(Cached { bytes, number });
+            .push(Cached {
+                bytes,
+                number,
+                given_up: false,
+            });
     }
 
     /// What the cache holds of `sector` becomes durable.

@@ -1,0 +1,259 @@
+#!/bin/bash
+# The measurements inside the guest.
+#
+# Usage: bench.sh PLACE OUT MODE [SUBJECT...]
+#   PLACE   name of this setting in the report, such as guest-6.12-2cpu
+#   OUT     folder for the results (fio's JSON, and *.result.json of our own)
+#   MODE    wall: three interleaved rounds, and the tests that need wall time;
+#           counted: one round of virtual time, because counted figures repeat
+#
+# All subjects work on the same two null_blk disks with 20 us completion latency, memory backed,
+# because metadata have to be readable. Jobs run on written extents.
+set -euo pipefail
+
+place=$1 out=$2 mode=$3
+shift 3
+
+# shellcheck source=tests/guest/lib.sh
+. "$PROJECT_DIR/tests/guest/lib.sh"
+
+RUBLK=$PROJECT_DIR/.cache/rublk/bin/rublk
+all=(bare md-none md-bitmap rublk-loop mirror mirror-no-intent)
+[ $# -gt 0 ] && all=("$@")
+case $mode in
+wall) rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-5} ;;
+counted) rounds=1 runtime=${BENCH_RUNTIME:-500ms} ;;
+*) fail "unknown mode $mode" ;;
+esac
+disk_mib=320 size_mib=256
+
+latency=(irqmode=2 completion_nsec=20000 hw_queue_depth=128 submit_queues="$(nproc)")
+
+disks() {
+    nullb n0 "$1" "${latency[@]}"
+    nullb n1 "$1" "${latency[@]}"
+}
+
+no_disks() {
+    local name
+    for name in n0 n1; do
+        echo 0 >"$NULLB/$name/power"
+        rmdir "$NULLB/$name"
+    done
+}
+
+# set_up SUBJECT : sets TARGET to the block device to measure.
+set_up() {
+    case $1 in
+    bare) TARGET=/dev/n0 ;;
+    md-none | md-bitmap)
+        local bitmap=internal
+        [ "$1" = md-none ] && bitmap=none
+        modprobe raid1
+        mdadm --create /dev/md77 --run --metadata=1.2 --level=1 --raid-devices=2 \
+            --assume-clean --bitmap=$bitmap /dev/n0 /dev/n1
+        TARGET=/dev/md77
+        ;;
+    rublk-loop)
+        "$WORK/bin/rublk" add loop --number 77 --file /dev/n0 --queue 1 --depth 128 >"$WORK/rublk.log" 2>&1
+        TARGET=/dev/ublkb77
+        wait_for 100 test -b $TARGET
+        ;;
+    mirror | mirror-no-intent)
+        local options=(--front ublk --queue-depth 128)
+        [ "$1" = mirror-no-intent ] && options+=(--no-intent-unsafe-for-benchmarks)
+        mirrorctl create bench --force --member /dev/n0 --member /dev/n1
+        mirrorctl start bench "${options[@]}"
+        find_device bench
+        TARGET=$DEV
+        ;;
+    *) fail "unknown subject $1" ;;
+    esac
+}
+
+tear_down() {
+    udevadm settle --timeout=10
+    case $1 in
+    bare) ;;
+    md-*)
+        mdadm --stop /dev/md77
+        mdadm --zero-superblock /dev/n0 /dev/n1
+        ;;
+    rublk-loop)
+        "$WORK/bin/rublk" del --number 77
+        wait_for 100 test ! -b /dev/ublkb77
+        ;;
+    mirror*)
+        mirrorctl stop bench
+        mirrorctl destroy /dev/n0 /dev/n1 --force
+        ;;
+    esac
+}
+
+fill() {
+    fio --name=fill --filename="$TARGET" --direct=1 --ioengine=libaio --rw=write --bs=1m \
+        --iodepth=4 --size="$1m" --end_fsync=1 --eta=never --output="$WORK/fill.log"
+}
+
+# measure SUBJECT JOB ROUND FIO_OPTIONS...
+measure() {
+    local subject=$1 job=$2 round=$3
+    shift 3
+    fio --name="$job" --filename="$TARGET" --direct=1 --ioengine=io_uring --eta=never \
+        --random_generator=tausworthe64 --randrepeat=1 --norandommap \
+        --output-format=json --output="$WORK/fio.json" "$@"
+    cp "$WORK/fio.json" "$out/${place}__${subject}__${job}__$round.json"
+    echo "$place $subject $job round $round: $(python3 -ISc '
+import json, sys
+job = json.load(open(sys.argv[1]))["jobs"][0]
+iops = [job[way]["iops"] for way in ("read", "write")]
+print(f"{max(iops):.0f} IOPS")' "$WORK/fio.json")"
+}
+
+four_jobs() {
+    local subject=$1 round=$2
+    local timed=(--time_based --runtime="$runtime" --ramp_time=0 --size="${size_mib}m")
+    measure "$subject" randwrite-4k-qd1 "$round" --rw=randwrite --bs=4k --iodepth=1 "${timed[@]}"
+    measure "$subject" randwrite-4k-qd32 "$round" --rw=randwrite --bs=4k --iodepth=32 "${timed[@]}"
+    measure "$subject" randread-4k-qd32 "$round" --rw=randread --bs=4k --iodepth=32 "${timed[@]}"
+    measure "$subject" seqwrite-128k-qd8 "$round" --rw=write --bs=128k --iodepth=8 "${timed[@]}"
+}
+
+# What first writes cost where the disk has no cheap write-zeroes: the same requests twice, first
+# into unwritten extents.
+first_writes() {
+    local round=$1 random=(--rw=randwrite --bs=4k --iodepth=32 --size=192m --number_ios=2000)
+    local sequential=(--rw=write --bs=128k --iodepth=8 --size=192m)
+    no_disks && disks "$disk_mib"
+    set_up mirror
+    measure mirror first-randwrite "$round" "${random[@]}"
+    fill 192
+    measure mirror again-randwrite "$round" "${random[@]}"
+    tear_down mirror
+    no_disks && disks "$disk_mib"
+    set_up mirror
+    measure mirror first-seqwrite "$round" "${sequential[@]}"
+    measure mirror again-seqwrite "$round" "${sequential[@]}"
+    tear_down mirror
+}
+
+sectors_written() { awk '{print $7}' "/sys/block/$1/stat"; }
+
+now_ms() { date +%s%3N; }
+
+changes() {
+    fio --name=changes --filename="$TARGET" --direct=1 --ioengine=io_uring --rw=randwrite \
+        --bs=4k --iodepth=8 --size="$1m" --io_size=$((1000 * 4096)) --end_fsync=1 --eta=never \
+        --output="$WORK/changes.log"
+}
+
+# result NAME KEY VALUE... : a result of our own, as JSON.
+result() {
+    local name=$1
+    shift
+    python3 -ISc '
+import json, sys
+pairs = sys.argv[2:]
+values = {pairs[i]: float(pairs[i + 1]) for i in range(0, len(pairs), 2)}
+json.dump(values, open(sys.argv[1], "w"))' "$out/${place}__$name.result.json" "$@"
+    echo "$place $name: $*"
+}
+
+# 1,000 random 4 KiB writes while a member of 1 GiB is away.
+re_add() {
+    local subject=$1 mib=960 before began ended copied zeroed=0 changed=$((1000 * 4096))
+    disks 1024
+    set_up "$subject"
+    fill $mib
+    sync
+    case $subject in
+    md-bitmap)
+        # Let md take the bits of the fill away first, so that only the changes count.
+        sleep 12
+        mdadm /dev/md77 --fail /dev/n1 --remove /dev/n1
+        changes $mib
+        before=$(sectors_written n1) began=$(now_ms)
+        mdadm /dev/md77 --re-add /dev/n1
+        # --wait ends with 1 when nothing is left to wait for.
+        mdadm --wait /dev/md77 || true
+        ended=$(now_ms)
+        [ "$(cat /sys/block/md77/md/degraded)" -eq 0 ] || fail "md is still degraded"
+        copied=$((($(sectors_written n1) - before) * 512))
+        ;;
+    mirror)
+        pull bench 1
+        changes $mib
+        before=$(sectors_written n1) began=$(now_ms)
+        mirrorctl re-add bench /dev/n1
+        mirrorctl wait bench --timeout 120
+        ended=$(now_ms)
+        copied=$(status_of bench last-resync.copied-bytes)
+        zeroed=$(status_of bench last-resync.zeroed-bytes)
+        ;;
+    esac
+    result "readd-$subject" changed "$changed" copied "$copied" zeroed "$zeroed" \
+        member_written $((($(sectors_written n1) - before) * 512)) ms $((ended - began))
+    tear_down "$subject"
+    no_disks
+}
+
+# A member pulled in the middle of a random write load, and back under it.
+re_add_under_load() {
+    local before after fio
+    disks "$disk_mib"
+    set_up mirror
+    fill "$size_mib"
+    fio --name=load --filename="$TARGET" --direct=1 --ioengine=io_uring --rw=randwrite --bs=4k \
+        --iodepth=32 --size="${size_mib}m" --rate_iops=2500 --fdatasync=256 --time_based \
+        --runtime=60 --eta=never --output="$WORK/load.log" &
+    fio=$!
+    wait_for 100 status_moves bench
+    sleep 1
+    before=$(status_of bench io.written-bytes)
+    pull bench 1
+    sleep 3
+    # Until the member receives writes again; blocks written twice count once.
+    local missed
+    missed=$(status_of bench members.1.missed-bytes)
+    mirrorctl re-add bench /dev/n1
+    after=$(status_of bench io.written-bytes)
+    mirrorctl wait bench --timeout 120
+    kill -INT $fio
+    wait $fio || true
+    result readd-under-load changed $((after - before)) missed "$missed" \
+        copied "$(status_of bench last-resync.copied-bytes)" \
+        zeroed "$(status_of bench last-resync.zeroed-bytes)" \
+        ms "$(status_of bench last-resync.elapsed-ms)"
+    tear_down mirror
+    no_disks
+}
+
+enter_guest
+uname -r >"$out/$place.kernel"
+subjects=()
+for subject in "${all[@]}"; do
+    if [ "$subject" = rublk-loop ]; then
+        [ -x "$RUBLK" ] || { echo "rublk is not built: its column stays empty" && continue; }
+        cp "$RUBLK" "$WORK/bin/rublk"
+    fi
+    subjects+=("$subject")
+done
+
+disks "$disk_mib"
+for round in $(seq "$rounds"); do
+    for subject in "${subjects[@]}"; do
+        set_up "$subject"
+        fill "$size_mib"
+        four_jobs "$subject" "$round"
+        tear_down "$subject"
+    done
+    [[ " ${subjects[*]} " == *" mirror "* ]] && first_writes "$round"
+done
+no_disks
+if [ "$mode" = wall ]; then
+    for subject in md-bitmap mirror; do
+        [[ " ${subjects[*]} " == *" $subject "* ]] && re_add "$subject"
+    done
+    [[ " ${subjects[*]} " == *" mirror "* ]] && re_add_under_load
+fi
+echo "measured: $place"

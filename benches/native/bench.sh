@@ -1,0 +1,242 @@
+#!/bin/bash
+# Measurements on this machine's own kernel: the NBD front end beside qemu-storage-daemon's
+# quorum over files of the same kind, and the mirrors of 12 TiB.
+#
+# Usage: benches/native/bench.sh [quorum] [budget] [big]       default: all three
+#
+# Results go to benches/out/raw. The files lie in memory where it is big enough and takes direct
+# I/O, so that the programs are measured and not the disk below; those of 12 TiB, and all where it
+# is not, lie under BENCH_DIR (default .cache/bench). They are removed at the end. Our release
+# binaries have to be there. `big` without BENCH_BIG_FILL=no
+# writes into every extent of 12 TiB, which takes some minutes.
+set -euo pipefail
+
+project=$(cd "$(dirname "$0")/../.." && pwd)
+out=$project/benches/out/raw
+binaries=${UBLK_MIRROR_BIN:-${CARGO_TARGET_DIR:-$project/target}/release}
+on_disk=${BENCH_DIR:-$project/.cache/bench}/$$
+in_memory=$on_disk.memory
+area=$on_disk
+export UBLK_MIRROR_RUN_DIR=$area/run PATH=$binaries:$PATH
+place=native
+rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-6}
+storage_daemon=
+mkdir -p "$out" "$area"
+
+stop_everything() {
+    set +e
+    local name
+    for name in bench big budget; do
+        [ -e "$UBLK_MIRROR_RUN_DIR/$name.sock" ] && timeout 30 mirrorctl stop $name --force
+    done
+    [ -n "$storage_daemon" ] && kill "$storage_daemon" 2>/dev/null
+    mountpoint -q "$in_memory" && umount "$in_memory"
+    rm -rf "$on_disk" "$in_memory"
+}
+trap stop_everything EXIT
+trap 'exit 130' INT TERM
+
+# choose_area GIB : sets area to a file system in memory with this much room, or to one on disk.
+choose_area() {
+    area=$on_disk
+    if [ -z "${BENCH_DIR:-}" ] && [ "$(id -u)" -eq 0 ] &&
+        [ "$(awk '/^MemAvailable/ {print int($2 / 1048576)}' /proc/meminfo)" -gt "$1" ]; then
+        mkdir -p "$in_memory"
+        mountpoint -q "$in_memory" && umount "$in_memory"
+        if mount -t tmpfs -o size="$1g" tmpfs "$in_memory" &&
+            dd if=/dev/zero of="$in_memory/probe" bs=4k count=1 oflag=direct status=none; then
+            area=$in_memory
+        fi
+    fi
+    echo "files of the following are $([ "$area" = "$on_disk" ] && echo on disk || echo in memory)"
+}
+
+status_of() {
+    mirrorctl status "$1" --json | python3 -ISc '
+import json, sys
+value = json.load(sys.stdin)
+for key in sys.argv[1].split("."):
+    value = value[int(key)] if isinstance(value, list) else value[key]
+print(value)' "$2"
+}
+
+result() {
+    local name=$1
+    shift
+    python3 -ISc '
+import json, sys
+pairs = sys.argv[2:]
+values = {pairs[i]: float(pairs[i + 1]) for i in range(0, len(pairs), 2)}
+json.dump(values, open(sys.argv[1], "w"))' "$out/${place}__$name.result.json" "$@"
+    echo "$place $name: $*"
+}
+
+now_ms() { date +%s%3N; }
+
+# measure SUBJECT JOB ROUND URI FIO_OPTIONS...
+measure() {
+    local subject=$1 job=$2 round=$3 uri=$4
+    shift 4
+    fio --name="$job" --ioengine=nbd --uri="$uri" --eta=never --randrepeat=1 --norandommap \
+        --output-format=json --output="$area/fio.json" "$@"
+    cp "$area/fio.json" "$out/${place}__${subject}__${job}__$round.json"
+    echo "$place $subject $job round $round: $(python3 -ISc '
+import json, sys
+job = json.load(open(sys.argv[1]))["jobs"][0]
+iops = [job[way]["iops"] for way in ("read", "write")]
+print(f"{max(iops):.0f} IOPS")' "$area/fio.json")"
+}
+
+fill() {
+    fio --name=fill --ioengine=nbd --uri="$1" --rw=write --bs=1m --iodepth=4 --size="$2m" \
+        --eta=never --output="$area/fill.log"
+}
+
+four_jobs() {
+    local subject=$1 round=$2 uri=$3
+    local timed=(--time_based --runtime="$runtime" --size=1g)
+    measure "$subject" randwrite-4k-qd1 "$round" "$uri" --rw=randwrite --bs=4k --iodepth=1 "${timed[@]}"
+    measure "$subject" randwrite-4k-qd32 "$round" "$uri" --rw=randwrite --bs=4k --iodepth=32 "${timed[@]}"
+    measure "$subject" randread-4k-qd32 "$round" "$uri" --rw=randread --bs=4k --iodepth=32 "${timed[@]}"
+    measure "$subject" seqwrite-128k-qd8 "$round" "$uri" --rw=write --bs=128k --iodepth=8 "${timed[@]}"
+}
+
+start_quorum() {
+    local socket=$area/quorum.sock side
+    local options=()
+    for side in 0 1; do
+        rm -f "$area/q$side"
+        truncate -s 1100M "$area/q$side"
+        options+=(--blockdev "driver=file,node-name=f$side,filename=$area/q$side,cache.direct=on,aio=io_uring")
+    done
+    qemu-storage-daemon "${options[@]}" \
+        --blockdev driver=quorum,node-name=q,vote-threshold=2,read-pattern=fifo,children.0=f0,children.1=f1 \
+        --nbd-server addr.type=unix,addr.path="$socket" \
+        --export type=nbd,id=e,node-name=q,name=q,writable=on &
+    storage_daemon=$!
+    while [ ! -S "$socket" ]; do
+        kill -0 $storage_daemon
+        sleep 0.05
+    done
+    URI="nbd+unix:///q?socket=$socket"
+}
+
+stop_quorum() {
+    kill "$storage_daemon"
+    wait "$storage_daemon" || true
+    storage_daemon=
+}
+
+# start_mirror NAME SIZE START_OPTIONS... : creates over two new sparse files; sets URI.
+start_mirror() {
+    local name=$1 size=$2
+    shift 2
+    rm -f "$area/m0" "$area/m1"
+    mirrorctl create "$name" --member "$area/m0" --member "$area/m1" --size "$size"
+    mirrorctl start "$name" "$area/m0" "$area/m1" --front nbd "$@"
+    URI=$(status_of "$name" device)
+}
+
+bench_quorum() {
+    local round
+    choose_area 5
+    rm -f "$out/${place}__"{mirror,mirror-no-intent,quorum}__*
+    for round in $(seq "$rounds"); do
+        start_quorum
+        fill "$URI" 1024
+        four_jobs quorum "$round" "$URI"
+        stop_quorum
+        start_mirror bench 1100M
+        fill "$URI" 1024
+        four_jobs mirror "$round" "$URI"
+        mirrorctl stop bench
+        start_mirror bench 1100M --no-intent-unsafe-for-benchmarks
+        fill "$URI" 1024
+        four_jobs mirror-no-intent "$round" "$URI"
+        mirrorctl stop bench
+    done
+    rm -f "$area"/q? "$area"/m?
+}
+
+# Uniform random writes over a hundred times the budget of hot extents, on written extents; long
+# enough that extents would cool. How many were hot at the end is kept beside the figure.
+bench_budget() {
+    local round subject options budget=64 extents=6400
+    choose_area 14
+    rm -f "$out/${place}__budget"*
+    for round in $(seq "$rounds"); do
+        for subject in budget-mirror budget-mirror-no-intent; do
+            options=(--hot-budget $budget)
+            [ $subject = budget-mirror-no-intent ] && options+=(--no-intent-unsafe-for-benchmarks)
+            start_mirror budget $((extents * 4))M "${options[@]}"
+            touch_extents $extents 0
+            measure $subject uniform-randwrite-4k-qd32 "$round" "$URI" --rw=randwrite --bs=4k \
+                --iodepth=32 --size=$((extents * 4))m --time_based --runtime="${BENCH_RUNTIME:-20}"
+            result "$subject-state" hot "$(status_of budget extents.hot)" budget $budget \
+                map_commits "$(status_of budget io.map-commits)" \
+                writes "$(status_of budget io.writes)"
+            mirrorctl stop budget
+            rm -f "$area/m0" "$area/m1"
+        done
+    done
+}
+
+# touch_extents COUNT FIRST : one 4 KiB write into each of these extents.
+touch_extents() {
+    fio --name=touch --ioengine=nbd --uri="$URI" --rw=write:4092k --bs=4k --iodepth=64 \
+        --offset=$(($2 * 4))m --io_size=$(($1 * 4096)) --size=$(($1 * 4))m --eta=never \
+        --output="$area/touch.log"
+}
+
+one_write() {
+    fio --name=one --ioengine=nbd --uri="$URI" --rw=write --bs=4k --size=4k --end_fsync=1 \
+        --eta=never --output="$area/one.log"
+}
+
+# Twelve TiB in sparse files: creation until it takes I/O and is redundant, and, with all extents
+# written, the start after a clean stop.
+bench_big() {
+    local began created answered tebibyte extents_a_tib=$((1 << 18)) offset
+    area=$on_disk
+    rm -f "$out/${place}__big"*
+    began=$(now_ms)
+    mirrorctl create big --member "$area/m0" --member "$area/m1" --size 12T
+    created=$(now_ms)
+    mirrorctl start big "$area/m0" "$area/m1" --front nbd
+    URI=$(status_of big device)
+    [ "$(status_of big state)" = in-sync ]
+    one_write
+    answered=$(now_ms)
+    result big-create create_ms $((created - began)) ms $((answered - began))
+    if [ "${BENCH_BIG_FILL:-yes}" = yes ]; then
+        offset=$(mirrorctl examine "$area/m0" --json | grep -oE '"data-offset(-bytes)?": *[0-9]+' |
+            head -n 1 | grep -oE '[0-9]+$')
+        for tebibyte in $(seq 0 11); do
+            # The last extent of all is left out: the superblock may round the size down.
+            touch_extents $((extents_a_tib - (tebibyte == 11))) $((tebibyte * extents_a_tib))
+            # The content does not matter here: give its room on the disk back, on both alike.
+            for member in "$area/m0" "$area/m1"; do
+                fallocate --punch-hole --offset $((offset + (tebibyte << 40))) --length $((1 << 40)) "$member"
+            done
+            echo "written into every extent of $((tebibyte + 1)) TiB"
+        done
+    fi
+    local written stopped
+    written=$(($(status_of big extents.hot) + $(status_of big extents.cool)))
+    began=$(now_ms)
+    mirrorctl stop big
+    stopped=$(now_ms)
+    mirrorctl start big "$area/m0" "$area/m1" --front nbd
+    URI=$(status_of big device)
+    one_write
+    answered=$(now_ms)
+    result big-start written_extents "$written" stop_ms $((stopped - began)) ms $((answered - stopped))
+    mirrorctl stop big
+    rm -f "$area/m0" "$area/m1"
+}
+
+parts=("$@")
+[ $# -gt 0 ] || parts=(quorum budget big)
+for part in "${parts[@]}"; do
+    "bench_$part"
+done
