@@ -17,7 +17,7 @@ fn seeds() -> (Vec<u64>, bool) {
             tracing_subscriber::fmt().without_time().with_max_level(tracing::Level::TRACE).try_init().ok();
             (vec![seed], true)
         }
-        None => ((0..number("SIM_SEEDS").unwrap_or(300)).collect(), false),
+        None => ((0..number("SIM_SEEDS").unwrap_or(100)).collect(), false),
     }
 }
 

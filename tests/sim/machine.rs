@@ -20,7 +20,6 @@ pub(crate) struct Machine {
     pub(crate) disks: Vec<SimDisk>,
     pub(crate) oracle: Rc<RefCell<Oracle>>,
     pub(crate) mirror: Option<Rc<SimMirror>>,
-    pub(crate) size_bytes: u64,
     next_version: Rc<Cell<Version>>,
     pub(crate) data_offset: u64,
 }
@@ -71,7 +70,6 @@ impl Machine {
             disks,
             oracle: Rc::default(),
             mirror: None,
-            size_bytes,
             next_version: Rc::new(Cell::new(1)),
             data_offset: plan.data_offset,
         };
@@ -297,7 +295,9 @@ impl Client {
     pub(crate) async fn read(&self, offset: u64, len: usize) -> Result<(), Errno> {
         let begun = self.oracle.borrow_mut().begin_read();
         tracing::trace!("read sector {} of {len} bytes", offset / 512);
-        let bytes = self.read_raw(offset, len).await?;
+        let read = self.read_raw(offset, len).await;
+        self.oracle.borrow_mut().end_read(begun);
+        let bytes = read?;
         for (sector, bytes) in (offset / 512..).zip(bytes.chunks(512)) {
             let checked = self.oracle.borrow_mut().check(sector, bytes, begun);
             assert!(checked.is_ok(), "{}", checked.unwrap_err());

@@ -29,6 +29,8 @@ pub(crate) struct Issued {
 #[derive(Default)]
 pub(crate) struct Oracle {
     time: u64,
+    /// When the reads under way began.
+    reading: Vec<u64>,
     sectors: BTreeMap<u64, Vec<Change>>,
 }
 
@@ -69,14 +71,14 @@ impl Oracle {
 
     /// The change was acknowledged; with `durable`, as durable.
     pub(crate) fn acknowledge(&mut self, issued: &Issued, durable: bool) {
-        let now = self.tick();
+        let (now, settled) = (self.tick(), self.settled_before());
         for sector in issued.sectors.clone() {
             let changes = self.changes(sector);
             for change in changes.iter_mut().filter(|c| c.issued == issued.issued) {
                 change.acknowledged = Some(now);
                 change.durable = durable.then_some(now);
             }
-            prune(changes);
+            prune(changes, settled);
         }
     }
 
@@ -87,20 +89,32 @@ impl Oracle {
 
     /// The flush that began at `begun` was acknowledged.
     pub(crate) fn flushed(&mut self, begun: u64) {
-        let now = self.tick();
+        let (now, settled) = (self.tick(), self.settled_before());
         for changes in self.sectors.values_mut() {
             for change in changes.iter_mut() {
                 if change.acknowledged.is_some_and(|at| at < begun) && change.durable.is_none() {
                     change.durable = Some(now);
                 }
             }
-            prune(changes);
+            prune(changes, settled);
         }
     }
 
     /// A read begins.
     pub(crate) fn begin_read(&mut self) -> u64 {
-        self.tick()
+        let begun = self.tick();
+        self.reading.push(begun);
+        begun
+    }
+
+    /// The read that began at `begun` has ended and been checked.
+    pub(crate) fn end_read(&mut self, begun: u64) {
+        self.reading.retain(|&other| other != begun);
+    }
+
+    /// Changes durable before this time are seen by every read still to be checked.
+    fn settled_before(&self) -> u64 {
+        self.reading.iter().copied().min().unwrap_or(u64::MAX)
     }
 
     /// Whether a read that began at `begun` may find `bytes` in `sector`.
@@ -133,6 +147,7 @@ impl Oracle {
     /// what was under way may or may not have happened. `caches_lost` is false when only the
     /// daemon died: what was acknowledged is still in the disks' caches.
     pub(crate) fn crash(&mut self, caches_lost: bool) {
+        self.reading.clear();
         for changes in self.sectors.values_mut() {
             if !caches_lost {
                 for change in changes.iter_mut() {
@@ -155,6 +170,7 @@ impl Oracle {
     /// After a crash: the first read decides which candidate it was.
     pub(crate) fn settle(&mut self, sector: u64, bytes: &[u8]) -> Result<(), String> {
         let begun = self.begin_read();
+        self.end_read(begun);
         self.check(sector, bytes, begun)?;
         let now = self.tick();
         let changes = self.changes(sector);
@@ -173,12 +189,14 @@ impl Oracle {
     }
 }
 
-/// Drops what no reader can see any more, now or after a crash.
-fn prune(changes: &mut Vec<Change>) {
+/// Drops what no reader can see any more, now or after a crash: what was superseded by a change
+/// that became durable before every read under way.
+fn prune(changes: &mut Vec<Change>, settled: u64) {
     let all = changes.clone();
     changes.retain(|change| {
         let Some(acknowledged) = change.acknowledged else { return true };
-        !all.iter().any(|other| other.issued > acknowledged && other.durable.is_some())
-            || all.len() < 64 && change.durable.is_none() && change.acknowledged.is_none()
+        !all.iter().any(|other| {
+            other.issued > acknowledged && other.durable.is_some_and(|at| at < settled)
+        })
     });
 }

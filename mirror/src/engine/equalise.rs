@@ -10,13 +10,13 @@
 //! Checksums as the arbiter belong to a later version of the format's use; their place is
 //! reserved.
 
-use super::{Mirror, PIECE_BYTES, Receiver, front, length};
+use super::{Mirror, Receiver, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
-use dirty_map::{BLOCK_BYTES, blocks_covering};
+use dirty_map::{BLOCK_BYTES, Block, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Blocks that the background task equalises in one step.
+/// Blocks that are compared in one step.
 const STEP_BLOCKS: u64 = 64;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -26,14 +26,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
             return Ok(());
         }
-        let step = PIECE_BYTES as u64 / BLOCK_BYTES;
-        let mut at = blocks.start;
-        while at < blocks.end {
-            let piece = at..(at + step).min(blocks.end);
-            at = piece.end;
-            self.equalise(piece).await?;
-        }
-        Ok(())
+        self.equalise(blocks).await
     }
 
     /// The background task: ends when nothing is un-equalised any more, and begins again when
@@ -45,7 +38,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 self.host.sleep(super::cool::TICK).await;
                 continue;
             };
-            let piece = run.start..run.end.min(run.start + STEP_BLOCKS);
+            // A whole extent at once: its mask may stand for the extent as a whole, of which
+            // no part can be taken out when memory for masks is short.
+            let extent = Block(run.start).extent().blocks();
+            let piece = if run == extent {
+                run
+            } else {
+                run.start..run.end.min(run.start + STEP_BLOCKS)
+            };
             let pass = self.gate.enter().await;
             let result = self.equalise(piece).await;
             drop(pass);
@@ -58,13 +58,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Makes all in-sync copies of `blocks` equal.
+    /// Makes all in-sync copies of `blocks` (of one extent) equal, in steps under one lock.
     async fn equalise(&self, blocks: Range<u64>) -> Result<(), Errno> {
-        let range = self.block_bytes(&blocks);
-        let _lock = self.locks.lock(range.clone()).await;
-        if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
-            return Ok(());
+        let _lock = self.locks.lock(self.block_bytes(&blocks)).await;
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let step = at..(at + STEP_BLOCKS).min(blocks.end);
+            at = step.end;
+            let range = self.block_bytes(&step);
+            if !range.is_empty() && self.maps.borrow().hot.is_unequalised(step) {
+                self.equalise_step(&range).await?;
+            }
         }
+        self.maps.borrow_mut().hot.clear_unequalised(blocks);
+        Ok(())
+    }
+
+    async fn equalise_step(&self, range: &Range<u64>) -> Result<(), Errno> {
         let view = self.view();
         let in_sync: Vec<Receiver<D>> = view
             .receivers
@@ -72,25 +82,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .filter(|r| r.in_sync)
             .cloned()
             .collect();
-        if in_sync.len() > 1 {
-            let copies = self.read_copies(&in_sync, &range).await;
-            let source = copies.iter().find_map(|copy| copy.as_ref().ok()).cloned();
-            let Some(source) = source else {
-                return Err(copies
-                    .into_iter()
-                    .find_map(Result::err)
-                    .unwrap_or(Errno::IO));
-            };
-            let mut lacking = [None; crate::layout::SLOTS_MAX];
-            for (receiver, copy) in in_sync.iter().zip(&copies) {
-                let written = self.write_differing(receiver, copy.as_ref().ok(), &source, &range);
-                lacking[usize::from(receiver.slot)] = written.await.err();
-            }
-            self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;
-            self.losses_effective().await?;
+        if in_sync.len() < 2 {
+            return Ok(());
         }
-        self.maps.borrow_mut().hot.clear_unequalised(blocks);
-        Ok(())
+        let copies = self.read_copies(&in_sync, range).await;
+        let source = copies.iter().find_map(|copy| copy.as_ref().ok()).cloned();
+        let Some(source) = source else {
+            return Err(copies
+                .into_iter()
+                .find_map(Result::err)
+                .unwrap_or(Errno::IO));
+        };
+        let mut lacking = [None; crate::layout::SLOTS_MAX];
+        for (receiver, copy) in in_sync.iter().zip(&copies) {
+            let written = self.write_differing(receiver, copy.as_ref().ok(), &source, range);
+            lacking[usize::from(receiver.slot)] = written.await.err();
+        }
+        self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;
+        self.losses_effective().await
     }
 
     /// Reads `range` from each member into a buffer of its own.
