@@ -5,8 +5,8 @@
 //! begins they move to *flushing*, and leave when it has completed everywhere. A loss makes
 //! both parts, and what is un-equalised, missed by the lost member.
 //!
-//! Memory is bounded: masks of single blocks come from a pool; when the pool's cap is reached,
-//! a mask stands for its whole extent. That is always safe (more is copied, equalised or
+//! Memory is bounded: masks of single blocks come from a pool; when the cap is reached, a mask
+//! stands for its whole extent. That is always safe (more is copied, equalised or
 //! flushed than needed) and never wrong.
 //!
 //! Extents are found again for cooling without looking at all of them: each write second has a
@@ -23,46 +23,138 @@ pub const HOT_CAP_BYTES: usize = 256 << 20;
 
 const WORDS: usize = 16;
 const MASK_BYTES: usize = WORDS * 8;
-/// An extent's entry with its share of the table and of the buckets.
-const ENTRY_BYTES: usize = 160;
+/// What a hot extent takes besides masks: its entry in a table that may have just doubled, and
+/// its places in a bucket and among the ripe.
+const ENTRY_BYTES: usize = 104;
 
-type Words = Box<[u64; WORDS]>;
+/// A set of blocks of one extent: none, all, or a mask in the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Mask(u32);
 
-/// A set of blocks of one extent.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-enum Mask {
-    #[default]
-    None,
-    Some(Words),
-    All,
-}
+const NONE: Mask = Mask(u32::MAX);
+const ALL: Mask = Mask(u32::MAX - 1);
 
-/// Masks that are free, and how many may be made.
-#[derive(Debug)]
+/// The masks of single blocks.
+#[derive(Debug, Default)]
 struct Pool {
-    free: Vec<Words>,
-    made: usize,
+    masks: Vec<[u64; WORDS]>,
+    free: Vec<u32>,
+    /// How many masks there may be.
     cap: usize,
 }
 
 impl Pool {
-    fn take(&mut self) -> Option<Words> {
-        if let Some(mut words) = self.free.pop() {
-            words.fill(0);
-            return Some(words);
+    /// A mask with every word `word`, unless memory is short.
+    fn take(&mut self, word: u64) -> Option<Mask> {
+        if let Some(index) = self.free.pop() {
+            self.masks[at(index)] = [word; WORDS];
+            return Some(Mask(index));
         }
-        if self.made >= self.cap {
+        if self.masks.len() >= self.cap {
             return None;
         }
-        self.made += 1;
-        Some(Box::new([0; WORDS]))
+        self.masks.push([word; WORDS]);
+        u32::try_from(self.masks.len() - 1).ok().map(Mask)
     }
 
     fn give(&mut self, mask: Mask) {
-        if let Mask::Some(words) = mask {
-            self.free.push(words);
+        if mask != NONE && mask != ALL {
+            self.free.push(mask.0);
         }
     }
+
+    fn words(&self, mask: Mask) -> [u64; WORDS] {
+        match mask {
+            NONE => [0; WORDS],
+            ALL => [u64::MAX; WORDS],
+            Mask(index) => self.masks[at(index)],
+        }
+    }
+
+    fn word(&self, mask: Mask, index: usize) -> u64 {
+        match mask {
+            NONE => 0,
+            ALL => u64::MAX,
+            Mask(at_index) => self.masks[at(at_index)][index],
+        }
+    }
+
+    fn count(&self, mask: Mask) -> u64 {
+        self.words(mask)
+            .iter()
+            .map(|word| u64::from(word.count_ones()))
+            .sum()
+    }
+
+    fn add(&mut self, mask: &mut Mask, range: &Range<u64>) {
+        if range.is_empty() || *mask == ALL {
+            return;
+        }
+        if range.end - range.start == BLOCKS_PER_EXTENT {
+            self.give(std::mem::replace(mask, ALL));
+            return;
+        }
+        if *mask == NONE {
+            *mask = self.take(0).unwrap_or(ALL);
+        }
+        if *mask != ALL {
+            let words = &mut self.masks[at(mask.0)];
+            for_words(range, |index, bits| words[index] |= bits);
+        }
+    }
+
+    /// Takes blocks out; a mask that stands for its extent as a whole keeps them when there is
+    /// no memory to be exact.
+    fn take_out(&mut self, mask: &mut Mask, range: &Range<u64>) {
+        if range.end - range.start == BLOCKS_PER_EXTENT {
+            self.give(std::mem::replace(mask, NONE));
+            return;
+        }
+        if *mask == ALL {
+            *mask = self.take(u64::MAX).unwrap_or(ALL);
+        }
+        if *mask != ALL && *mask != NONE {
+            let words = &mut self.masks[at(mask.0)];
+            for_words(range, |index, bits| words[index] &= !bits);
+            if words.iter().all(|&word| word == 0) {
+                self.give(std::mem::replace(mask, NONE));
+            }
+        }
+    }
+
+    /// Moves everything from `other` into `mask`.
+    fn absorb(&mut self, mask: &mut Mask, other: &mut Mask) {
+        let other = std::mem::replace(other, NONE);
+        if *mask == NONE || other == ALL {
+            self.give(std::mem::replace(mask, other));
+            return;
+        }
+        if *mask != ALL && other != NONE {
+            let more = self.words(other);
+            for (word, more) in self.masks[at(mask.0)].iter_mut().zip(more) {
+                *word |= more;
+            }
+        }
+        self.give(other);
+    }
+
+    fn touches(&self, mask: Mask, range: &Range<u64>) -> bool {
+        let mut found = false;
+        match mask {
+            NONE => {}
+            ALL => found = !range.is_empty(),
+            Mask(index) => {
+                let words = &self.masks[at(index)];
+                for_words(range, |index, bits| found |= words[index] & bits != 0);
+            }
+        }
+        found
+    }
+}
+
+/// Masks are counted in 32 bits.
+fn at(index: u32) -> usize {
+    usize::try_from(index).unwrap_or(usize::MAX)
 }
 
 /// Calls `visit` with each word that `range` (bits of one extent) touches and its mask.
@@ -73,91 +165,6 @@ fn for_words(range: &Range<u64>, mut visit: impl FnMut(usize, u64)) {
         let mask = (u64::MAX >> (64 - (stop - at))) << (at % 64);
         visit(usize::try_from(at / 64).unwrap_or(0), mask);
         at = stop;
-    }
-}
-
-impl Mask {
-    fn is_none(&self) -> bool {
-        matches!(self, Self::None)
-    }
-
-    fn count(&self) -> u64 {
-        match self {
-            Self::None => 0,
-            Self::Some(words) => words.iter().map(|word| u64::from(word.count_ones())).sum(),
-            Self::All => BLOCKS_PER_EXTENT,
-        }
-    }
-
-    fn add(&mut self, range: &Range<u64>, pool: &mut Pool) {
-        if range.is_empty() || matches!(self, Self::All) {
-            return;
-        }
-        if range.end - range.start == BLOCKS_PER_EXTENT {
-            pool.give(std::mem::replace(self, Self::All));
-            return;
-        }
-        if self.is_none() {
-            *self = pool.take().map_or(Self::All, Self::Some);
-        }
-        if let Self::Some(words) = self {
-            for_words(range, |at, mask| words[at] |= mask);
-        }
-    }
-
-    /// Takes blocks out; a mask that stands for its extent as a whole keeps them when there is
-    /// no memory to be exact.
-    fn take_out(&mut self, range: &Range<u64>, pool: &mut Pool) {
-        if range.end - range.start == BLOCKS_PER_EXTENT {
-            pool.give(std::mem::take(self));
-            return;
-        }
-        if matches!(self, Self::All)
-            && let Some(mut words) = pool.take()
-        {
-            words.fill(u64::MAX);
-            *self = Self::Some(words);
-        }
-        if let Self::Some(words) = self {
-            for_words(range, |at, mask| words[at] &= !mask);
-            if words.iter().all(|&word| word == 0) {
-                pool.give(std::mem::take(self));
-            }
-        }
-    }
-
-    /// Moves everything from `other` into this mask.
-    fn absorb(&mut self, other: &mut Self, pool: &mut Pool) {
-        match (&mut *self, std::mem::take(other)) {
-            (_, Self::None) | (Self::All, Self::All) => {}
-            (Self::All, other) => pool.give(other),
-            (Self::None, other) => *self = other,
-            (Self::Some(_), Self::All) => pool.give(std::mem::replace(self, Self::All)),
-            (Self::Some(words), Self::Some(more)) => {
-                for (word, more) in words.iter_mut().zip(more.iter()) {
-                    *word |= more;
-                }
-                pool.give(Self::Some(more));
-            }
-        }
-    }
-
-    fn touches(&self, range: &Range<u64>) -> bool {
-        let mut found = false;
-        match self {
-            Self::None => {}
-            Self::All => found = !range.is_empty(),
-            Self::Some(words) => for_words(range, |at, mask| found |= words[at] & mask != 0),
-        }
-        found
-    }
-
-    fn word(&self, at: usize) -> u64 {
-        match self {
-            Self::None => 0,
-            Self::All => u64::MAX,
-            Self::Some(words) => words[at],
-        }
     }
 }
 
@@ -180,24 +187,27 @@ impl Hasher for ExtentHasher {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Entry {
+    last_write: Time,
     in_flight: u32,
-    last_write: Duration,
     unflushed: Mask,
     flushing: Mask,
     unequalised: Mask,
 }
 
-impl Entry {
-    fn is_quiet(&self, now: Duration, quiet: Duration) -> bool {
-        self.in_flight == 0
-            && self.unequalised.is_none()
-            && self.last_write.saturating_add(quiet) <= now
-    }
+/// A time in milliseconds: a third of a [`Duration`]'s size.
+type Time = u64;
 
-    fn is_flushed(&self) -> bool {
-        self.unflushed.is_none() && self.flushing.is_none()
+fn millis(time: Duration) -> Time {
+    Time::try_from(time.as_millis()).unwrap_or(Time::MAX)
+}
+
+impl Entry {
+    fn may_cool(&self, now: Time, quiet: Time) -> bool {
+        self.in_flight == 0
+            && [self.unequalised, self.unflushed, self.flushing] == [NONE; 3]
+            && self.last_write.saturating_add(quiet) <= now
     }
 }
 
@@ -213,28 +223,26 @@ pub struct HotExtents {
     unequalised: BTreeSet<Extent>,
     unequalised_blocks: u64,
     /// Extents by the time of a write; only the entry's own time counts.
-    buckets: VecDeque<(Duration, Vec<Extent>)>,
+    buckets: VecDeque<(Time, Vec<Extent>)>,
     /// Extents out of old buckets that have not cooled yet, with the time of their last write.
-    ripe: BTreeSet<(Duration, Extent)>,
+    ripe: Vec<(Time, Extent)>,
+    cap_bytes: usize,
 }
 
 impl HotExtents {
-    /// No hot extents; their masks may take `cap_bytes`.
+    /// No hot extents; their state may take `cap_bytes`.
     #[must_use]
     pub fn new(cap_bytes: usize) -> Self {
         Self {
             entries: HashMap::default(),
-            pool: Pool {
-                free: Vec::new(),
-                made: 0,
-                cap: cap_bytes / MASK_BYTES,
-            },
+            pool: Pool::default(),
             written: Vec::new(),
             flushing: Vec::new(),
             unequalised: BTreeSet::new(),
             unequalised_blocks: 0,
             buckets: VecDeque::new(),
-            ripe: BTreeSet::new(),
+            ripe: Vec::new(),
+            cap_bytes,
         }
     }
 
@@ -259,12 +267,16 @@ impl HotExtents {
     /// An extent became hot.
     pub fn insert(&mut self, extent: Extent, now: Duration) {
         let entry = Entry {
-            last_write: now,
-            ..Entry::default()
+            last_write: millis(now),
+            in_flight: 0,
+            unflushed: NONE,
+            flushing: NONE,
+            unequalised: NONE,
         };
         let before = self.entries.insert(extent, entry);
         assert!(before.is_none(), "{extent:?} is hot already");
-        self.enter_bucket(extent, now);
+        self.enter_bucket(extent, millis(now));
+        self.share_memory();
     }
 
     /// An extent is not hot any more; whatever was known of its blocks is forgotten.
@@ -277,8 +289,9 @@ impl HotExtents {
         assert!(entry.is_some(), "{extent:?} is not hot");
         if let Some(entry) = entry {
             assert_eq!(entry.in_flight, 0, "{extent:?} has writes in flight");
-            self.unequalised_blocks -= entry.unequalised.count();
+            self.unequalised_blocks -= self.pool.count(entry.unequalised);
             self.unequalised.remove(&extent);
+            self.share_memory();
             for mask in [entry.unflushed, entry.flushing, entry.unequalised] {
                 self.pool.give(mask);
             }
@@ -287,6 +300,7 @@ impl HotExtents {
 
     /// A write in a hot extent begins.
     pub fn begin_write(&mut self, extent: Extent, now: Duration) {
+        let now = millis(now);
         let moved = {
             let entry = self.entry(extent);
             entry.in_flight += 1;
@@ -300,15 +314,15 @@ impl HotExtents {
     /// A write has ended on all receiving members: its blocks (numbers on the device) are
     /// unflushed.
     pub fn end_write(&mut self, extent: Extent, blocks: Range<u64>, now: Duration) {
-        let blocks = within(extent, &blocks);
+        let (blocks, now) = (within(extent, &blocks), millis(now));
         let (moved, first) = {
             let Self { entries, pool, .. } = self;
             let Some(entry) = entries.get_mut(&extent) else {
                 unreachable!("{extent:?} cannot cool with a write in flight")
             };
             entry.in_flight -= 1;
-            let first = entry.unflushed.is_none() && !blocks.is_empty();
-            entry.unflushed.add(&blocks, pool);
+            let first = entry.unflushed == NONE && !blocks.is_empty();
+            pool.add(&mut entry.unflushed, &blocks);
             (std::mem::replace(&mut entry.last_write, now) != now, first)
         };
         if first {
@@ -325,7 +339,7 @@ impl HotExtents {
             let Some(entry) = self.entries.get_mut(&extent) else {
                 continue;
             };
-            entry.flushing.absorb(&mut entry.unflushed, &mut self.pool);
+            self.pool.absorb(&mut entry.flushing, &mut entry.unflushed);
             self.flushing.push(extent);
         }
     }
@@ -337,9 +351,9 @@ impl HotExtents {
                 continue;
             };
             if succeeded {
-                self.pool.give(std::mem::take(&mut entry.flushing));
+                self.pool.give(std::mem::replace(&mut entry.flushing, NONE));
             } else {
-                entry.unflushed.absorb(&mut entry.flushing, &mut self.pool);
+                self.pool.absorb(&mut entry.unflushed, &mut entry.flushing);
                 self.written.push(extent);
             }
         }
@@ -355,9 +369,9 @@ impl HotExtents {
         let Some(entry) = entries.get_mut(&extent) else {
             unreachable!("{extent:?} is not hot")
         };
-        let before = entry.unequalised.count();
-        entry.unequalised.add(&blocks, pool);
-        self.unequalised_blocks += entry.unequalised.count() - before;
+        let before = pool.count(entry.unequalised);
+        pool.add(&mut entry.unequalised, &blocks);
+        self.unequalised_blocks += pool.count(entry.unequalised) - before;
         self.unequalised.insert(extent);
     }
 
@@ -376,12 +390,11 @@ impl HotExtents {
             let Some(entry) = self.entries.get_mut(&extent) else {
                 continue;
             };
-            let before = entry.unequalised.count();
-            entry
-                .unequalised
-                .take_out(&within(extent, &blocks), &mut self.pool);
-            self.unequalised_blocks -= before - entry.unequalised.count();
-            if entry.unequalised.is_none() {
+            let before = self.pool.count(entry.unequalised);
+            self.pool
+                .take_out(&mut entry.unequalised, &within(extent, &blocks));
+            self.unequalised_blocks -= before - self.pool.count(entry.unequalised);
+            if entry.unequalised == NONE {
                 self.unequalised.remove(&extent);
             }
         }
@@ -396,7 +409,7 @@ impl HotExtents {
         let extents = Block(blocks.start).extent().0..=Block(blocks.end - 1).extent().0;
         extents.map(Extent).any(|extent| {
             let entry = self.entries.get(&extent);
-            entry.is_some_and(|e| e.unequalised.touches(&within(extent, &blocks)))
+            entry.is_some_and(|e| self.pool.touches(e.unequalised, &within(extent, &blocks)))
         })
     }
 
@@ -407,11 +420,11 @@ impl HotExtents {
         self.unequalised
             .range(Block(from).extent()..)
             .find_map(|&extent| {
-                let mask = &self.entries.get(&extent)?.unequalised;
+                let words = self.pool.words(self.entries.get(&extent)?.unequalised);
                 let mut found = None;
                 let start = from.saturating_sub(extent.blocks().start);
                 for_runs(
-                    |at| mask.word(at),
+                    |at| words[at],
                     |run| {
                         if found.is_none() && run.end > start {
                             found = Some(run.start.max(start)..run.end);
@@ -442,8 +455,11 @@ impl HotExtents {
             let Some(entry) = self.entries.get(&extent) else {
                 continue;
             };
+            let masks = [entry.unflushed, entry.flushing, entry.unequalised];
             let word = |at| {
-                entry.unflushed.word(at) | entry.flushing.word(at) | entry.unequalised.word(at)
+                masks
+                    .iter()
+                    .fold(0, |word, &mask| word | self.pool.word(mask, at))
             };
             let first = extent.blocks().start;
             for_runs(word, |run| {
@@ -464,19 +480,12 @@ impl HotExtents {
     /// Extents, the longest quiet first and at most `max`, that had no write for `quiet` and
     /// have nothing in flight, in U, or un-equalised: those that may cool (R3).
     pub fn coolable(&mut self, now: Duration, quiet: Duration, max: usize) -> Vec<Extent> {
+        let (now, quiet) = (millis(now), millis(quiet));
         self.ripen(now, quiet);
         let entries = &self.entries;
-        let may = |extent: &Extent| {
-            entries
-                .get(extent)
-                .is_some_and(|e| e.is_quiet(now, quiet) && e.is_flushed())
-        };
-        self.ripe
-            .iter()
-            .map(|&(_, extent)| extent)
-            .filter(may)
-            .take(max)
-            .collect()
+        let may = |extent: &Extent| entries.get(extent).is_some_and(|e| e.may_cool(now, quiet));
+        let ripe = self.ripe.iter().map(|&(_, extent)| extent);
+        ripe.filter(may).take(max).collect()
     }
 
     /// Whether any block was written since the last flush began.
@@ -485,29 +494,51 @@ impl HotExtents {
         !self.written.is_empty()
     }
 
-    /// Upper bound of the bytes in use.
+    /// Bytes in use, rounded up; at most the cap while [`HotExtents::is_full`] is heeded.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.pool.made * MASK_BYTES + self.entries.len() * ENTRY_BYTES
+        self.pool.masks.len() * MASK_BYTES + self.entries.len() * ENTRY_BYTES
+    }
+
+    /// Whether extents must cool before more become hot, or the cap will not hold.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        (self.entries.len() + 1) * ENTRY_BYTES > self.cap_bytes
+    }
+
+    /// Masks may take what the entries leave of the cap.
+    fn share_memory(&mut self) {
+        let left = self
+            .cap_bytes
+            .saturating_sub(self.entries.len() * ENTRY_BYTES);
+        self.pool.cap = left / MASK_BYTES;
+        if self.pool.free.len() == self.pool.masks.len() && self.pool.masks.len() > self.pool.cap {
+            // None is in use: give the memory back.
+            self.pool.masks = Vec::new();
+            self.pool.free = Vec::new();
+        }
     }
 
     /// Moves extents out of buckets that are old enough; those written since stay with their
     /// newer bucket.
-    fn ripen(&mut self, now: Duration, quiet: Duration) {
+    fn ripen(&mut self, now: Time, quiet: Time) {
         let Self {
             entries,
             ripe,
             buckets,
             ..
         } = self;
-        let is_old = |bucket: &mut (Duration, Vec<Extent>)| bucket.0.saturating_add(quiet) <= now;
+        let is_old = |bucket: &mut (Time, Vec<Extent>)| bucket.0.saturating_add(quiet) <= now;
         while let Some((time, extents)) = buckets.pop_front_if(is_old) {
             ripe.extend(extents.into_iter().map(|extent| (time, extent)));
         }
         ripe.retain(|(time, extent)| entries.get(extent).is_some_and(|e| e.last_write == *time));
+        // One that cooled and became hot again at the same time is there twice.
+        ripe.sort_unstable();
+        ripe.dedup();
     }
 
-    fn enter_bucket(&mut self, extent: Extent, now: Duration) {
+    fn enter_bucket(&mut self, extent: Extent, now: Time) {
         match self.buckets.back_mut() {
             Some((time, extents)) if *time == now => extents.push(extent),
             _ => self.buckets.push_back((now, vec![extent])),

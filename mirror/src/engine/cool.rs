@@ -21,7 +21,7 @@ pub(super) const TICK: Duration = Duration::from_secs(1);
 /// How long an extent must have been quiet.
 const QUIET: Duration = Duration::from_secs(10);
 /// Extents cooled in one batch.
-const BATCH: usize = 8192;
+pub(super) const BATCH: usize = 8192;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// The ticking task.

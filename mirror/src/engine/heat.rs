@@ -13,6 +13,7 @@ use super::{Mirror, Receiver, View};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use dirty_map::{Extent, ExtentState};
 use std::ops::Range;
+use std::time::Duration;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Whether every extent of `range` is durably hot: the fast path of a write.
@@ -44,6 +45,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 self.prepared.until(settled).await;
                 continue;
             }
+            if self.maps.borrow().hot.is_full() {
+                self.make_room().await?;
+            }
             self.maps.borrow_mut().preparing.extend(&cold);
             let result = self.prepare(&cold).await;
             {
@@ -59,6 +63,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // Once more: another extent of the range may have cooled meanwhile.
             result?;
         }
+    }
+
+    /// Cools whatever can be, quiet or not, so that the memory for hot extents keeps its cap.
+    /// Extents with requests under way stay, so this may free nothing; the cap then gives way
+    /// by as many extents as there are requests.
+    async fn make_room(&self) -> Result<(), Errno> {
+        self.flush_inside().await?;
+        let now = self.coarse_now.get();
+        let oldest = self
+            .maps
+            .borrow_mut()
+            .hot
+            .coolable(now, Duration::ZERO, super::cool::BATCH);
+        self.cool(oldest).await
     }
 
     /// An extent on its way to cool is still hot on disk: it just stays hot.

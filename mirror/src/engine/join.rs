@@ -305,12 +305,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 "the join could not be followed by a map commit: {errno}"
             ))
         })?;
-        let message = format!(
-            "{} (slot {slot}) is back and resyncing ({}): {}",
-            joiner.path,
-            joiner.kind.word(),
-            joiner.reason
-        );
+        let message = if joiner.new {
+            let path = &joiner.path;
+            format!("{path} (slot {slot}) joined as a new disk and is resyncing (full)")
+        } else {
+            format!(
+                "{} (slot {slot}) is back and resyncing ({}): {}",
+                joiner.path,
+                joiner.kind.word(),
+                joiner.reason
+            )
+        };
         tracing::info!("{message}");
         *self.resync.borrow_mut() = Some(ResyncStatus {
             slot,
