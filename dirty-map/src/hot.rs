@@ -35,7 +35,7 @@ const NONE: Mask = Mask(u32::MAX);
 const ALL: Mask = Mask(u32::MAX - 1);
 
 /// The masks of single blocks.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Pool {
     masks: Vec<[u64; WORDS]>,
     free: Vec<u32>,
@@ -230,12 +230,16 @@ pub struct HotExtents {
 }
 
 impl HotExtents {
-    /// No hot extents; their state may take `cap_bytes`.
+    /// No hot extents; their state may take `cap_bytes`: half for masks, half for the rest.
     #[must_use]
     pub fn new(cap_bytes: usize) -> Self {
         Self {
             entries: HashMap::default(),
-            pool: Pool::default(),
+            pool: Pool {
+                masks: Vec::new(),
+                free: Vec::new(),
+                cap: cap_bytes / 2 / MASK_BYTES,
+            },
             written: Vec::new(),
             flushing: Vec::new(),
             unequalised: BTreeSet::new(),
@@ -276,7 +280,6 @@ impl HotExtents {
         let before = self.entries.insert(extent, entry);
         assert!(before.is_none(), "{extent:?} is hot already");
         self.enter_bucket(extent, millis(now));
-        self.share_memory();
     }
 
     /// An extent is not hot any more; whatever was known of its blocks is forgotten.
@@ -291,7 +294,6 @@ impl HotExtents {
             assert_eq!(entry.in_flight, 0, "{extent:?} has writes in flight");
             self.unequalised_blocks -= self.pool.count(entry.unequalised);
             self.unequalised.remove(&extent);
-            self.share_memory();
             for mask in [entry.unflushed, entry.flushing, entry.unequalised] {
                 self.pool.give(mask);
             }
@@ -503,20 +505,7 @@ impl HotExtents {
     /// Whether extents must cool before more become hot, or the cap will not hold.
     #[must_use]
     pub fn is_full(&self) -> bool {
-        (self.entries.len() + 1) * ENTRY_BYTES > self.cap_bytes
-    }
-
-    /// Masks may take what the entries leave of the cap.
-    fn share_memory(&mut self) {
-        let left = self
-            .cap_bytes
-            .saturating_sub(self.entries.len() * ENTRY_BYTES);
-        self.pool.cap = left / MASK_BYTES;
-        if self.pool.free.len() == self.pool.masks.len() && self.pool.masks.len() > self.pool.cap {
-            // None is in use: give the memory back.
-            self.pool.masks = Vec::new();
-            self.pool.free = Vec::new();
-        }
+        (self.entries.len() + 1) * ENTRY_BYTES > self.cap_bytes / 2
     }
 
     /// Moves extents out of buckets that are old enough; those written since stay with their
