@@ -68,6 +68,16 @@ pub(crate) fn identity(path: &Path) -> Option<Identity> {
     }
 }
 
+/// Names of the devices that are built on the block device at `path`; none for a file.
+pub(crate) fn holders(path: &Path) -> Vec<String> {
+    match std::fs::metadata(path) {
+        Ok(meta) if meta.file_type().is_block_device() => {
+            users::holders(Path::new(users::SYSFS), numbers(&meta))
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// The path as the daemon, which has another working directory, can use it. Links are kept:
 /// a name under /dev/disk/by-id outlives the node behind it.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
@@ -221,6 +231,33 @@ impl Medium {
         })
     }
 
+    /// Overwrites the marks of everything known that lies on it, a mirror's superblock aside,
+    /// so that nothing takes it for what it was: a mirror's own areas need not cover them, and
+    /// zeroing the medium may not be possible. Each kind is reported once at a time, so this
+    /// looks again until nothing is found.
+    pub(crate) fn wipe_marks(&self) -> Result<(), Failure> {
+        const ROUNDS_MAX: usize = 512;
+        const BLOCK_BYTES: u64 = 4096;
+        for _ in 0..ROUNDS_MAX {
+            let mut findings = self.signatures()?;
+            findings.retain(|finding| !finding.is_mirror);
+            if findings.is_empty() {
+                return Ok(());
+            }
+            for finding in findings {
+                let start = finding.offset / BLOCK_BYTES * BLOCK_BYTES;
+                let len = BLOCK_BYTES.min(self.size_bytes - start);
+                let zeroes = vec![0; usize::try_from(len).unwrap_or(0)];
+                self.write(start, &zeroes)?;
+            }
+        }
+        Err(Failure::failed(format!(
+            "{} still shows what it held after its marks were overwritten {ROUNDS_MAX} times. \
+             Wipe it with 'wipefs --all' first.",
+            self.path.display()
+        )))
+    }
+
     /// Makes the whole medium read as zeroes when that costs next to nothing, and says whether
     /// it does now. A file's data is given back to its filesystem; a device is asked to zero
     /// without moving data, in steps, and given up on when it is slow.
@@ -338,4 +375,38 @@ fn busy(path: &Path, users: Vec<String>) -> Failure {
         "{} is in use: {why}. Stop what uses it first; --force does not get around this.",
         path.display()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn every_mark_is_wiped_and_the_rest_is_kept() {
+        const SIZE: u64 = 1 << 20;
+        let path = std::env::temp_dir().join(format!("mirrorctl-marks-{}", std::process::id()));
+        let file = File::create(&path).unwrap();
+        file.write_all_at(&vec![0xab; 1 << 20], 0).unwrap();
+        // ext4, GPT with its copy at the end (one kind, two places), md 1.0 and swap.
+        for (offset, mark) in [
+            (0x438, &[0x53, 0xef][..]),
+            (512, b"EFI PART"),
+            (SIZE - 512, b"EFI PART"),
+            (SIZE - 8192, &[0xfc, 0x4e, 0x2b, 0xa9]),
+            (4086, b"SWAPSPACE2"),
+        ] {
+            file.write_all_at(mark, offset).unwrap();
+        }
+        drop(file);
+        let medium = Medium::open(&path, Access::Exclusive).unwrap();
+        assert!(medium.signatures().unwrap().len() >= 3);
+        medium.wipe_marks().unwrap();
+        assert_eq!(medium.signatures().unwrap(), []);
+        let bytes = std::fs::read(&path).unwrap();
+        let kept = bytes.iter().filter(|byte| **byte == 0xab).count();
+        // Three blocks of 4 KiB held marks.
+        assert_eq!(kept, (1 << 20) - 3 * 4096);
+        std::fs::remove_file(path).unwrap();
+    }
 }

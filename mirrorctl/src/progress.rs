@@ -104,7 +104,7 @@ fn tail(resync: &ResyncStatus, share: u64) -> String {
     );
     match (&resync.stalled, left_millis(resync)) {
         (Some(why), _) => text.push_str(&format!(", stalled: {why}")),
-        (None, Some(millis)) => text.push_str(&format!(", about {}", human_millis(millis))),
+        (None, Some(millis)) => text.push_str(&format!(", about {} to go", human_millis(millis))),
         (None, None) => {}
     }
     text
@@ -161,7 +161,7 @@ mod tests {
     fn a_bar_is_as_full_as_the_share() {
         assert_eq!(
             bar(&resync(512 << 10, 0, 512 << 10)),
-            "slot 1 [###############...............] 50.0 %, 512.0 KiB left, about 0.2 s"
+            "slot 1 [###############...............] 50.0 %, 512.0 KiB left, about 0.2 s to go"
         );
         let mut stalled = resync(0, 0, 4096);
         stalled.stalled = Some("slot 1 does not answer".into());

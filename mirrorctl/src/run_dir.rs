@@ -95,6 +95,11 @@ impl RunDir {
 
     /// Names of all mirrors that have a control socket, sorted.
     pub(crate) fn names(&self) -> Result<Vec<String>, Failure> {
+        self.names_with(".sock")
+    }
+
+    /// Names of all mirrors that have a file with this suffix, sorted.
+    fn names_with(&self, suffix: &str) -> Result<Vec<String>, Failure> {
         let entries = match fs::read_dir(&self.path) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -113,7 +118,7 @@ impl RunDir {
         let mut names = Vec::new();
         for entry in entries.flatten() {
             let file = entry.file_name();
-            if let Some(name) = file.to_str().and_then(|f| f.strip_suffix(".sock"))
+            if let Some(name) = file.to_str().and_then(|f| f.strip_suffix(suffix))
                 && check_name(name).is_ok()
             {
                 names.push(name.to_owned());
@@ -128,6 +133,14 @@ impl RunDir {
         let text = fs::read_to_string(self.hints_path(name)).unwrap_or_default();
         let lines = text.lines().filter(|line| line.starts_with('/'));
         lines.take(HINTS_MAX).map(PathBuf::from).collect()
+    }
+
+    /// Paths where the members of any mirror were last seen, as far as they exist.
+    pub(crate) fn all_hints(&self) -> Vec<PathBuf> {
+        let names = self.names_with(".members").unwrap_or_default();
+        let mut all: Vec<PathBuf> = names.iter().flat_map(|name| self.hints(name)).collect();
+        all.retain(|path| path.exists());
+        all
     }
 
     /// Remembers where the members of a mirror are. Losing a hint costs only a scan, so a

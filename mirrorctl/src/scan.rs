@@ -4,15 +4,24 @@
 //! directly in directories. It follows links, sees each medium once, opens nothing exclusively
 //! and leaves out what it cannot read, because a scan of a whole machine meets many things
 //! that are none of its business.
+//!
+//! A block device that another device is built on (the disk under a dm device, LVM, multipath,
+//! crypt) shows the same superblock as the upper device. The lower one cannot be opened by
+//! anybody but its holder, so it is left out in favour of the upper one; when nothing else shows
+//! that member, that is said.
+//!
+//! Where a mirror was last seen comes first: when every member is still there, nothing else is
+//! looked at.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use mirror::superblock::Superblock;
 use uuid::Uuid;
 
 use crate::failure::Failure;
-use crate::medium::{Access, Identity, Medium, identity};
+use crate::medium::{self, Access, Identity, Medium, identity};
+use crate::output;
 use crate::run_dir::RunDir;
 
 /// A medium with a superblock.
@@ -42,6 +51,30 @@ impl FoundMirror {
             .iter()
             .map(|found| found.path.clone())
             .collect()
+    }
+
+    /// Whether the member of every slot was found, each once, as the newest of them has it.
+    fn is_complete(&self) -> bool {
+        let newest = self
+            .members
+            .iter()
+            .max_by_key(|found| found.superblock.event_count);
+        newest.is_some_and(|newest| {
+            let mut wanted: Vec<Uuid> = newest
+                .superblock
+                .slots
+                .iter()
+                .filter_map(|slot| slot.member)
+                .collect();
+            let mut found: Vec<Uuid> = self
+                .members
+                .iter()
+                .map(|found| found.superblock.member)
+                .collect();
+            wanted.sort_unstable();
+            found.sort_unstable();
+            wanted == found
+        })
     }
 }
 
@@ -99,18 +132,76 @@ fn expand(places: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
 
 /// All members found at the places.
 pub(crate) fn members(places: &[PathBuf]) -> Result<Vec<Found>, Failure> {
-    let mut seen: BTreeMap<Identity, ()> = BTreeMap::new();
-    let mut found = Vec::new();
+    members_where(places, |_| true)
+}
+
+/// Those members found at the places that are wanted.
+fn members_where(
+    places: &[PathBuf],
+    wanted: impl Fn(&Superblock) -> bool,
+) -> Result<Vec<Found>, Failure> {
+    let mut search = search(places, medium::holders)?;
+    search.found.retain(|member| wanted(&member.superblock));
+    search.held.retain(|(member, _)| wanted(&member.superblock));
+    for sentence in search.left_out() {
+        output::note(&sentence);
+    }
+    Ok(search.found)
+}
+
+/// What a search saw.
+#[derive(Debug, Default)]
+struct Search {
+    found: Vec<Found>,
+    /// Members on devices that another device is built on, and those devices' names.
+    held: Vec<(Found, Vec<String>)>,
+}
+
+impl Search {
+    /// A sentence for each member that only a held device shows.
+    fn left_out(&self) -> Vec<String> {
+        let shown = |member: &Found| {
+            let same = |other: &Found| other.superblock.member == member.superblock.member;
+            self.found.iter().any(same)
+        };
+        let alone = self.held.iter().filter(|(member, _)| !shown(member));
+        alone
+            .map(|(member, holders)| {
+                format!(
+                    "{} holds a member of mirror {} but is left out: /dev/{} is built on it and \
+                     does not show that member. Check that device, or take it away.",
+                    member.path.display(),
+                    member.superblock.name,
+                    holders.join(", /dev/")
+                )
+            })
+            .collect()
+    }
+}
+
+/// Looks at the places; `holders_of` names the devices that are built on the one at a path.
+fn search(
+    places: &[PathBuf],
+    holders_of: impl Fn(&Path) -> Vec<String>,
+) -> Result<Search, Failure> {
+    let mut seen: BTreeSet<Identity> = BTreeSet::new();
+    let mut search = Search::default();
     for path in expand(places)? {
         let Some(id) = identity(&path) else { continue };
-        if seen.insert(id, ()).is_none()
+        if seen.insert(id)
             && let Some(superblock) = look(&path)
         {
-            let path = crate::medium::absolute(&path)?;
-            found.push(Found { path, superblock });
+            let path = medium::absolute(&path)?;
+            let holders = holders_of(&path);
+            let member = Found { path, superblock };
+            if holders.is_empty() {
+                search.found.push(member);
+            } else {
+                search.held.push((member, holders));
+            }
         }
     }
-    Ok(found)
+    Ok(search)
 }
 
 /// The superblock at `path`, when there is a valid one that can be read.
@@ -155,13 +246,20 @@ pub(crate) fn named(
     name: &str,
     places: &[PathBuf],
 ) -> Result<FoundMirror, Failure> {
+    let is_named = |superblock: &Superblock| superblock.name == name;
     if !places.is_empty() {
-        return only_named(members(places)?, name);
+        return only_named(members_where(places, is_named)?, name);
     }
     let mut everywhere = run_dir.hints(name);
     everywhere.retain(|path| path.exists());
+    let hinted = search(&everywhere, medium::holders)?.found;
+    if let Ok(mirror) = only_named(hinted, name)
+        && mirror.is_complete()
+    {
+        return Ok(mirror);
+    }
     everywhere.extend(all_block_devices().unwrap_or_default());
-    only_named(members(&everywhere)?, name)
+    only_named(members_where(&everywhere, is_named)?, name)
 }
 
 /// The one mirror of that name among those found.
@@ -194,17 +292,5 @@ fn only_named(found: Vec<Found>, name: &str) -> Result<FoundMirror, Failure> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn devices_are_read_from_the_kernels_list() {
-        let text = "major minor  #blocks  name\n\n   8        0  1024 sda\n   8        1  1023 \
-                    sda1\n 259        0  99 ublkb0\n  11        0  10 sr0\n   7        0  0 loop0\n   \
-                    7        1  5 loop1\n";
-        assert_eq!(
-            devices_in(text),
-            ["/dev/sda", "/dev/sda1", "/dev/loop1"].map(PathBuf::from)
-        );
-    }
-}
+#[path = "scan_tests.rs"]
+mod tests;

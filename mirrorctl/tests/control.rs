@@ -256,7 +256,7 @@ fn waiting_ends_with_what_was_copied() {
     let ran = dir.run(&["wait", "m", "--timeout", "60"]).ok();
     assert_eq!(
         ran.stdout,
-        "delta resync of slot 1: 25.0 %, 2.9 MiB left, about 0.6 s\n\
+        "delta resync of slot 1: 25.0 %, 2.9 MiB left, about 0.6 s to go\n\
          copied 3.9 MiB (zeroed 0 B) of 1.0 GiB in 0.2 s (delta resync of slot 1)\n"
     );
     assert_eq!(requests.join().unwrap().len(), 3);

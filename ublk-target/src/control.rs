@@ -89,7 +89,16 @@ async fn handle(daemon: &Rc<Daemon>, fd: Rc<OwnedFd>) -> Result<(), StreamError>
                     let _ = rustix::net::shutdown(fd.as_fd(), rustix::net::Shutdown::Read);
                 }
             });
-            let line = Inbox::new(&daemon.ring, &fd, MAX_LINE_BYTES).line().await?;
+            let mut inbox = Inbox::new(&daemon.ring, &fd, MAX_LINE_BYTES);
+            let Some([first]) = inbox.array_or_end::<1>().await? else {
+                tracing::debug!("a control connection ended without a request");
+                return Ok(());
+            };
+            let mut line = vec![first];
+            // A first newline is a request by itself, an empty one.
+            if first != b'\n' {
+                line.extend(inbox.line().await?);
+            }
             match serde_json::from_slice::<Request>(&line) {
                 Ok(request) => answer(daemon, request).await,
                 Err(error) => Reply::Error {

@@ -21,7 +21,7 @@ use crate::cli::{Args, FrontKind};
 use crate::control;
 use crate::disk::{self, LocalDisk, OpenError};
 use crate::front_nbd::{Listener, NbdServer};
-use crate::front_ublk::{self, UblkFront};
+use crate::front_ublk::{self, UblkFront, users};
 use crate::host::RingHost;
 use crate::ready::{Failure, Ready};
 use crate::ring::{self, Ring};
@@ -39,6 +39,12 @@ const RING_ENTRIES: u32 = 2048;
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
 /// Control clients get their answers before the process exits, but not for ever.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// Who lets go of the device within this time does not keep it from being stopped: a client
+/// that has just left, and what looks at a device whenever a writer has closed it (udev).
+const USER_PATIENCE: Duration = Duration::from_secs(2);
+const USER_RECHECK: Duration = Duration::from_millis(100);
+/// So many users are named in a refusal.
+const USERS_NAMED: usize = 3;
 
 /// How applications reach the mirror.
 pub(crate) enum Front {
@@ -73,15 +79,8 @@ impl Daemon {
         self: &Rc<Self>,
         force: bool,
     ) -> Result<String, ControlError> {
-        if !force && let Some(user) = self.user().await {
-            let message = format!(
-                "{} is in use ({user}); unmount or disconnect it first, or use --force",
-                self.device
-            );
-            return Err(ControlError {
-                kind: ErrorKind::Busy,
-                message,
-            });
+        if !force {
+            self.refuse_while_used().await?;
         }
         let waiter = Rc::new(Signal::default());
         self.outcome_waiters.borrow_mut().push(Rc::clone(&waiter));
@@ -94,20 +93,33 @@ impl Daemon {
         }
     }
 
-    /// Who uses the device, if anybody does.
-    async fn user(&self) -> Option<String> {
+    /// An error that names the users of the device, when there are some that stay.
+    async fn refuse_while_used(&self) -> Result<(), ControlError> {
+        let give_up = ring::now() + USER_PATIENCE;
+        loop {
+            let users = self.users().await;
+            if users.is_empty() {
+                return Ok(());
+            }
+            if ring::now() >= give_up {
+                return Err(in_use(&self.device, &users));
+            }
+            self.ring.sleep_until(ring::now() + USER_RECHECK).await;
+        }
+    }
+
+    /// Who uses the device, as parts of a sentence.
+    async fn users(&self) -> Vec<String> {
         match &self.front {
             Front::Nbd(server) => match server.open_connections() {
-                0 => None,
-                count => Some(format!("{count} NBD connections")),
+                0 => Vec::new(),
+                1 => vec!["an NBD client is connected".to_owned()],
+                count => vec![format!("{count} NBD connections are open")],
             },
             Front::Ublk(front) => {
-                let front = front.path().to_owned();
-                let held = self
-                    .ring
-                    .blocking(move || front_ublk::is_held(&front))
-                    .await;
-                held.then(|| "mounted or opened exclusively".to_owned())
+                let path = front.path().to_owned();
+                let look = move || users::of_block_device(&path, std::process::id());
+                self.ring.blocking(look).await
             }
         }
     }
@@ -133,6 +145,21 @@ impl Daemon {
             self.device,
             status.members.len()
         )
+    }
+}
+
+/// The refusal to stop a device that is in use; names a few of its users.
+fn in_use(device: &str, users: &[String]) -> ControlError {
+    let mut named = users[..users.len().min(USERS_NAMED)].join(", ");
+    if users.len() > USERS_NAMED {
+        named.push_str(&format!(" and {} more", users.len() - USERS_NAMED));
+    }
+    let message = format!(
+        "{device} is in use: {named}; unmount it, close it or disconnect first, or use --force"
+    );
+    ControlError {
+        kind: ErrorKind::Busy,
+        message,
     }
 }
 
@@ -399,5 +426,24 @@ async fn farewell(daemon: Rc<Daemon>) {
     });
     while daemon.commands.get() > 0 && patience.get() {
         daemon.command_ended.wait().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::in_use;
+
+    #[test]
+    fn a_refusal_names_a_few_users() {
+        for (count, want) in [
+            (1, "/dev/x is in use: u0; "),
+            (3, "/dev/x is in use: u0, u1, u2; "),
+            (5, "/dev/x is in use: u0, u1, u2 and 2 more; "),
+        ] {
+            let users: Vec<String> = (0..count).map(|n| format!("u{n}")).collect();
+            let message = in_use("/dev/x", &users).message;
+            assert!(message.starts_with(want), "{message}");
+            assert!(message.contains("--force"), "{message}");
+        }
     }
 }

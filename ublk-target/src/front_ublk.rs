@@ -35,9 +35,10 @@
 //! While a command is with the kernel the tag's buffer is lent to it: for a write the kernel
 //! fills it before the command completes, for a read it empties it after the commit.
 
+pub(crate) mod users;
+
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::pin;
 use std::rc::Rc;
@@ -89,16 +90,6 @@ impl UblkFront {
     pub(crate) fn path(&self) -> &str {
         &self.path
     }
-}
-
-/// Whether a mounted filesystem, swap or another device holds the block device.
-///
-/// Blocks while the device answers: not for the mirror's own thread.
-pub(crate) fn is_held(path: &str) -> bool {
-    use rustix::fs::{Mode, OFlags};
-    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
-    let opened: rustix::io::Result<OwnedFd> = rustix::fs::open(path, flags, Mode::empty());
-    opened.is_err_and(|errno| errno == rustix::io::Errno::BUSY)
 }
 
 /// What the device looks like to the kernel.
@@ -552,7 +543,7 @@ fn leave_to_orphan(
 mod tests {
     #![allow(clippy::unwrap_used)]
 
-    use super::{Note, Shape, is_held, parameters};
+    use super::{Note, Shape, parameters};
 
     #[test]
     fn a_note_is_read_as_it_was_written() {
@@ -586,10 +577,5 @@ mod tests {
             limits.discard.max_write_zeroes_sectors.is_multiple_of(8192),
             "whole extents"
         );
-    }
-
-    #[test]
-    fn what_does_not_exist_is_held_by_nobody() {
-        assert!(!is_held("/dev/no-such-device"));
     }
 }

@@ -98,6 +98,52 @@ impl Outcomes {
     }
 }
 
+/// One operation with the deadline of a [`FanOut`]: `TIMED_OUT` for a stall.
+pub(crate) struct Limited<'a, Op> {
+    watch: &'a StallWatch,
+    begun: u64,
+    place: Option<usize>,
+    op: Op,
+}
+
+impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> Limited<'a, Op> {
+    /// Waits for `op` until the deadline.
+    pub(crate) fn new(watch: &'a StallWatch, op: Op) -> Self {
+        Self {
+            watch,
+            begun: watch.tick.get(),
+            place: None,
+            op,
+        }
+    }
+}
+
+impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for Limited<'_, Op> {
+    type Output = Result<(), Errno>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.get_mut();
+        if let Poll::Ready(result) = Pin::new(&mut this.op).poll(context) {
+            return Poll::Ready(result);
+        }
+        if this.watch.tick.get() - this.begun > TICKS_PER_DEADLINE {
+            return Poll::Ready(Err(Errno::TIMED_OUT));
+        }
+        if this.place.is_none() {
+            this.place = Some(this.watch.take_place(context.waker()));
+        }
+        Poll::Pending
+    }
+}
+
+impl<Op> Drop for Limited<'_, Op> {
+    fn drop(&mut self) {
+        if let Some(place) = self.place.take() {
+            self.watch.leave(place);
+        }
+    }
+}
+
 /// Operations under way on several members.
 pub(crate) struct FanOut<'a, Op> {
     watch: &'a StallWatch,

@@ -74,11 +74,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         true
     }
 
-    /// The losing task: makes judged losses effective.
+    /// The losing task: makes judged losses effective, and records a flush that failed
+    /// everywhere.
     pub(super) async fn run_losses(self: Rc<Self>) {
         loop {
-            let pending = || (self.losses_pending.get() > 0).then_some(());
-            self.changed.until(pending).await;
+            let pending = || self.losses_pending.get() > 0 || self.flush_unrecorded.get();
+            self.changed.until(|| pending().then_some(())).await;
             // A round that someone else runs right now may take this loss along.
             if self.round(|_| {}).await.is_err() {
                 self.write_blocked.set(true);
@@ -115,6 +116,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 next.history.clone_from(&attempt.history);
             }
             change(&mut next);
+            next.flush_failed |= self.flush_unrecorded.get();
             self.record_losses(&losing, &mut next);
             if next == *self.config.borrow() {
                 return Ok(());
@@ -272,6 +274,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.losses_pending
             .set(self.losses_pending.get() - losing.len());
         self.write_blocked.set(false);
+        self.flush_unrecorded.set(false);
         self.release_idle_disks();
         self.refresh_view();
         self.changed.wake_all();

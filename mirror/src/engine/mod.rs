@@ -59,7 +59,7 @@ use crate::host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
 use crate::superblock::{SlotState, Superblock};
 use commit::Commits;
 use dirty_map::Stamp;
-use fan_out::{FanOut, StallWatch};
+use fan_out::{FanOut, Limited, StallWatch};
 use maps::Maps;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -224,6 +224,8 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     losses_pending: Cell<usize>,
     /// The suspect blocks of a failed flush are known, because it failed in this run.
     flush_failed_here: Cell<bool>,
+    /// A flush failed everywhere and the superblocks do not say so yet.
+    flush_unrecorded: Cell<bool>,
     /// A loss could not be made durable on the last survivor: writes answer EIO (R2).
     write_blocked: Cell<bool>,
     stopping: Cell<bool>,
@@ -304,6 +306,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ) -> Result<(), Errno> {
         let op = receiver.disk.submit(request);
         member_io::timed::<H, D>(&*self.host, op, self.options.deadline).await
+    }
+
+    /// Waits for one member's answer without a timer of its own; a stall ends as `TIMED_OUT`.
+    async fn by_the_deadline(&self, op: D::Op) -> Result<(), Errno> {
+        Limited::new(&self.stalls, op).await
     }
 
     /// Checks a request's range against the device.

@@ -137,10 +137,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             };
             // A stall is noticed only while another member could answer instead.
             let alone = view.receivers.iter().filter(|r| r.in_sync).count() == 1;
+            let op = member.disk.submit(request);
             let result = if alone {
-                member.disk.submit(request).await
+                op.await
             } else {
-                self.to_one(member, request).await
+                self.by_the_deadline(op).await
             };
             match result {
                 Ok(()) => {

@@ -137,6 +137,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             changed: super::WaitList::default(),
             losses_pending: Cell::new(0),
             flush_failed_here: Cell::new(false),
+            flush_unrecorded: Cell::new(false),
             write_blocked: Cell::new(false),
             stopping: Cell::new(false),
             coarse_now: Cell::new(host.now()),

@@ -244,13 +244,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.hot.unflushed_to_unequalised();
         }
         self.flush_failed_here.set(true);
-        if self
-            .round(|config| config.flush_failed = true)
-            .await
-            .is_err()
-        {
-            self.write_blocked.set(true);
-        }
+        // Recorded before it is answered; the losing task tries again when that fails.
+        self.flush_unrecorded.set(true);
+        self.changed.wake_all();
+        let settled = || !self.flush_unrecorded.get() || self.write_blocked.get();
+        self.changed.until(|| settled().then_some(())).await;
     }
 
     /// Lifts the refusal when every suspect block has been written anew.

@@ -14,7 +14,8 @@ pub(crate) struct Args {
     /// Look for members; without this nothing is started
     #[arg(long, required = true)]
     scan: bool,
-    /// Devices and directories to look at [default: all block devices]
+    /// Devices and directories to look at [default: where members were last seen, and all block
+    /// devices]
     places: Vec<PathBuf>,
     #[command(flatten)]
     options: start::Options,
@@ -22,7 +23,11 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let places = match args.places.as_slice() {
-        [] => scan::all_block_devices()?,
+        [] => {
+            let mut places = context.run_dir.all_hints();
+            places.extend(scan::all_block_devices()?);
+            places
+        }
         places => places.to_vec(),
     };
     let found = scan::mirrors(scan::members(&places)?);

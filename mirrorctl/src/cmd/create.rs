@@ -286,6 +286,8 @@ fn write(plan: &CreatePlan, places: &[Place]) -> Result<(), Failure> {
         plan.members.iter().zip(media)
     };
     for (member, medium) in pairs() {
+        // What --force allows to be destroyed must not be found again beside the mirror.
+        medium.wipe_marks()?;
         for (offset, bytes) in &member.maps {
             medium.write(*offset, bytes)?;
         }

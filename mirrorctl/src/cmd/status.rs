@@ -18,6 +18,9 @@ pub(crate) struct Args {
     watch: bool,
 }
 
+/// Bytes of a block, the unit in which copies are made equal.
+const BLOCK_BYTES: u64 = 4096;
+
 /// What was heard of the mirrors.
 #[derive(Debug, Default)]
 struct Heard {
@@ -99,13 +102,7 @@ fn text(status: &Status) -> String {
     if !status.write_intent {
         text.push_str("  NO WRITE INTENT IS RECORDED: an unclean stop will lose data\n");
     }
-    if status.flush_error {
-        text.push_str(&format!(
-            "  a flush failed on every member: FLUSH answers EIO until the blocks are written \
-             anew or 'mirrorctl clear-flush-error {}'\n",
-            status.name
-        ));
-    }
+    text.push_str(&troubles(status));
     text.push_str(&output::table(&member_rows(status)));
     text.push_str(&extents(status));
     if let Some(resync) = &status.resync {
@@ -137,6 +134,28 @@ fn text(status: &Status) -> String {
         io.errors,
         io.map_commits
     ));
+    text
+}
+
+/// What keeps the mirror from doing its job, and what to do about it.
+fn troubles(status: &Status) -> String {
+    let mut text = String::new();
+    if status.state == MirrorState::WriteBlocked {
+        text.push_str(
+            "  WRITES ANSWER EIO: a loss could not be recorded on any in-sync member; reads go on\n    \
+             see to the in-sync members' disks (cable, power, room under an image file): the \
+             daemon tries again\n    by itself; if writes are still refused then, stop and start \
+             the mirror\n",
+        );
+    }
+    if status.flush_error {
+        text.push_str(&format!(
+            "  FLUSH ANSWERS EIO: a flush failed on every in-sync member, what was written before \
+             it may be lost\n    check the disks and that data, and write it anew; then, or to \
+             accept the loss: 'mirrorctl clear-flush-error {}'\n",
+            status.name
+        ));
+    }
     text
 }
 
@@ -181,16 +200,29 @@ fn member_rows(status: &Status) -> Vec<Vec<String>> {
 fn extents(status: &Status) -> String {
     let counts = &status.extents;
     let mut text = format!(
-        "  extents: {} hot (budget {}), {} cool, {} unwritten, {} discarded",
-        counts.hot, counts.hot_budget, counts.cool, counts.unwritten, counts.discarded
+        "  extents: {} written ({} hot of a budget of {}, {} cool), {} unwritten, {} discarded\n",
+        counts.hot.saturating_add(counts.cool),
+        counts.hot,
+        counts.hot_budget,
+        counts.cool,
+        counts.unwritten,
+        counts.discarded
     );
-    if counts.unequalised_blocks > 0 {
+    if counts.hot > counts.hot_budget {
         text.push_str(&format!(
-            "; {} blocks to equalise after an unclean stop",
-            counts.unequalised_blocks
+            "  the budget of hot extents is exceeded by {}: after an unclean stop, more is to be \
+             equalised than planned\n    they cool when writes to them pause; if this lasts, \
+             start with a larger --hot-budget\n",
+            counts.hot - counts.hot_budget
         ));
     }
-    text.push('\n');
+    if counts.unequalised_blocks > 0 {
+        text.push_str(&format!(
+            "  {} blocks ({}) still to be equalised after an unclean stop; goes on by itself\n",
+            counts.unequalised_blocks,
+            human(counts.unequalised_blocks.saturating_mul(BLOCK_BYTES))
+        ));
+    }
     text
 }
 
@@ -199,9 +231,7 @@ fn mirror_state(state: MirrorState) -> &'static str {
         MirrorState::InSync => "in-sync",
         MirrorState::Degraded => "degraded",
         MirrorState::Resyncing => "resyncing",
-        MirrorState::WriteBlocked => {
-            "write-blocked (writes answer EIO: a loss could not be recorded)"
-        }
+        MirrorState::WriteBlocked => "write-blocked",
     }
 }
 

@@ -35,8 +35,8 @@ mirror data: resyncing, 1.0 GiB on /dev/ublkb0
   slot  state      missed   path
   0     in-sync    -        /a.img  2 read errors; 2 blocks repaired
   1     resyncing  3.9 MiB  /b.img  It was away.
-  extents: 6 hot (budget 64), 50 cool, 200 unwritten, 0 discarded
-  delta resync of slot 1: 25.0 %, 3.0 KiB left, about 0.3 s
+  extents: 56 written (6 hot of a budget of 64, 50 cool), 200 unwritten, 0 discarded
+  delta resync of slot 1: 25.0 %, 3.0 KiB left, about 0.3 s to go
     Its position is known.
   1 reads (4.0 KiB), 2 writes (8.0 KiB), 1 flushes, 0 discards, 0 errors, 3 map commits
 "
@@ -55,9 +55,50 @@ fn what_endangers_data_is_said() {
     for want in [
         "NO WRITE INTENT",
         "mirrorctl clear-flush-error data",
-        "7 blocks to equalise",
+        "7 blocks (28.0 KiB) still to be equalised",
         "  1     empty ",
     ] {
         assert!(text.contains(want), "{want} is not in:\n{text}");
     }
+}
+
+#[test]
+fn troubles_are_said_when_there_are_any_and_only_then() {
+    let sound: Status = serde_json::from_str(DOCUMENT).unwrap();
+    let quiet = text(&sound);
+    type Case<'a> = (fn(&mut Status), &'a [&'a str]);
+    let cases: [Case<'_>; 3] = [
+        (
+            |status| status.state = MirrorState::WriteBlocked,
+            &[
+                "mirror data: write-blocked, ",
+                "WRITES ANSWER EIO",
+                "stop and start",
+            ],
+        ),
+        (
+            |status| status.flush_error = true,
+            &["FLUSH ANSWERS EIO", "'mirrorctl clear-flush-error data'"],
+        ),
+        (
+            |status| status.extents.hot = 65,
+            &[
+                "115 written (65 hot of a budget of 64",
+                "exceeded by 1",
+                "--hot-budget",
+            ],
+        ),
+    ];
+    for (change, wanted) in cases {
+        let mut status = sound.clone();
+        change(&mut status);
+        let text = text(&status);
+        for want in wanted {
+            assert!(text.contains(want), "{want} is not in:\n{text}");
+            assert!(!quiet.contains(want), "{want} is in:\n{quiet}");
+        }
+    }
+    let mut full = sound.clone();
+    full.extents.hot = full.extents.hot_budget;
+    assert!(!text(&full).contains("exceeded"), "a full budget is kept");
 }

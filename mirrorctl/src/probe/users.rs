@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 
 use crate::medium::{Identity, identity};
 
+/// Where sysfs is mounted.
+pub(crate) const SYSFS: &str = "/sys";
+
 /// A block device's numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Numbers {
@@ -30,7 +33,7 @@ pub(crate) fn of_block_device(numbers: Numbers) -> Vec<String> {
         if is_swap(&swaps, &name) {
             found.push(format!("{name} is swapped to"));
         }
-        for holder in holders(device) {
+        for holder in holders(Path::new(SYSFS), device) {
             found.push(format!("{name} is part of /dev/{holder}"));
         }
     }
@@ -127,10 +130,11 @@ fn with_partitions(numbers: Numbers) -> Vec<(Numbers, String)> {
 }
 
 fn sysfs_dir(numbers: Numbers) -> PathBuf {
-    PathBuf::from(format!(
-        "/sys/dev/block/{}:{}",
-        numbers.major, numbers.minor
-    ))
+    block_dir(Path::new(SYSFS), numbers)
+}
+
+fn block_dir(sysfs: &Path, numbers: Numbers) -> PathBuf {
+    sysfs.join(format!("dev/block/{}:{}", numbers.major, numbers.minor))
 }
 
 fn kernel_name(dir: &Path) -> Option<String> {
@@ -138,12 +142,16 @@ fn kernel_name(dir: &Path) -> Option<String> {
     Some(format!("/dev/{}", target.file_name()?.to_str()?))
 }
 
-fn holders(device: Numbers) -> Vec<String> {
-    let entries = fs::read_dir(sysfs_dir(device).join("holders"));
+/// Names of the devices that are built on this one (dm, md, LVM, multipath, crypt, bcache), in
+/// order. `sysfs` is where sysfs is mounted.
+pub(crate) fn holders(sysfs: &Path, device: Numbers) -> Vec<String> {
+    let entries = fs::read_dir(block_dir(sysfs, device).join("holders"));
     let names = entries.into_iter().flatten().flatten();
-    names
+    let mut holders: Vec<String> = names
         .filter_map(|entry| entry.file_name().into_string().ok())
-        .collect()
+        .collect();
+    holders.sort_unstable();
+    holders
 }
 
 fn parse_numbers(text: &str) -> Option<Numbers> {
@@ -178,6 +186,7 @@ fn is_swap(swaps: &str, path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
 
     const MOUNTINFO: &str = "\
@@ -196,6 +205,40 @@ nonsense
             ["/srv/my data", "/mnt"]
         );
         assert!(mounted_at(MOUNTINFO, device(8, 1)).is_empty());
+    }
+
+    #[test]
+    fn holders_are_read_from_sysfs() {
+        let name = format!("mirrorctl-holders-{}", std::process::id());
+        let sysfs = std::env::temp_dir().join(name);
+        let block = sysfs.join("dev/block");
+        // The disk under a dm device, its upper device, a disk of two logical volumes, a whole
+        // disk of which only a partition is held, and a device without the directory.
+        for dir in [
+            "8:0/holders/dm-0",
+            "253:0/holders",
+            "8:16/holders/dm-2",
+            "8:16/holders/dm-1",
+            "8:32/holders",
+            "8:32/sdc1/holders/md0",
+            "8:33/holders/md0",
+            "7:0/queue",
+        ] {
+            fs::create_dir_all(block.join(dir)).unwrap();
+        }
+        for (major, minor, want) in [
+            (8, 0, &["dm-0"][..]),
+            (253, 0, &[]),
+            (8, 16, &["dm-1", "dm-2"]),
+            (8, 32, &[]),
+            (8, 33, &["md0"]),
+            (7, 0, &[]),
+            (9, 9, &[]),
+        ] {
+            let got = holders(&sysfs, Numbers { major, minor });
+            assert_eq!(got, want, "{major}:{minor}");
+        }
+        fs::remove_dir_all(sysfs).unwrap();
     }
 
     #[test]
