@@ -1,1 +1,277 @@
+//! The table of cases: what is on the disks, and what must be decided.
+#![allow(clippy::unwrap_used)]
+use super::*;
+use crate::superblock::{Epoch, Loss, SlotRecord};
+use crate::superblock::{LastStop, Superblock};
+use uuid::Uuid;
 
+/// A superblock of slot `own` with `states` of all slots, at the last of `epochs` (oldest
+/// first).
+fn superblock(own: u8, epochs: &[u128], states: &[SlotState], event_count: u64) -> Superblock {
+    let ordinal = |index: usize| u32::try_from(index).unwrap();
+    let mut history: Vec<Epoch> = epochs
+        .iter()
+        .enumerate()
+        .map(|(index, &id)| Epoch {
+            id,
+            ordinal: ordinal(index),
+        })
+        .collect();
+    history.reverse();
+    let epoch = history.remove(0);
+    let before = history.first().map_or(epoch.id, |parent| parent.id);
+    let slots = states.iter().enumerate().map(|(slot, &state)| SlotRecord {
+        member: Some(Uuid::from_u128(100 + slot as u128)),
+        state,
+        address: format!("/dev/{slot}"),
+        loss: (!state.is_receiving()).then_some(Loss {
+            epoch: before,
+            position: Stamp {
+                ordinal: 0,
+                sequence: 50,
+            },
+            block_exact: true,
+        }),
+        ..SlotRecord::empty()
+    });
+    Superblock {
+        mirror: Uuid::from_u128(1),
+        member: Uuid::from_u128(100 + u128::from(own)),
+        name: "m".into(),
+        write_count: 1,
+        layout: crate::layout::Layout::for_size(1 << 30),
+        event_count,
+        epoch,
+        history,
+        own_slot: own,
+        slots: slots.collect(),
+        last_stop: LastStop::Unclean,
+        flush_failed: false,
+        forced: false,
+        logical_block_bytes: 512,
+        resync_cursor: 0,
+        created_secs: 0,
+        updated_secs: 0,
+    }
+}
+
+fn seen(superblock: Superblock, sequence: u64) -> Seen {
+    let path = format!("/dev/{}", superblock.own_slot);
+    Seen {
+        path,
+        superblock,
+        position: Stamp {
+            ordinal: 0,
+            sequence,
+        },
+    }
+}
+
+use SlotState::{Faulty, InSync, Resyncing};
+const BOTH: [SlotState; 2] = [InSync, InSync];
+const FIRST: [SlotState; 2] = [InSync, Faulty];
+const SECOND: [SlotState; 2] = [Faulty, InSync];
+
+/// A verdict as one word, so that a table can hold it.
+fn word(verdict: &Verdict) -> &'static str {
+    match verdict {
+        Verdict::InSync => "in-sync",
+        Verdict::Delta { own_hot: false } => "delta",
+        Verdict::Delta { own_hot: true } => "delta+hot",
+        Verdict::Full { .. } => "full",
+        Verdict::Refused { .. } => "refused",
+    }
+}
+
+fn decide(members: &[Seen], force: bool) -> String {
+    match assemble(members, AssembleOptions { force }) {
+        Ok(plan) => plan.verdicts.iter().map(word).collect::<Vec<_>>().join(" "),
+        Err(refusal) => match refusal {
+            Refusal::NoMembers => "nobody".into(),
+            Refusal::Foreign(..) => "foreign".into(),
+            Refusal::SplitBrain { .. } => "split brain".into(),
+            Refusal::MayBeOld { .. } => "may be old".into(),
+            Refusal::Twice { .. } => "twice".into(),
+            Refusal::NoSource(_) => "no source".into(),
+        },
+    }
+}
+
+#[test]
+fn the_table() {
+    let a = |epochs: &[u128], states: &[SlotState], events| superblock(0, epochs, states, events);
+    let b = |epochs: &[u128], states: &[SlotState], events| superblock(1, epochs, states, events);
+    let cases: Vec<(&str, Vec<Seen>, bool, &str)> = vec![
+        (
+            "both, equal",
+            vec![seen(a(&[1], &BOTH, 1), 9), seen(b(&[1], &BOTH, 1), 9)],
+            false,
+            "in-sync in-sync",
+        ),
+        (
+            "one commit in flight",
+            vec![seen(a(&[1], &BOTH, 1), 9), seen(b(&[1], &BOTH, 1), 8)],
+            false,
+            "in-sync in-sync",
+        ),
+        (
+            "a restored backup",
+            vec![seen(a(&[1], &BOTH, 1), 90), seen(b(&[1], &BOTH, 1), 8)],
+            false,
+            "in-sync full",
+        ),
+        (
+            "only one of two",
+            vec![seen(a(&[1], &BOTH, 1), 9)],
+            false,
+            "may be old",
+        ),
+        (
+            "only one of two, forced",
+            vec![seen(a(&[1], &BOTH, 1), 9)],
+            true,
+            "in-sync",
+        ),
+        (
+            "the survivor alone",
+            vec![seen(a(&[1, 2], &FIRST, 2), 60)],
+            false,
+            "in-sync",
+        ),
+        (
+            "the lost one alone",
+            vec![seen(b(&[1], &BOTH, 1), 50)],
+            false,
+            "may be old",
+        ),
+        (
+            "survivor and lost",
+            vec![seen(a(&[1, 2], &FIRST, 2), 60), seen(b(&[1], &BOTH, 1), 50)],
+            false,
+            "in-sync delta",
+        ),
+        (
+            "lost one with a commit more",
+            vec![seen(a(&[1, 2], &FIRST, 2), 60), seen(b(&[1], &BOTH, 1), 51)],
+            false,
+            "in-sync delta+hot",
+        ),
+        (
+            "lost one, older image",
+            vec![seen(a(&[1, 2], &FIRST, 2), 60), seen(b(&[1], &BOTH, 1), 49)],
+            false,
+            "in-sync full",
+        ),
+        (
+            "round cut off on one",
+            vec![seen(a(&[1, 2], &BOTH, 2), 9), seen(b(&[1], &BOTH, 1), 9)],
+            false,
+            "in-sync in-sync",
+        ),
+        (
+            "round cut off, alone",
+            vec![seen(a(&[1, 2], &BOTH, 2), 9)],
+            false,
+            "may be old",
+        ),
+        (
+            "split brain",
+            vec![
+                seen(a(&[1, 2], &FIRST, 2), 60),
+                seen(b(&[1, 3], &SECOND, 2), 60),
+            ],
+            false,
+            "split brain",
+        ),
+        (
+            "split brain, forced",
+            vec![
+                seen(a(&[1, 2], &FIRST, 2), 60),
+                seen(b(&[1, 3], &SECOND, 2), 60),
+            ],
+            true,
+            "split brain",
+        ),
+        (
+            "more events never win",
+            vec![
+                seen(a(&[1, 2], &FIRST, 2), 60),
+                seen(b(&[1], &BOTH, 900), 50),
+            ],
+            false,
+            "in-sync delta",
+        ),
+        (
+            "resync under way",
+            vec![
+                seen(a(&[1, 2, 3], &[InSync, Resyncing], 3), 60),
+                seen(b(&[1, 2, 3], &[InSync, Resyncing], 3), 60),
+            ],
+            false,
+            "in-sync full",
+        ),
+        ("nobody", vec![], false, "nobody"),
+        (
+            "one twice",
+            vec![seen(a(&[1], &BOTH, 1), 9), seen(a(&[1], &BOTH, 1), 9)],
+            false,
+            "twice",
+        ),
+    ];
+    for (name, members, force, want) in cases {
+        assert_eq!(decide(&members, force), want, "{name}");
+        // The order in which members are found decides nothing.
+        let reversed: Vec<Seen> = members.into_iter().rev().collect();
+        let words: Vec<&str> = want.split(' ').rev().collect();
+        let got = decide(&reversed, force);
+        assert!(
+            got == want || got == words.join(" "),
+            "{name}, reversed: {got}"
+        );
+    }
+}
+
+#[test]
+fn members_lost_one_after_the_other_do_not_win_with_nearly_equal_events() {
+    // The case of mdadm's issue 22: three disks, C lost, then B; C and B come back together
+    // without A.
+    let all = [InSync; 3];
+    let c = superblock(2, &[1], &all, 5);
+    let b = superblock(1, &[1, 2], &[InSync, InSync, Faulty], 6);
+    let a = superblock(0, &[1, 2, 3], &[InSync, Faulty, Faulty], 7);
+    assert_eq!(
+        decide(&[seen(b.clone(), 60), seen(c.clone(), 50)], false),
+        "may be old"
+    );
+    let back = decide(&[seen(a, 70), seen(b, 60), seen(c, 50)], false);
+    assert!(back.starts_with("in-sync delta"), "{back}");
+}
+
+#[test]
+fn a_stranger_is_refused() {
+    let mine = superblock(0, &[1], &BOTH, 1);
+    let mut other = superblock(1, &[1], &BOTH, 1);
+    other.mirror = Uuid::from_u128(2);
+    assert_eq!(
+        decide(&[seen(mine.clone(), 1), seen(other.clone(), 1)], false),
+        "foreign"
+    );
+    assert_eq!(word(&judge_return(&mine, &seen(other, 1))), "refused");
+    let mut replaced = superblock(1, &[1], &BOTH, 1);
+    replaced.member = Uuid::from_u128(999);
+    assert_eq!(word(&judge_return(&mine, &seen(replaced, 1))), "refused");
+}
+
+#[test]
+fn reasons_are_sentences_that_name_the_disk() {
+    let members = [
+        seen(superblock(0, &[1, 2], &FIRST, 2), 60),
+        seen(superblock(1, &[1, 3], &SECOND, 2), 60),
+    ];
+    let refusal = assemble(&members, AssembleOptions::default())
+        .unwrap_err()
+        .to_string();
+    for part in ["split brain", "/dev/0", "/dev/1", "event 2", "--force"] {
+        assert!(refusal.contains(part), "{part}: {refusal}");
+    }
+}

@@ -250,7 +250,7 @@ mod tests {
     fn overlapping_or_short_regions_are_unsound() {
         let good = Layout::for_size(1 << 30);
         let mut overlap = good.clone();
-        overlap.regions[1].copy_b = overlap.regions[1].copy_a + 0x1000 - 0x1000 + 4096 * 0;
+        overlap.regions[1].copy_b = overlap.regions[1].copy_a;
         assert!(!overlap.is_sound(), "a lost second copy");
         let mut short = good.clone();
         short.regions[1].len = 0;

@@ -577,7 +577,7 @@ fn decode_layout(read: &Reader<'_>) -> Result<Layout, SuperblockError> {
         size_bytes: read.u64(144),
     };
     let size = layout.size_bytes;
-    if size == 0 || size > MIRROR_BYTES_MAX || size % 512 != 0 || !layout.is_sound() {
+    if size == 0 || size > MIRROR_BYTES_MAX || !size.is_multiple_of(512) || !layout.is_sound() {
         return Err(Damaged("the sizes and the table of regions make no sense"));
     }
     Ok(layout)

@@ -9,17 +9,23 @@ const SEEDS: u64 = 20;
 
 fn write(machine: &Machine, offset: u64, len: usize) {
     let client = machine.client();
-    machine.world.block_on(async move { client.write(offset, len, false).await.unwrap() });
+    machine
+        .world
+        .block_on(async move { client.write(offset, len, false).await.unwrap() });
 }
 
 fn flush(machine: &Machine) {
     let client = machine.client();
-    machine.world.block_on(async move { client.flush().await.unwrap() });
+    machine
+        .world
+        .block_on(async move { client.flush().await.unwrap() });
 }
 
 fn read(machine: &Machine, offset: u64, len: usize) {
     let client = machine.client();
-    machine.world.block_on(async move { client.read(offset, len).await.unwrap() });
+    machine
+        .world
+        .block_on(async move { client.read(offset, len).await.unwrap() });
 }
 
 fn state(machine: &Machine, slot: usize) -> MemberState {
@@ -85,14 +91,22 @@ fn losing_a_member_under_writes_loses_nothing() {
             let client = machine.client();
             machine.world.spawn_task(async move {
                 for round in 0..10 {
-                    client.write((task * 10 + round) * 4096, 4096, false).await.unwrap();
+                    client
+                        .write((task * 10 + round) * 4096, 4096, false)
+                        .await
+                        .unwrap();
                 }
             });
         }
         machine.world.run(seed * 7, || false);
-        machine.disks[1].set_faults(Faults { writes: true, ..Faults::default() });
+        machine.disks[1].set_faults(Faults {
+            writes: true,
+            ..Faults::default()
+        });
         let mirror = machine.mirror();
-        machine.world.run(1_000_000, || mirror.status().io.writes == 41);
+        machine
+            .world
+            .run(1_000_000, || mirror.status().io.writes == 41);
         write(&machine, 1 << 20, 4096);
         assert_eq!(state(&machine, 1), MemberState::Faulty);
         machine.disks[1].set_faults(Faults::default());
@@ -109,7 +123,10 @@ fn a_stalled_member_is_lost_and_its_buffer_is_not_reused() {
         let mut machine = Machine::new(seed, 2, SIZE);
         machine.start();
         write(&machine, 0, 65536);
-        machine.disks[0].set_faults(Faults { hang: true, ..Faults::default() });
+        machine.disks[0].set_faults(Faults {
+            hang: true,
+            ..Faults::default()
+        });
         write(&machine, 4096, 4096);
         read(&machine, 0, 65536);
         assert_eq!(state(&machine, 0), MemberState::Faulty);
@@ -117,7 +134,9 @@ fn a_stalled_member_is_lost_and_its_buffer_is_not_reused() {
         assert!(refused.message.contains("owes answers"), "{refused}");
         machine.disks[0].set_faults(Faults::default());
         let mirror = machine.mirror();
-        machine.world.run(100_000, || !mirror.status().members[0].attached);
+        machine
+            .world
+            .run(100_000, || !mirror.status().members[0].attached);
         machine.re_add(0).unwrap();
         machine.wait_in_sync();
         machine.check_all("after the stall");
@@ -140,7 +159,10 @@ fn a_bad_sector_is_read_elsewhere_and_rewritten() {
             read(&machine, 8192, 4096);
         }
         let disk = machine.disks[0].clone();
-        assert!(machine.world.run(100_000, || !disk.is_spoilt(at)), "rewritten");
+        assert!(
+            machine.world.run(100_000, || !disk.is_spoilt(at)),
+            "rewritten"
+        );
         assert_eq!(state(&machine, 0), MemberState::InSync);
         machine.compare_members();
     }
@@ -155,9 +177,14 @@ fn the_last_member_is_never_dropped() {
         machine.fail(1).unwrap();
         let refused = machine.fail(0).unwrap_err();
         assert!(refused.message.contains("last in-sync"), "{refused}");
-        machine.disks[0].set_faults(Faults { writes: true, ..Faults::default() });
+        machine.disks[0].set_faults(Faults {
+            writes: true,
+            ..Faults::default()
+        });
         let client = machine.client();
-        let result = machine.world.block_on(async move { client.write(0, 4096, false).await });
+        let result = machine
+            .world
+            .block_on(async move { client.write(0, 4096, false).await });
         assert!(result.is_err());
         assert_eq!(state(&machine, 0), MemberState::InSync);
         machine.disks[0].set_faults(Faults::default());
@@ -174,10 +201,15 @@ fn a_fault_that_all_share_drops_nobody() {
         write(&machine, 0, 65536);
         flush(&machine);
         for disk in &machine.disks {
-            disk.set_faults(Faults { writes: true, ..Faults::default() });
+            disk.set_faults(Faults {
+                writes: true,
+                ..Faults::default()
+            });
         }
         let client = machine.client();
-        let result = machine.world.block_on(async move { client.write(4096, 8192, false).await });
+        let result = machine
+            .world
+            .block_on(async move { client.write(4096, 8192, false).await });
         assert!(result.is_err());
         for disk in &machine.disks {
             disk.set_faults(Faults::default());
@@ -187,7 +219,12 @@ fn a_fault_that_all_share_drops_nobody() {
         }
         read(&machine, 0, 65536);
         let mirror = machine.mirror();
-        assert!(machine.world.run(1_000_000, || mirror.status().extents.unequalised_blocks == 0));
+        assert!(
+            machine
+                .world
+                .run(1_000_000, || mirror.status().extents.unequalised_blocks
+                    == 0)
+        );
         machine.compare_members();
     }
 }
@@ -199,20 +236,38 @@ fn a_flush_that_fails_everywhere_is_never_forgotten() {
         machine.start();
         write(&machine, 0, 8192);
         for disk in &machine.disks {
-            disk.set_faults(Faults { flushes: true, ..Faults::default() });
+            disk.set_faults(Faults {
+                flushes: true,
+                ..Faults::default()
+            });
         }
         let client = machine.client();
-        assert!(machine.world.block_on(async move { client.flush().await }).is_err());
+        assert!(
+            machine
+                .world
+                .block_on(async move { client.flush().await })
+                .is_err()
+        );
         for disk in &machine.disks {
             disk.set_faults(Faults::default());
         }
         let client = machine.client();
-        assert!(machine.world.block_on(async move { client.flush().await }).is_err());
+        assert!(
+            machine
+                .world
+                .block_on(async move { client.flush().await })
+                .is_err()
+        );
         machine.kill_daemon();
         machine.start();
         assert!(machine.mirror().status().flush_error, "across restarts");
         let client = machine.client();
-        assert!(machine.world.block_on(async move { client.write(0, 512, true).await }).is_err());
+        assert!(
+            machine
+                .world
+                .block_on(async move { client.write(0, 512, true).await })
+                .is_err()
+        );
     }
 }
 
@@ -222,10 +277,18 @@ fn rewriting_the_blocks_of_a_failed_flush_lifts_it() {
     machine.start();
     write(&machine, 0, 8192);
     for disk in &machine.disks {
-        disk.set_faults(Faults { flushes: true, ..Faults::default() });
+        disk.set_faults(Faults {
+            flushes: true,
+            ..Faults::default()
+        });
     }
     let client = machine.client();
-    assert!(machine.world.block_on(async move { client.flush().await }).is_err());
+    assert!(
+        machine
+            .world
+            .block_on(async move { client.flush().await })
+            .is_err()
+    );
     for disk in &machine.disks {
         disk.set_faults(Faults::default());
     }
@@ -242,12 +305,18 @@ fn one_member_alone_does_not_start_unless_forced_and_then_wins() {
         write(&machine, 0, 4096);
         machine.stop().unwrap();
         let refused = machine.start_on(&[1], false).unwrap_err();
-        assert!(refused.to_string().contains("may hold newer data"), "{refused}");
+        assert!(
+            refused.to_string().contains("may hold newer data"),
+            "{refused}"
+        );
         machine.start_on(&[1], true).unwrap();
         write(&machine, 4096, 4096);
         machine.stop().unwrap();
         let refused = machine.start_on(&[0], false).unwrap_err();
-        assert!(refused.to_string().contains("may hold newer data"), "{refused}");
+        assert!(
+            refused.to_string().contains("may hold newer data"),
+            "{refused}"
+        );
         machine.start();
         machine.wait_in_sync();
         machine.check_all("after the forced start");
@@ -270,7 +339,9 @@ fn two_members_that_went_on_alone_are_a_split_brain() {
     machine.start_on(&[0], true).unwrap();
     let refused = machine.re_add(1).unwrap_err();
     assert!(refused.message.contains("split brain"), "{refused}");
-    machine.re_add_disk(path(1), machine.disks[1].clone(), true).unwrap();
+    machine
+        .re_add_disk(path(1), machine.disks[1].clone(), true)
+        .unwrap();
     machine.wait_in_sync();
     machine.compare_members();
 }
@@ -295,7 +366,9 @@ fn an_older_image_of_a_member_is_not_believed() {
         machine.check_all("with a restored backup present");
         let refused = machine.re_add(1).unwrap_err();
         assert!(refused.message.contains("--full"), "{refused}");
-        machine.re_add_disk(path(1), machine.disks[1].clone(), true).unwrap();
+        machine
+            .re_add_disk(path(1), machine.disks[1].clone(), true)
+            .unwrap();
         machine.wait_in_sync();
         machine.compare_members();
     }
@@ -319,7 +392,11 @@ fn a_new_disk_gets_the_written_extents() {
             .unwrap();
         machine.wait_in_sync();
         let resync = machine.mirror().status().last_resync.unwrap();
-        assert_eq!(resync.copied_bytes + resync.zeroed_bytes, 8 << 20, "two extents");
+        assert_eq!(
+            resync.copied_bytes + resync.zeroed_bytes,
+            8 << 20,
+            "two extents"
+        );
         machine.compare_members();
         write(&machine, 40 << 20, 4096);
         machine.compare_members();
@@ -336,7 +413,9 @@ fn discarded_extents_read_as_zeroes_before_and_after_crashes() {
         machine.start();
         write(&machine, 4 << 20, 1 << 20);
         let client = machine.client();
-        machine.world.block_on(async move { client.discard_extent(1).await.unwrap() });
+        machine
+            .world
+            .block_on(async move { client.discard_extent(1).await.unwrap() });
         read(&machine, 4 << 20, 1 << 20);
         machine.cut_power();
         machine.start();

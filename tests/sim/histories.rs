@@ -14,7 +14,11 @@ fn seeds() -> (Vec<u64>, bool) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
     match number("SIM_SEED") {
         Some(seed) => {
-            tracing_subscriber::fmt().without_time().with_max_level(tracing::Level::TRACE).try_init().ok();
+            tracing_subscriber::fmt()
+                .without_time()
+                .with_max_level(tracing::Level::TRACE)
+                .try_init()
+                .ok();
             (vec![seed], true)
         }
         None => ((0..number("SIM_SEEDS").unwrap_or(100)).collect(), false),
@@ -28,7 +32,11 @@ async fn work(client: Client, mut rng: Rng, requests: u64, ended: Rc<Cell<u64>>)
         let sector = (extent << 13) + rng.below(64) * 8 + rng.below(2) * rng.below(8);
         let largest = if rng.one_in(8) { 64 } else { 4 };
         let blocks = 1 + rng.below(largest);
-        let len = if rng.one_in(4) { 512 } else { (blocks * 4096) as usize };
+        let len = if rng.one_in(4) {
+            512
+        } else {
+            (blocks * 4096) as usize
+        };
         let offset = (sector * 512).min(SIZE - len as u64);
         // Errors are legal while disks are faulty; wrong data never is.
         let _: Result<(), Errno> = match rng.below(20) {
@@ -51,19 +59,36 @@ async fn disturb(client: &Client, disks: &[mirror::sim::SimDisk], rng: &mut Rng)
     match rng.below(8) {
         0 => drop(client.mirror.fail(&member).await),
         1 => drop(client.mirror.remove(&member, true).await),
-        2 => disks[slot].set_faults(Faults { writes: true, ..none }),
-        3 => disks[slot].set_faults(Faults { flushes: true, ..none }),
+        2 => disks[slot].set_faults(Faults {
+            writes: true,
+            ..none
+        }),
+        3 => disks[slot].set_faults(Faults {
+            flushes: true,
+            ..none
+        }),
         4 => disks[slot].set_faults(Faults { hang: true, ..none }),
         5 => disks[slot].set_faults(Faults { gone: true, ..none }),
-        6 => disks[slot].set_faults(Faults { reads: true, ..none }),
+        6 => disks[slot].set_faults(Faults {
+            reads: true,
+            ..none
+        }),
         _ => {}
     }
-    mirror::Host::sleep(&mirror::sim::SimHost(client.world.clone()), Duration::from_secs(rng.below(12)))
-        .await;
+    mirror::Host::sleep(
+        &mirror::sim::SimHost(client.world.clone()),
+        Duration::from_secs(rng.below(12)),
+    )
+    .await;
     disks[slot].set_faults(none);
-    for slot in 0..disks.len() {
+    for (slot, disk) in disks.iter().enumerate() {
         if client.mirror.status().members[slot].state != MemberState::InSync {
-            drop(client.mirror.re_add(path(slot), disks[slot].clone(), false, false).await);
+            drop(
+                client
+                    .mirror
+                    .re_add(path(slot), disk.clone(), false, false)
+                    .await,
+            );
         }
     }
 }
@@ -73,15 +98,28 @@ fn history(seed: u64, members: usize, verbose: bool) {
     let mut machine = Machine::new(seed, members, SIZE);
     for life in 0..4 {
         let started = machine.start_on(&(0..members).collect::<Vec<_>>(), false);
-        assert!(started.is_ok(), "seed {seed}, life {life}: {}", started.unwrap_err());
+        assert!(
+            started.is_ok(),
+            "seed {seed}, life {life}: {}",
+            started.unwrap_err()
+        );
         machine.check_all(&format!("seed {seed}, start {life}"));
         let ended = Rc::new(Cell::new(0));
         for _ in 0..3 {
-            let worker = work(machine.client(), Rng::new(rng.next()), 12 + rng.below(12), ended.clone());
+            let worker = work(
+                machine.client(),
+                Rng::new(rng.bits()),
+                12 + rng.below(12),
+                ended.clone(),
+            );
             machine.world.spawn_task(worker);
         }
         let disturbances = rng.below(3);
-        let (client, disks, mut own) = (machine.client(), machine.disks.clone(), Rng::new(rng.next()));
+        let (client, disks, mut own) = (
+            machine.client(),
+            machine.disks.clone(),
+            Rng::new(rng.bits()),
+        );
         let disturbed = ended.clone();
         machine.world.spawn_task(async move {
             for _ in 0..disturbances {
@@ -90,13 +128,20 @@ fn history(seed: u64, members: usize, verbose: bool) {
             disturbed.set(disturbed.get() + 1);
         });
         let cut_short = rng.one_in(2);
-        let limit = if cut_short { 200 + rng.below(4000) } else { 2_000_000 };
+        let limit = if cut_short {
+            200 + rng.below(4000)
+        } else {
+            2_000_000
+        };
         let done = ended.clone();
         let finished = machine.world.run(limit, || done.get() == 4);
         if verbose {
             eprintln!("life {life}: {finished} {:#?}", machine.mirror().status());
         }
-        assert!(finished || cut_short, "seed {seed}, life {life} stands still");
+        assert!(
+            finished || cut_short,
+            "seed {seed}, life {life} stands still"
+        );
         for disk in &machine.disks {
             disk.set_faults(Faults::default());
         }
@@ -115,8 +160,17 @@ fn finish(machine: &mut Machine, seed: u64) {
     machine.start();
     for slot in 0..machine.disks.len() {
         let mirror = machine.mirror();
-        let resyncing = || mirror.status().members.iter().all(|m| m.state != MemberState::Resyncing);
-        assert!(machine.world.run(10_000_000, resyncing), "seed {seed}: a resync stands still");
+        let resyncing = || {
+            mirror
+                .status()
+                .members
+                .iter()
+                .all(|m| m.state != MemberState::Resyncing)
+        };
+        assert!(
+            machine.world.run(10_000_000, resyncing),
+            "seed {seed}: a resync stands still"
+        );
         if mirror.status().members[slot].state != MemberState::InSync {
             let disk = machine.disks[slot].clone();
             let added = machine.re_add_disk(path(slot), disk, true);
@@ -126,7 +180,9 @@ fn finish(machine: &mut Machine, seed: u64) {
     machine.wait_in_sync();
     machine.check_all(&format!("seed {seed}, in the end"));
     let mirror = machine.mirror();
-    machine.world.run(10_000_000, || mirror.status().extents.unequalised_blocks == 0);
+    machine.world.run(10_000_000, || {
+        mirror.status().extents.unequalised_blocks == 0
+    });
     machine.compare_members();
 }
 

@@ -58,8 +58,9 @@ impl Machine {
             now_secs: 0,
         };
         let plan = plan(&request).unwrap();
-        let disks: Vec<SimDisk> =
-            (0..members).map(|_| SimDisk::new(plan.member_bytes + (16 << 20), GARBAGE)).collect();
+        let disks: Vec<SimDisk> = (0..members)
+            .map(|_| SimDisk::new(plan.member_bytes + (16 << 20), GARBAGE))
+            .collect();
         for (disk, member) in disks.iter().zip(&plan.members) {
             for (offset, bytes) in member.maps.iter().chain(&member.superblocks) {
                 disk.write_now(*offset, bytes);
@@ -87,10 +88,15 @@ impl Machine {
     pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
         let candidates = slots
             .iter()
-            .map(|&slot| Candidate { path: path(slot), disk: self.disks[slot].clone() })
+            .map(|&slot| Candidate {
+                path: path(slot),
+                disk: self.disks[slot].clone(),
+            })
             .collect();
         let host = Rc::new(SimHost(self.world.clone()));
-        let mirror = self.world.block_on(SimMirror::start(host, candidates, options(force)))?;
+        let mirror = self
+            .world
+            .block_on(SimMirror::start(host, candidates, options(force)))?;
         self.mirror = Some(mirror);
         Ok(())
     }
@@ -137,7 +143,7 @@ impl Machine {
     fn replace_machine(&mut self) {
         self.mirror = None;
         self.world.crash();
-        let seed = self.world.choose(mirror::sim::Rng::next);
+        let seed = self.world.choose(mirror::sim::Rng::bits);
         self.world = World::new(seed);
         self.connect();
     }
@@ -160,7 +166,10 @@ impl Machine {
             let mut found = Vec::new();
             for run in touched.chunk_by(|a, b| a + 1 == *b) {
                 for part in run.chunks(128) {
-                    let bytes = client.read_raw(part[0] * 512, part.len() * 512).await.unwrap();
+                    let bytes = client
+                        .read_raw(part[0] * 512, part.len() * 512)
+                        .await
+                        .unwrap();
                     found.push((part[0], bytes));
                 }
             }
@@ -179,14 +188,22 @@ impl Machine {
         let mirror = self.mirror();
         let in_sync = || {
             let status = mirror.status();
-            status.members.iter().all(|m| m.state == MemberState::InSync)
+            status
+                .members
+                .iter()
+                .all(|m| m.state == MemberState::InSync)
         };
-        assert!(self.world.run(10_000_000, in_sync), "not in-sync: {:#?}", mirror.status());
+        assert!(
+            self.world.run(10_000_000, in_sync),
+            "not in-sync: {:#?}",
+            mirror.status()
+        );
     }
 
     pub(crate) fn fail(&self, slot: u8) -> Result<String, mirror::ControlError> {
         let mirror = self.mirror();
-        self.world.block_on(async move { mirror.fail(&MemberRef::Slot(slot)).await })
+        self.world
+            .block_on(async move { mirror.fail(&MemberRef::Slot(slot)).await })
     }
 
     pub(crate) fn re_add(&self, slot: usize) -> Result<String, mirror::ControlError> {
@@ -200,7 +217,8 @@ impl Machine {
         full: bool,
     ) -> Result<String, mirror::ControlError> {
         let mirror = self.mirror();
-        self.world.block_on(async move { mirror.re_add(path, disk, full, false).await })
+        self.world
+            .block_on(async move { mirror.re_add(path, disk, full, false).await })
     }
 
     /// After everything is written back: all in-sync members hold the same in every sector
@@ -221,7 +239,11 @@ impl Machine {
             let first = self.disks[in_sync[0]].read_now(at, 512);
             for &slot in &in_sync[1..] {
                 let other = self.disks[slot].read_now(at, 512);
-                assert!(first == other, "sector {sector} differs between {} and {slot}", in_sync[0]);
+                assert!(
+                    first == other,
+                    "sector {sector} differs between {} and {slot}",
+                    in_sync[0]
+                );
             }
         }
     }
@@ -239,7 +261,11 @@ pub(crate) struct Client {
 impl Client {
     fn buffer(&self, len: usize) -> Span<SimBuffer> {
         let buffer = SimHost(self.world.clone()).allocate(len.next_multiple_of(4096));
-        Span { buffer, start: 0, len }
+        Span {
+            buffer,
+            start: 0,
+            len,
+        }
     }
 
     pub(crate) async fn write(&self, offset: u64, len: usize, fua: bool) -> Result<(), Errno> {
@@ -252,7 +278,10 @@ impl Client {
                 chunk.copy_from_slice(&content(sector, version));
             }
         });
-        let issued = self.oracle.borrow_mut().issue(first..first + len as u64 / 512, version);
+        let issued = self
+            .oracle
+            .borrow_mut()
+            .issue(first..first + len as u64 / 512, version);
         tracing::trace!("write {version} at sector {first} of {len} bytes, fua {fua}");
         let result = self.mirror.write(offset, span, fua).await;
         tracing::trace!("write {version} answered {result:?}");
@@ -263,7 +292,10 @@ impl Client {
     }
 
     pub(crate) async fn write_zeroes(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
-        let issued = self.oracle.borrow_mut().issue(offset / 512..(offset + len) / 512, 0);
+        let issued = self
+            .oracle
+            .borrow_mut()
+            .issue(offset / 512..(offset + len) / 512, 0);
         let result = self.mirror.write_zeroes(offset, len, fua).await;
         if result.is_ok() {
             self.oracle.borrow_mut().acknowledge(&issued, fua);
@@ -274,7 +306,10 @@ impl Client {
     /// Discards whole extents; parts are ignored, so only those are told to the oracle.
     pub(crate) async fn discard_extent(&self, extent: u64) -> Result<(), Errno> {
         let (offset, len) = (extent << 22, 1 << 22);
-        let issued = self.oracle.borrow_mut().issue(offset / 512..(offset + len) / 512, 0);
+        let issued = self
+            .oracle
+            .borrow_mut()
+            .issue(offset / 512..(offset + len) / 512, 0);
         let result = self.mirror.discard(offset, len).await;
         if result.is_ok() {
             self.oracle.borrow_mut().acknowledge(&issued, true);

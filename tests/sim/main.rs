@@ -3,7 +3,11 @@
 //!
 //! `SIM_SEEDS=N` runs N seeds of each kind (default 100), `SIM_SEED=S` runs one and prints
 //! what it did.
-#![allow(clippy::unwrap_used, clippy::print_stderr, clippy::cast_possible_truncation)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation
+)]
 
 mod cases;
 mod histories;

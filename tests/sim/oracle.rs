@@ -55,7 +55,12 @@ impl Oracle {
 
     fn changes(&mut self, sector: u64) -> &mut Vec<Change> {
         self.sectors.entry(sector).or_insert_with(|| {
-            vec![Change { version: 0, issued: 0, acknowledged: Some(0), durable: Some(0) }]
+            vec![Change {
+                version: 0,
+                issued: 0,
+                acknowledged: Some(0),
+                durable: Some(0),
+            }]
         })
     }
 
@@ -63,7 +68,12 @@ impl Oracle {
     pub(crate) fn issue(&mut self, sectors: std::ops::Range<u64>, version: Version) -> Issued {
         let issued = self.tick();
         for sector in sectors.clone() {
-            let change = Change { version, issued, acknowledged: None, durable: None };
+            let change = Change {
+                version,
+                issued,
+                acknowledged: None,
+                durable: None,
+            };
             self.changes(sector).push(change);
         }
         Issued { sectors, issued }
@@ -125,14 +135,22 @@ impl Oracle {
     pub(crate) fn check(&mut self, sector: u64, bytes: &[u8], begun: u64) -> Result<(), String> {
         let changes = self.changes(sector).clone();
         let legal = |change: &Change| {
-            let Some(acknowledged) = change.acknowledged else { return true };
+            let Some(acknowledged) = change.acknowledged else {
+                return true;
+            };
             !changes.iter().any(|other| {
                 other.issued > acknowledged && other.acknowledged.is_some_and(|at| at < begun)
             })
         };
-        let allowed: Vec<Version> =
-            changes.iter().filter(|c| legal(c)).map(|c| c.version).collect();
-        if allowed.iter().any(|&version| content(sector, version) == bytes) {
+        let allowed: Vec<Version> = changes
+            .iter()
+            .filter(|c| legal(c))
+            .map(|c| c.version)
+            .collect();
+        if allowed
+            .iter()
+            .any(|&version| content(sector, version) == bytes)
+        {
             return Ok(());
         }
         let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap());
@@ -156,8 +174,11 @@ impl Oracle {
             }
             let all = changes.clone();
             let gone = |change: &Change| {
-                let Some(acknowledged) = change.acknowledged else { return false };
-                all.iter().any(|other| other.issued > acknowledged && other.durable.is_some())
+                let Some(acknowledged) = change.acknowledged else {
+                    return false;
+                };
+                all.iter()
+                    .any(|other| other.issued > acknowledged && other.durable.is_some())
             };
             changes.retain(|change| !gone(change));
             for change in changes.iter_mut() {
@@ -194,7 +215,9 @@ impl Oracle {
 fn prune(changes: &mut Vec<Change>, settled: u64) {
     let all = changes.clone();
     changes.retain(|change| {
-        let Some(acknowledged) = change.acknowledged else { return true };
+        let Some(acknowledged) = change.acknowledged else {
+            return true;
+        };
         !all.iter().any(|other| {
             other.issued > acknowledged && other.durable.is_some_and(|at| at < settled)
         })

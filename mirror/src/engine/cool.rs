@@ -88,17 +88,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         // The missed bits first: an extent that is cool says nothing about absent members.
         let missed_durable = self.commit().await;
-        let mut maps = self.maps.borrow_mut();
-        for extent in extents {
-            if !maps.cooling.remove(&extent) {
-                continue;
-            }
-            match missed_durable {
-                Ok(()) => maps.set_state(extent, ExtentState::Cool),
-                Err(_) => maps.hot.insert(extent, self.coarse_now.get()),
+        {
+            let mut maps = self.maps.borrow_mut();
+            for extent in extents {
+                if !maps.cooling.remove(&extent) {
+                    continue;
+                }
+                match missed_durable {
+                    Ok(()) => maps.set_state(extent, ExtentState::Cool),
+                    Err(_) => maps.hot.insert(extent, self.coarse_now.get()),
+                }
             }
         }
-        drop(maps);
         missed_durable?;
         self.commit().await
     }

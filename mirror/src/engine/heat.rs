@@ -132,15 +132,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 ExtentState::Discarded => false,
                 ExtentState::Cool | ExtentState::Hot => continue,
             };
-            let config = self.config.borrow();
-            let spared = |r: &Receiver<D>| never_used && config.slots[usize::from(r.slot)].zeroed;
-            let targets: Vec<Receiver<D>> = view
-                .receivers
-                .iter()
-                .filter(|r| !spared(r))
-                .cloned()
-                .collect();
-            drop(config);
+            let targets: Vec<Receiver<D>> = {
+                let config = self.config.borrow();
+                let spared =
+                    |r: &Receiver<D>| never_used && config.slots[usize::from(r.slot)].zeroed;
+                view.receivers
+                    .iter()
+                    .filter(|r| !spared(r))
+                    .cloned()
+                    .collect()
+            };
             if targets.is_empty() {
                 continue;
             }

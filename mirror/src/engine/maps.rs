@@ -78,7 +78,6 @@ pub(super) struct Maps {
     /// Stamp of the last commit begun.
     pub(super) stamp: Stamp,
     tag: u32,
-    blocks: u64,
 }
 
 impl Maps {
@@ -104,13 +103,7 @@ impl Maps {
                 sequence: 0,
             },
             tag,
-            blocks,
         }
-    }
-
-    /// Blocks of the device, whole extents.
-    pub(super) fn blocks(&self) -> u64 {
-        self.blocks
     }
 
     /// Changes an extent's state and has its page committed next.

@@ -59,7 +59,7 @@ use crate::host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
 use crate::superblock::{SlotState, Superblock};
 use commit::Commits;
 use dirty_map::Stamp;
-use fan_out::{FanOut, Limited, StallWatch};
+use fan_out::{FanOut, StallWatch};
 use maps::Maps;
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -308,11 +308,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         member_io::timed::<H, D>(&*self.host, op, self.options.deadline).await
     }
 
-    /// Waits for one member's answer without a timer of its own; a stall ends as `TIMED_OUT`.
-    async fn by_the_deadline(&self, op: D::Op) -> Result<(), Errno> {
-        Limited::new(&self.stalls, op).await
-    }
-
     /// Checks a request's range against the device.
     fn check(&self, offset: u64, len: u64) -> Result<Range<u64>, Errno> {
         let block = u64::from(self.logical_block_bytes);
@@ -320,7 +315,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if end > self.size_bytes {
             return Err(Errno::NO_SPACE);
         }
-        if offset % block != 0 || len % block != 0 {
+        if !offset.is_multiple_of(block) || !len.is_multiple_of(block) {
             return Err(Errno::INVALID);
         }
         Ok(offset..end)

@@ -5,6 +5,7 @@
 //! equalised first (R5). When a member cannot read, another one answers, and the bad copy is
 //! rewritten under the range lock and read back.
 
+use super::fan_out::Limited;
 use super::heat::extents;
 use super::write::intersect;
 use super::{Mirror, Receiver, front, length};
@@ -141,7 +142,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let result = if alone {
                 op.await
             } else {
-                self.by_the_deadline(op).await
+                Limited::new(&self.stalls, op).await
             };
             match result {
                 Ok(()) => {

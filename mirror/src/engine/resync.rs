@@ -14,7 +14,7 @@ use super::{Mirror, PIECE_BYTES, Receiver, Running, front, length};
 use crate::control::ResyncStatus;
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host};
 use crate::superblock::SlotState;
-use dirty_map::{BLOCK_BYTES, BLOCKS_PER_EXTENT, Block, Extent};
+use dirty_map::{BLOCK_BYTES, Block, Extent};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
@@ -126,12 +126,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if !still_joined {
                 return Err(Errno::NO_DEVICE);
             }
-            let mut maps = self.maps.borrow_mut();
-            for blocks in copied {
-                maps.unmiss(slot, blocks);
+            {
+                let mut maps = self.maps.borrow_mut();
+                for blocks in copied {
+                    maps.unmiss(slot, blocks);
+                }
+                maps.queue_missed(slot);
             }
-            maps.queue_missed(slot);
-            drop(maps);
             self.commit().await?;
         }
         match batch.failed.get() {
@@ -287,7 +288,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.miss(slot, extent.blocks());
             from = Extent(extent.0 + 1);
         }
-        debug_assert!(maps.blocks() % BLOCKS_PER_EXTENT == 0);
     }
 }
 

@@ -448,7 +448,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.options.write_intent {
             self.cool(quiet).await?;
         }
-        let clean = self.maps.borrow().hot.len() == 0;
+        let clean = self.maps.borrow().hot.is_empty();
         self.round(|config| {
             if clean {
                 config.last_stop = LastStop::Clean;

@@ -34,7 +34,7 @@ impl Rng {
     }
 
     /// The next 64 bits.
-    pub fn next(&mut self) -> u64 {
+    pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = self.0;
         mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -44,7 +44,7 @@ impl Rng {
 
     /// A number below `bound`.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
+        self.bits() % bound.max(1)
     }
 
     /// An index into something of length `len`.
@@ -359,7 +359,7 @@ impl Host for SimHost {
 
     fn random(&self) -> u128 {
         self.0
-            .choose(|rng| u128::from(rng.next()) << 64 | u128::from(rng.next()))
+            .choose(|rng| u128::from(rng.bits()) << 64 | u128::from(rng.bits()))
     }
 
     fn spawn(&self, task: Pin<Box<dyn Future<Output = ()>>>) {
