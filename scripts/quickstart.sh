@@ -2,19 +2,26 @@
 # The main job on two image files: pull a member, put it back, and see that only what changed
 # is copied.
 #
-# Usage: scripts/quickstart.sh [--keep]
+# Usage: scripts/quickstart.sh [--keep] [--data MIB]
 #
 # Wants the release binaries (`make build`; `make quickstart` does both). Takes /dev/ublkbN where
-# the kernel has ublk and this runs as root, else NBD on a unix socket. All its files are in one
-# temporary folder (below TMPDIR), which is removed at the end unless --keep is given. Ends with
-# 0 only if every byte that was written has been read back, and prints the commands it ran.
+# the kernel has ublk and this runs as root, else NBD on a unix socket. --data says how much of this
+# machine's own files to write (default 200). All its files are in one temporary folder (below
+# TMPDIR), which is removed at the end unless --keep is given. Ends with 0 only if every byte
+# that was written has been read back, and prints the commands it ran.
 set -euo pipefail
 
 project=$(cd "$(dirname "$0")/.." && pwd)
 binaries=${UBLK_MIRROR_BIN:-${CARGO_TARGET_DIR:-$project/target}/release}
 case $binaries in /*) ;; *) binaries=$project/$binaries ;; esac
-keep=no
-[ "${1:-}" = --keep ] && keep=yes
+keep=no data_mib=200
+while [ $# -gt 0 ]; do
+    case $1 in
+    --keep) keep=yes && shift ;;
+    --data) data_mib=$2 && shift 2 ;;
+    *) sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//' >&2 && exit 2 ;;
+    esac
+done
 for program in mirrorctl ublk-mirror; do
     if [ ! -x "$binaries/$program" ]; then
         echo "$binaries/$program is missing: run 'make build' first." >&2
@@ -59,9 +66,7 @@ step() { printf '\n%s\n' "$*"; }
 run() {
     printf '  $ %s\n' "$1"
     ran+=("$1")
-    eval "$1" > >(sed 's/^/    /') 2>&1
-    # The output is asynchronous: without this it could come after the next line.
-    wait $!
+    eval "$1"
 }
 
 # status_value PATH : a value of the mirror's status, such as io.written-bytes.
@@ -79,16 +84,17 @@ data_offset() {
         python3 -c 'import json, sys; print(json.load(sys.stdin)["data-offset"])'
 }
 
-# real_data : about 200 MiB of this machine's own files in data.tar.
+# real_data : about $data_mib MiB of this machine's own files in data.tar.
 real_data() {
-    # tar is cut off by head, which is not a failure here.
-    { tar -C /usr -cf - share lib 2>/dev/null || true; } | head -c 200M >data.tar
-    truncate -s %4096 data.tar
+    # head ends tar early, which is no failure here.
+    set +o pipefail
+    run "tar -C /usr -cf - share lib 2>/dev/null | head -c ${data_mib}M >data.tar"
+    set -o pipefail
 }
 
-# The writes: 1,000 different blocks in the first 192 MiB, chosen anew by each run.
+# The writes: 1,000 different blocks of the data, chosen anew by each run.
 make_changes() {
-    run "shuf -i 0-49151 -n 1000 | awk '{print \"write -P\", 1 + NR % 255, \$1 * 4096, 4096}' >changes"
+    run "shuf -i 0-$((data_mib * 256 - 1)) -n 1000 | awk '{print \"write -P\", 1 + NR % 255, \$1 * 4096, 4096}' >changes"
 }
 
 began=$SECONDS
@@ -100,25 +106,24 @@ front=
 run "mirrorctl start demo a.img b.img$front"
 device=$(status_value device)
 
-real_data
 case $device in
 /dev/*)
     kind=ublk
-    step "2. A filesystem on $device with real data ($(($(stat -c %s data.tar) >> 20)) MiB)"
-    run "mkfs.ext4 -q $device"
+    step "2. A filesystem on $device with real data"
+    real_data
+    run "mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 $device"
     run "mkdir mnt && mount $device mnt"
     run "cp data.tar mnt/ && sync -f mnt"
     target=mnt/data.tar
-    expected=data.tar
     ;;
 *)
     kind=nbd
-    step "2. Real data ($(($(stat -c %s data.tar) >> 20)) MiB) through $device"
+    step "2. Real data through $device"
+    real_data
+    run "truncate -s 1G data.tar # the rest of the device has to be zero"
     run "uri=nbd+unix:///?socket=run/demo.nbd"
     run "qemu-img convert -n -f raw -O raw data.tar \$uri"
     target=\$uri
-    expected=data.tar
-    truncate -s 1G data.tar # the rest of the device has to be zero
     ;;
 esac
 
@@ -130,7 +135,7 @@ step "4. Change some of the data: 1,000 random writes of 4 KiB"
 make_changes
 before=$(status_value io.written-bytes)
 run "qemu-io -f raw $target <changes >changes.log"
-run "qemu-io -f raw $expected <changes >changes.log # the same writes to the copy to compare with"
+run "qemu-io -f raw data.tar <changes >changes.log # the same writes to the copy to compare with"
 [ $kind = nbd ] || run "sync -f mnt"
 written=$(($(status_value io.written-bytes) - before))
 run "mirrorctl status demo"
@@ -140,7 +145,7 @@ run "mirrorctl re-add demo b.img"
 run "mirrorctl wait demo --timeout 60"
 summary=$(mirrorctl wait demo)
 printf '\n  changed %s MiB in 1,000 writes (%s bytes reached the device in all)\n  %s\n' \
-    "$(awk 'BEGIN {printf "%.1f", 1000 * 4096 / 1048576 - 0.05}')" "$written" "$summary"
+    "$(awk 'BEGIN {printf "%.1f", int(1000 * 4096 / 1048576 * 10) / 10}')" "$written" "$summary"
 
 step "6. Stop, and compare both members byte by byte"
 [ $kind = nbd ] || run "umount mnt"
@@ -149,6 +154,7 @@ run "cmp --ignore-initial=$(data_offset) a.img b.img && echo the members are the
 
 step "7. Start again and verify everything that was written"
 run "mirrorctl start demo a.img b.img$front"
+device=$(status_value device)
 if [ $kind = ublk ]; then
     run "mount $device mnt"
     run "cmp mnt/data.tar data.tar && echo every byte is there"
@@ -158,7 +164,8 @@ else
 fi
 run "mirrorctl stop demo"
 
-printf '\nDone in %s s. The commands (in an empty folder, as root; data.tar is any file):\n' \
+printf '\nDone in %s s. The commands (in an empty folder, as root):\n' \
     "$((SECONDS - began))"
+# shellcheck disable=SC2016
 printf '  PATH=%s:$PATH\n' "$binaries"
 printf '  %s\n' "${ran[@]}"

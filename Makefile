@@ -1,0 +1,71 @@
+# Everything a person types here: quickstart, build, test, bench, lint, clean.
+#
+# Each target installs what it needs first (scripts/deps.sh: quick when it is there; needs root
+# only when something is missing). CARGO_TARGET_DIR is honoured.
+
+CARGO ?= cargo
+# The kernel families that `make test` boots.
+KERNELS ?= 6.12 7.2
+# What lint and doc leave out of a person's way is an error here.
+export RUSTDOCFLAGS ?= -D warnings
+
+.PHONY: help deps quickstart build test test-unit test-sim test-native test-guest \
+	bench lint fmt clippy doc clean
+
+help:
+	@echo "make quickstart   build, and show the main job on two image files"
+	@echo "make build        release binaries: mirrorctl and the daemon ublk-mirror"
+	@echo "make test         unit, simulator, native and real-kernel tests"
+	@echo "make bench        measure, and write tables and a picture to benches/out"
+	@echo "make lint         formatting, clippy, documentation"
+	@echo "make clean        remove what was built (kernels and tools in .cache too)"
+
+deps:
+	@scripts/deps.sh
+
+build: deps
+	$(CARGO) build --release -p ublk-target -p mirrorctl
+
+quickstart: build
+	scripts/quickstart.sh
+
+test: test-unit test-sim test-native test-guest
+
+test-unit: deps
+	@echo "=== unit tests"
+	$(CARGO) test --workspace --exclude ublk-mirror-tests --no-fail-fast
+
+test-sim: deps
+	@echo "=== simulator and style tests"
+	$(CARGO) test -p ublk-mirror-tests --no-fail-fast
+
+test-native: build
+	@echo "=== native tests"
+	tests/native/run.py
+
+test-guest: build
+	@for kernel in $(KERNELS); do \
+		echo "=== guest tests, kernel $$kernel"; \
+		tests/guest/host.sh --family $$kernel || failed=1; \
+		tests/native/quickstart_in_guest.sh $$kernel || failed=1; \
+	done; test -z "$$failed"
+
+bench: build
+	benches/native/bench.sh
+	benches/guest/host.sh $(KERNELS)
+	benches/report.py
+
+lint: fmt clippy doc
+
+fmt:
+	$(CARGO) fmt --all --check
+
+clippy: deps
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+doc: deps
+	$(CARGO) doc --workspace --no-deps --document-private-items
+
+clean:
+	$(CARGO) clean
+	rm -rf .cache
