@@ -490,6 +490,14 @@ impl HotExtents {
         ripe.filter(may).take(max).collect()
     }
 
+    /// Whether nothing but time speaks against cooling `extent`.
+    #[must_use]
+    pub fn is_coolable(&self, extent: Extent) -> bool {
+        self.entries
+            .get(&extent)
+            .is_some_and(|entry| entry.may_cool(Time::MAX, 0))
+    }
+
     /// Whether any block was written since the last flush began.
     #[must_use]
     pub fn is_unflushed(&self) -> bool {

@@ -182,6 +182,9 @@ impl Layout {
     /// the data area; a superblock whose table does not is not believed (R17).
     #[must_use]
     pub fn is_sound(&self) -> bool {
+        if self.data_offset > MIRROR_BYTES_MAX {
+            return false;
+        }
         let mut spans = vec![(0, 12 << 10)];
         for region in &self.regions {
             let copies = if region.copy_a == region.copy_b { 1 } else { 2 };
@@ -205,7 +208,8 @@ impl Layout {
         let needed = Self::for_size(self.size_bytes);
         needed.regions.iter().all(|want| {
             self.find(want.kind, want.slot).is_some_and(|have| {
-                have.len >= want.len && (have.copy_a != have.copy_b) == (want.copy_a != want.copy_b)
+                (want.len..=want.len * 2).contains(&have.len)
+                    && (have.copy_a != have.copy_b) == (want.copy_a != want.copy_b)
             })
         })
     }

@@ -478,7 +478,7 @@ impl Superblock {
         self.history.truncate(HISTORY_MAX);
         self.epoch = Epoch {
             id,
-            ordinal: self.epoch.ordinal + 1,
+            ordinal: self.epoch.ordinal.saturating_add(1),
         };
     }
 

@@ -13,3 +13,4 @@ mod cases;
 mod histories;
 mod machine;
 mod oracle;
+mod races;

@@ -14,7 +14,7 @@
 
 use super::maps::{Page, page_offset};
 use super::wait::WaitList;
-use super::{FanOut, Mirror, View, front, length};
+use super::{FanOut, Mirror, Receiver, Running, View, front, length};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::PAGE_BYTES;
 use std::cell::{Cell, RefCell};
@@ -22,6 +22,10 @@ use std::rc::Rc;
 
 /// Pages written by one commit step; a larger commit takes several.
 pub(super) const PAGES_PER_STEP: usize = 64;
+
+/// Failed commits that are remembered for those who still wait: far more than can be waited
+/// for at once.
+const FAILED_KEPT: usize = 1024;
 
 /// Who waits for which commit.
 #[derive(Default)]
@@ -55,8 +59,16 @@ fn runs(pages: &[Page]) -> Vec<(usize, usize)> {
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
-    /// Makes every map change so far durable; see the module documentation.
+    /// Makes every map change so far durable; see the module documentation. Waits for judged
+    /// losses first: a member whose loss is not recorded yet must not fall behind by more
+    /// commits than a start takes for a commit in flight (R16).
     pub(super) async fn commit(&self) -> Result<(), Errno> {
+        self.losses_effective().await?;
+        self.commit_now().await
+    }
+
+    /// [`Mirror::commit`] for the losing itself.
+    pub(super) async fn commit_now(&self) -> Result<(), Errno> {
         let commits = &self.commits;
         let ticket = commits.requested.get() + 1;
         commits.requested.set(ticket);
@@ -86,7 +98,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let last = commits.requested.get();
             if let Err(errno) = self.commit_pages(&mut buffer).await {
                 tracing::error!("a map commit failed on every in-sync member: {errno}");
-                commits.failed.borrow_mut().push((first, last));
+                let mut failed = commits.failed.borrow_mut();
+                let old = failed.len().saturating_sub(FAILED_KEPT);
+                failed.drain(..old);
+                failed.push((first, last));
             }
             commits.served.set(last);
             commits.waiting.wake_all();
@@ -95,20 +110,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Writes all dirty pages. On failure they stay dirty.
     async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
+        let stamp = {
+            let mut maps = self.maps.borrow_mut();
+            maps.stamp.sequence += 1;
+            maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
+            maps.stamp
+        };
         loop {
-            let (pages, stamp) = {
+            let pages = {
                 let mut maps = self.maps.borrow_mut();
                 let mut pages = maps.take_dirty(PAGES_PER_STEP - 1);
                 if pages.is_empty() {
                     return Ok(());
                 }
-                if !pages.iter().any(|page| Page::tells_position(*page)) {
-                    // A start reads how far a member has come from these pages alone.
+                if !pages.contains(&Page::POSITION) {
+                    // How far a member has come does not depend on the state of its maps.
                     pages.insert(0, Page::POSITION);
                 }
-                maps.stamp.sequence += 1;
-                maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
-                (pages, maps.stamp)
+                pages
             };
             if buffer.in_use() {
                 // A stalled, lost member still holds it (R6).
@@ -127,7 +146,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return Err(errno);
             }
             for receiver in &view.receivers {
-                self.slots.borrow_mut()[usize::from(receiver.slot)].position = stamp;
+                let state = &mut self.slots.borrow_mut()[usize::from(receiver.slot)];
+                if matches!(state.running, Running::InSync | Running::Resyncing) {
+                    // One that failed inside the commit does not hold it for certain.
+                    state.position = stamp;
+                }
             }
             self.count(|counts| counts.map_commits += 1);
         }
@@ -181,7 +204,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         what: &str,
     ) -> Result<(), Errno> {
         let lacks = |slot: u8| lacking[usize::from(slot)];
-        let mut in_sync = view.receivers.iter().filter(|r| r.in_sync);
+        // One that was lost meanwhile proves nothing.
+        let holds = |r: &&Receiver<D>| r.in_sync && self.stalls.is_in_sync(r.slot);
+        let mut in_sync = view.receivers.iter().filter(holds);
         if in_sync.clone().all(|r| lacks(r.slot).is_some()) {
             let errno = in_sync.find_map(|r| lacks(r.slot)).unwrap_or(Errno::IO);
             return Err(errno);

@@ -57,7 +57,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.maps.borrow().hot.is_unflushed() {
             // Applications that never flush must not make U, and so what a lost member is
             // given again, grow without bound.
-            self.flush_inside().await?;
+            if let Err(errno) = self.flush_inside().await {
+                tracing::warn!("the background flush failed: {errno}");
+            }
         }
         let quiet = self.maps.borrow_mut().hot.coolable(now, QUIET, BATCH);
         self.cool(quiet).await?;
@@ -70,6 +72,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Cools extents that have nothing in flight, unflushed or un-equalised.
     pub(super) async fn cool(&self, extents: Vec<Extent>) -> Result<(), Errno> {
+        // One at a time: the missed bits of an extent that one call took must not be left to
+        // the commit of another.
+        let _turn = self.cooling.enter().await;
+        let extents: Vec<Extent> = {
+            let hot = &self.maps.borrow().hot;
+            extents
+                .into_iter()
+                .filter(|&extent| hot.is_coolable(extent))
+                .collect()
+        };
         if extents.is_empty() {
             return Ok(());
         }

@@ -17,6 +17,9 @@ use std::task::{Context, Poll, Waker};
 #[derive(Default)]
 pub(crate) struct StallWatch {
     tick: Cell<u64>,
+    /// Slots that are in-sync now, one bit each: a member that was lost after a request went
+    /// to it is no proof that the request succeeded.
+    in_sync: Cell<u16>,
     places: RefCell<Places>,
 }
 
@@ -33,6 +36,21 @@ impl StallWatch {
         for waker in self.places.borrow().wakers.iter().flatten() {
             waker.wake_by_ref();
         }
+    }
+
+    /// Replaces the set of slots that are in-sync.
+    pub(crate) fn set_in_sync(&self, slots: impl Iterator<Item = u8>) {
+        self.in_sync.set(slots.fold(0, |all, slot| all | 1 << slot));
+    }
+
+    /// Whether the member in `slot` is in-sync now.
+    pub(crate) fn is_in_sync(&self, slot: u8) -> bool {
+        self.in_sync.get() & (1 << slot) != 0
+    }
+
+    /// Whether the member in `slot` is in-sync now and no other one is.
+    pub(crate) fn is_last(&self, slot: u8) -> bool {
+        self.in_sync.get() == 1 << slot
     }
 
     fn take_place(&self, waker: &Waker) -> usize {
@@ -85,9 +103,10 @@ impl Outcomes {
         self.iter().all(|outcome| outcome.result.is_ok())
     }
 
-    /// The first error of an in-sync member if none of them succeeded.
-    pub(crate) fn common_error(&self) -> Option<Errno> {
-        if self.iter().any(|o| o.in_sync && o.result.is_ok()) {
+    /// The first error of an in-sync member if none that is still in-sync succeeded.
+    pub(crate) fn common_error(&self, watch: &StallWatch) -> Option<Errno> {
+        let proves = |o: &Outcome| o.in_sync && o.result.is_ok() && watch.is_in_sync(o.slot);
+        if self.iter().any(proves) {
             return None;
         }
         Some(
@@ -211,7 +230,16 @@ impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
             return Poll::Ready(this.outcomes);
         }
         let now = this.watch.tick.get();
-        let may_end = this.limited || this.outcomes.common_error().is_none();
+        let holds = |slot| this.watch.is_in_sync(slot);
+        let mut waiting = this
+            .running
+            .iter()
+            .zip(&this.outcomes.list)
+            .filter(|(op, _)| op.is_some());
+        // Whoever is still in-sync has answered, or one of them has succeeded.
+        let may_end = this.limited
+            || this.outcomes.common_error(this.watch).is_none()
+            || waiting.all(|(_, outcome)| outcome.is_some_and(|o| !holds(o.slot)));
         if now - this.begun > TICKS_PER_DEADLINE && may_end {
             // Dropping the operations leaves them to the disk as orphans.
             return Poll::Ready(this.outcomes);

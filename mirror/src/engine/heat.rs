@@ -28,6 +28,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ///
     /// When the intent could not be recorded on any in-sync member.
     pub(super) async fn heat(&self, range: &Range<u64>) -> Result<(), Errno> {
+        let mut made_room = false;
         loop {
             self.rewarm_cooling(range);
             let cold: Vec<Extent> = {
@@ -45,8 +46,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 self.prepared.until(settled).await;
                 continue;
             }
-            if self.maps.borrow().hot.is_full() {
-                self.make_room().await?;
+            if self.maps.borrow().hot.is_full() && !made_room {
+                // Best effort, and everything above is looked at again afterwards.
+                made_room = true;
+                let room = self.make_room().await;
+                tracing::debug!("the memory for hot extents is full: {room:?}");
+                continue;
             }
             self.maps.borrow_mut().preparing.extend(&cold);
             let result = self.prepare(&cold).await;

@@ -26,7 +26,7 @@ use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
 use crate::create::{blank_maps, hint, random_uuid};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind};
-use crate::superblock::{SlotRecord, SlotState, Superblock, SuperblockError};
+use crate::superblock::{Loss, SlotRecord, SlotState, Superblock, SuperblockError};
 use crate::{ControlError, create};
 use dirty_map::{Extent, Stamp};
 use std::rc::Rc;
@@ -87,6 +87,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         })?;
         let superblock = &surveyed.seen.superblock;
         let slot = superblock.own_slot;
+        let _joining = self.joining.enter().await;
         let verdict = judge_return(&self.config.borrow(), &surveyed.seen);
         let in_config = self
             .config
@@ -181,6 +182,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 old.name
             )));
         }
+        let _joining = self.joining.enter().await;
         let slot = self.free_slot().ok_or_else(|| {
             refuse("every slot has a member in service; fail and remove one first".to_owned())
         })?;
@@ -298,13 +300,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             ))
         })?;
         self.join_round(&joiner, base).await?;
-        // The same position on all receiving members again, the joiner's own one included.
-        self.maps.borrow_mut().dirty.insert(Page::POSITION);
-        self.commit().await.map_err(|errno| {
-            failed(format!(
-                "the join could not be followed by a map commit: {errno}"
-            ))
-        })?;
         let message = if joiner.new {
             let path = &joiner.path;
             format!("{path} (slot {slot}) joined as a new disk and is resyncing (full)")
@@ -329,6 +324,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             stalled: None,
         });
         self.spawn(|mirror| mirror.run_resync(slot));
+        // The same position on all receiving members again, the joiner's own one included.
+        self.maps.borrow_mut().dirty.insert(Page::POSITION);
+        if let Err(errno) = self.commit_now().await {
+            tracing::warn!("the map commit after a join failed: {errno}");
+        }
         Ok(message)
     }
 
@@ -352,7 +352,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let round = self.round_inside(|config| {
             let record = &mut config.slots[usize::from(slot)];
             if joiner.new {
-                *record = SlotRecord::empty();
+                // Lacking everything since this join is all there is to know of it: a restart
+                // goes on from its missed map.
+                let loss = Loss {
+                    epoch,
+                    position: base,
+                    block_exact: false,
+                };
+                *record = SlotRecord {
+                    loss: Some(loss),
+                    ..SlotRecord::empty()
+                };
             }
             record.member = Some(joiner.member);
             record.state = SlotState::Resyncing;
@@ -393,13 +403,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 member: joiner.member,
                 ..config.clone()
             };
-            for (offset, bytes) in blank_maps(&config) {
-                member_io::write_bytes(&*self.host, &*joiner.disk, offset, &bytes).await?;
-            }
-            // Not yet a member: an old superblock must not outlive its maps.
+            // Not a member of anything while its maps change: an old superblock must not
+            // outlive the maps that belong to it.
             for (offset, len) in create::wipe_ranges() {
                 let zeroes = vec![0; length(len)];
                 member_io::write_bytes(&*self.host, &*joiner.disk, offset, &zeroes).await?;
+            }
+            member_io::flush(&*self.host, &*joiner.disk).await?;
+            for (offset, bytes) in blank_maps(&config) {
+                member_io::write_bytes(&*self.host, &*joiner.disk, offset, &bytes).await?;
             }
         }
         for run in self

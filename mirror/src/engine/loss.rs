@@ -25,7 +25,9 @@ use crate::control::ErrorKind;
 use crate::control::MemberRef;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
-use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loss, SlotState, Superblock};
+use crate::superblock::{
+    COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Epoch, Loss, SlotState, Superblock,
+};
 use dirty_map::blocks_covering;
 use std::rc::Rc;
 use std::time::Duration;
@@ -115,13 +117,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 next.epoch = attempt.epoch;
                 next.history.clone_from(&attempt.history);
             }
+            let before = next.epoch;
             change(&mut next);
             next.flush_failed |= self.flush_unrecorded.get();
-            self.record_losses(&losing, &mut next);
-            if next == *self.config.borrow() {
+            self.record_losses(&losing, before, &mut next);
+            let events = attempted
+                .as_ref()
+                .map_or(next.event_count, |a| a.event_count);
+            if next == *self.config.borrow() && self.all_hold_the_epoch() {
                 return Ok(());
             }
-            next.event_count += 1;
+            next.event_count = events + 1;
             next.updated_secs = self.host.wall_clock_secs();
             self.write_superblocks(&next, true).await?;
             if losing == self.losing() {
@@ -160,10 +166,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 maps.queue_missed(slot);
             }
         }
-        self.commit().await
+        self.commit_now().await
     }
 
-    fn record_losses(&self, losing: &[u8], next: &mut Superblock) {
+    fn record_losses(&self, losing: &[u8], before: Epoch, next: &mut Superblock) {
         if losing.is_empty() {
             return;
         }
@@ -184,7 +190,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 block_exact: true,
             });
         }
-        next.begin_epoch(self.host.random());
+        if next.epoch == before {
+            // The change of this round may have begun one already: one is enough.
+            next.begin_epoch(self.host.random());
+        }
+    }
+
+    /// Whether every receiving member's superblock stands at the present epoch; after a start
+    /// in the middle of a round some do not.
+    fn all_hold_the_epoch(&self) -> bool {
+        let epoch = self.config.borrow().epoch.id;
+        let slots = self.slots.borrow();
+        let receiving =
+            |s: &&super::Slot<D>| matches!(s.running, Running::InSync | Running::Resyncing);
+        slots.iter().filter(receiving).all(|s| s.epoch == epoch)
     }
 
     /// Writes `next` to the in-sync members, or to the other receiving ones. Members that fail

@@ -40,11 +40,6 @@ impl Page {
         slot: 0,
         index: 0,
     };
-
-    /// Whether a start reads the page to learn the member's position (R16).
-    pub(super) fn tells_position(self) -> bool {
-        matches!(self.kind, RegionKind::Position | RegionKind::State)
-    }
 }
 
 /// One slot's missed map with its summary.
@@ -53,6 +48,9 @@ pub(super) struct Missed {
     pub(super) map: MissedMap,
     /// Pages of the map that count on disk.
     pub(super) summary: Summary,
+    /// Bits set since the running batch of copies began: a copy made before does not clear
+    /// them (R4).
+    pub(super) since_copied: MissedMap,
     /// Pages whose bits in memory differ from what is durable.
     pub(super) changed: BTreeSet<u32>,
 }
@@ -69,8 +67,6 @@ pub(super) struct Maps {
     pub(super) cooling: HashSet<Extent>,
     /// Extents being zeroed and made hot by some write.
     pub(super) preparing: HashSet<Extent>,
-    /// Extents whose state could not be read from any member: reads answer EIO.
-    pub(super) unknown: HashSet<Extent>,
     /// Blocks whose flush failed everywhere and that were not written anew (R7).
     pub(super) suspect: MissedMap,
     /// Pages to commit.
@@ -86,6 +82,7 @@ impl Maps {
         let blocks = u64::from(extents) * BLOCKS_PER_EXTENT;
         let missed = |_| Missed {
             map: MissedMap::new(blocks),
+            since_copied: MissedMap::new(blocks),
             summary: Summary::new(narrow(blocks.div_ceil(MISSED_PER_PAGE))),
             changed: BTreeSet::new(),
         };
@@ -95,7 +92,6 @@ impl Maps {
             hot: HotExtents::new(HOT_CAP_BYTES),
             cooling: HashSet::new(),
             preparing: HashSet::new(),
-            unknown: HashSet::new(),
             suspect: MissedMap::new(blocks),
             dirty: BTreeSet::new(),
             stamp: Stamp {
@@ -120,16 +116,27 @@ impl Maps {
     /// Sets missed bits of a slot, in memory until its changed pages are committed.
     pub(super) fn miss(&mut self, slot: u8, blocks: Range<u64>) {
         let missed = &mut self.missed[usize::from(slot)];
+        missed.since_copied.set(blocks.clone());
         if missed.map.set(blocks.clone()) > 0 {
             note_pages(missed, &blocks);
         }
     }
 
-    /// Clears missed bits of a slot, in memory.
-    pub(super) fn unmiss(&mut self, slot: u8, blocks: Range<u64>) {
+    /// Clears the missed bits of blocks that were copied, in memory; those set again since the
+    /// batch began stay.
+    pub(super) fn unmiss_copied(&mut self, slot: u8, blocks: Range<u64>) {
         let missed = &mut self.missed[usize::from(slot)];
-        if missed.map.clear(blocks.clone()) > 0 {
-            note_pages(missed, &blocks);
+        let mut at = blocks.start;
+        while at < blocks.end {
+            let again = missed.since_copied.next_run(at, blocks.end - at);
+            let again = again
+                .filter(|run| run.start < blocks.end)
+                .unwrap_or(blocks.end..blocks.end);
+            let part = at..again.start;
+            if !part.is_empty() && missed.map.clear(part.clone()) > 0 {
+                note_pages(missed, &part);
+            }
+            at = again.end;
         }
     }
 

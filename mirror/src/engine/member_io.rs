@@ -39,9 +39,9 @@ pub(super) enum MemberError {
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits for an operation, but not longer than `limit`; it is an orphan afterwards.
-pub(super) async fn timed<H: Host, D: Disk<Buffer = H::Buffer>>(
+pub(super) async fn timed<H: Host>(
     host: &H,
-    mut op: D::Op,
+    mut op: impl Future<Output = Result<(), Errno>> + Unpin,
     limit: Duration,
 ) -> Result<(), Errno> {
     let mut timer = None;
@@ -63,7 +63,7 @@ async fn submit<H: Host, D: Disk<Buffer = H::Buffer>>(
     disk: &D,
     request: DiskRequest<H::Buffer>,
 ) -> Result<(), Errno> {
-    timed::<H, D>(host, disk.submit(request), PATIENCE).await
+    timed(host, disk.submit(request), PATIENCE).await
 }
 
 /// Makes what was written to a member durable.
@@ -245,8 +245,17 @@ async fn read_tolerant<H: Host, D: Disk<Buffer = H::Buffer>>(
         return bytes;
     }
     let mut out = Vec::with_capacity(length(len));
+    let mut answers = true;
     for page in 0..len / PAGE_BYTES {
-        match read_bytes(host, disk, offset + page * PAGE_BYTES, PAGE_BYTES).await {
+        let offset = offset + page * PAGE_BYTES;
+        let read = if answers {
+            read_bytes(host, disk, offset, PAGE_BYTES).await
+        } else {
+            Err(Errno::TIMED_OUT)
+        };
+        // A disk that does not answer is not asked page by page.
+        answers &= read != Err(Errno::TIMED_OUT);
+        match read {
             Ok(bytes) => out.extend_from_slice(&bytes),
             Err(_) => out.resize(out.len() + length(PAGE_BYTES), 0),
         }

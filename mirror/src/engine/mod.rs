@@ -213,6 +213,9 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     locks: RangeLocks,
     reads: ReadPhases,
     membership: Exclusive,
+    /// Held from the decision that a device may join until it has.
+    joining: Exclusive,
+    cooling: Exclusive,
     commits: Commits,
     flushes: write::Flushes,
     stalls: StallWatch,
@@ -280,6 +283,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 _ => {}
             }
         }
+        self.stalls
+            .set_in_sync(view.receivers.iter().filter(|r| r.in_sync).map(|r| r.slot));
         *self.view.borrow_mut() = Rc::new(view);
     }
 
@@ -304,8 +309,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         receiver: &Receiver<D>,
         request: DiskRequest<H::Buffer>,
     ) -> Result<(), Errno> {
-        let op = receiver.disk.submit(request);
-        member_io::timed::<H, D>(&*self.host, op, self.options.deadline).await
+        let mut op = Box::pin(receiver.disk.submit(request));
+        loop {
+            let timed = member_io::timed(&*self.host, op.as_mut(), self.options.deadline).await;
+            // The last in-sync member is never lost, so an operation left to it would outlive
+            // its range lock and strike at later writes (R13): wait on.
+            if timed != Err(Errno::TIMED_OUT) || !self.stalls.is_last(receiver.slot) {
+                return timed;
+            }
+        }
     }
 
     /// Checks a request's range against the device.

@@ -9,7 +9,7 @@ use super::fan_out::Limited;
 use super::heat::extents;
 use super::write::intersect;
 use super::{Mirror, Receiver, front, length};
-use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
+use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use dirty_map::{BLOCK_BYTES, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
@@ -36,24 +36,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok(span);
         }
         let _pass = self.gate.enter().await;
-        let _reading = self.reads.begin();
         let plain = {
             let maps = self.maps.borrow();
             extents(&range).all(|extent| maps.is_written(extent))
                 && !maps
                     .hot
                     .is_unequalised(blocks_covering(range.start, range.end - range.start))
-                && maps.unknown.is_empty()
         };
         let result = if plain {
-            self.read_written(&range, span).await
+            self.read_written(&range, span.clone())
+                .await
+                .map(|moved| moved.unwrap_or(span))
         } else {
             self.read_mixed(&range, span).await
         };
         self.answer(result)
     }
 
-    /// Reads a range of which parts may be unwritten, un-equalised or unknown.
+    /// Reads a range of which parts may be unwritten or un-equalised.
     async fn read_mixed(
         self: &Rc<Self>,
         range: &Range<u64>,
@@ -61,47 +61,43 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ) -> Result<Span<H::Buffer>, Errno> {
         let mut span = span;
         loop {
-            let zeroes = self.read_parts(range, &span).await?;
-            if !span.buffer.in_use() {
+            if let Some(zeroes) = self.read_parts(range, &span).await? {
                 for (within, len) in zeroes {
                     span.slice(within, len).fill(|bytes| bytes.fill(0));
                 }
                 return Ok(span);
             }
-            // A stalled member, lost by now, still fills the buffer: once more into another.
+            // A stalled member, lost by now, has or had the buffer: once more into another.
             span = self.fresh_span(span.len);
         }
     }
 
-    /// Fills the written parts of `span` and returns the others (start, length).
+    /// Fills the written parts of `span` and returns the others (start, length); `None` when a
+    /// part could only be read into another buffer.
     async fn read_parts(
         self: &Rc<Self>,
         range: &Range<u64>,
         span: &Span<H::Buffer>,
-    ) -> Result<Vec<(usize, usize)>, Errno> {
+    ) -> Result<Option<Vec<(usize, usize)>>, Errno> {
         let mut zeroes = Vec::new();
         for extent in extents(range) {
             let part = intersect(range, &self.extent_bytes(extent));
             let within = length(part.start - range.start);
             let len = length(part.end - part.start);
-            let (written, unknown) = {
-                let maps = self.maps.borrow();
-                (maps.is_written(extent), maps.unknown.contains(&extent))
-            };
-            if unknown {
-                return Err(Errno::IO);
+            if self.maps.borrow().is_written(extent) {
+                self.equalise_for_read(&part).await?;
             }
-            if !written {
+            // Asked again: a discard may have come while this waited.
+            if !self.maps.borrow().is_written(extent) {
                 zeroes.push((within, len));
                 continue;
             }
-            self.equalise_for_read(&part).await?;
-            self.read_written(&part, span.slice(within, len)).await?;
-            if span.buffer.in_use() {
-                break;
+            let moved = self.read_written(&part, span.slice(within, len)).await?;
+            if moved.is_some() {
+                return Ok(None);
             }
         }
-        Ok(zeroes)
+        Ok(Some(zeroes))
     }
 
     fn fresh_span(&self, len: usize) -> Span<H::Buffer> {
@@ -113,13 +109,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         )
     }
 
-    /// Reads a range of written, equal extents from the best member, failing over.
+    /// Reads a range of written, equal extents from the best member, failing over. `None` when
+    /// the bytes are in `span`; else the span they are in.
+    ///
+    /// Counts as a read under way from its first step, which follows the caller's look at the
+    /// extents' states without a wait: a discard destroys nothing before the read has ended.
     pub(super) async fn read_written(
         self: &Rc<Self>,
         range: &Range<u64>,
         span: Span<H::Buffer>,
-    ) -> Result<Span<H::Buffer>, Errno> {
-        let mut span = span;
+    ) -> Result<Option<Span<H::Buffer>>, Errno> {
+        let _reading = self.reads.begin();
+        let (mut span, mut moved) = (span, false);
         let mut failed: Vec<u8> = Vec::new();
         let mut last_error = Errno::IO;
         loop {
@@ -149,11 +150,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     for slot in failed {
                         self.spawn_repair(slot, range.clone());
                     }
-                    return Ok(span);
+                    return Ok(moved.then_some(span));
                 }
                 Err(Errno::TIMED_OUT) if !alone => {
                     self.begin_loss(member.slot, "a read got no answer within the deadline");
                     span = self.fresh_span(span.len);
+                    moved = true;
                 }
                 Err(errno) => {
                     last_error = errno;

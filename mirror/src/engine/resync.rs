@@ -101,6 +101,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             lanes: Cell::new(LANES),
             failed: Cell::new(None),
         });
+        let Some(target) = self.resync_target(slot) else {
+            return Err(Errno::NO_DEVICE);
+        };
+        self.maps.borrow_mut().missed[usize::from(slot)]
+            .since_copied
+            .clear_all();
         for _ in 0..LANES {
             let batch = batch.clone();
             self.spawn(|mirror| async move {
@@ -113,23 +119,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .until(|| (batch.lanes.get() == 0).then_some(()))
             .await;
         let copied = batch.copied.take();
-        let Some(target) = self.resync_target(slot) else {
-            return Err(Errno::NO_DEVICE);
-        };
         let _pass = self.gate.enter().await;
         if !copied.is_empty() {
             if let Err(errno) = self.to_one(&target, DiskRequest::Flush).await {
                 self.begin_loss(slot, &format!("a flush during resync failed: {errno}"));
                 return Err(errno);
             }
-            let still_joined = self.resync_target(slot).is_some();
-            if !still_joined {
+            let same = |now: Receiver<D>| Rc::ptr_eq(&now.disk, &target.disk);
+            if !self.resync_target(slot).is_some_and(same) {
                 return Err(Errno::NO_DEVICE);
             }
             {
                 let mut maps = self.maps.borrow_mut();
                 for blocks in copied {
-                    maps.unmiss(slot, blocks);
+                    maps.unmiss_copied(slot, blocks);
                 }
                 maps.queue_missed(slot);
             }
@@ -144,7 +147,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// One lane: takes runs from the shared cursor until the batch is full or done.
     async fn run_lane(self: &Rc<Self>, slot: u8, batch: &Batch) {
         let mut buffer = self.host.allocate(PIECE_BYTES);
-        while batch.blocks.get() < BATCH_BLOCKS && batch.failed.get().is_none() {
+        while batch.blocks.get() < BATCH_BLOCKS && self.resync_target(slot).is_some() {
             let next = {
                 let maps = self.maps.borrow();
                 let max = PIECE_BYTES as u64 / BLOCK_BYTES;
@@ -200,9 +203,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // A write failed on every member since: try this run again in the next batch.
             return Err(Errno::IO);
         }
-        let span = self
-            .read_written(&range, front(buffer, length(range.end - range.start)))
-            .await?;
+        let own = front(buffer, length(range.end - range.start));
+        let span = self.read_written(&range, own.clone()).await?.unwrap_or(own);
         let all_zero = span.read(is_zero);
         let offset = self.data_offset + range.start;
         let bytes = range.end - range.start;

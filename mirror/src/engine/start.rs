@@ -6,8 +6,8 @@
 //!    equal before anything relies on them.
 //! 2. [`assemble`] decides who is in-sync and whether to start at all.
 //! 3. The maps are put together: of each sector the newest valid content on any in-sync
-//!    member. A sector bad everywhere never reads as *clear*: its extents are hot (and reads
-//!    of them answer EIO until the operator starts with `--force`), its blocks missed.
+//!    member. A sector bad everywhere never reads as *clear*: the start is refused
+//!    unless forced, then its extents are hot; its blocks are missed.
 //! 4. Hot extents become un-equalised and unflushed, and missed for every slot that is not
 //!    in-sync (R12).
 //! 5. One commit makes all of that durable, including sectors that differed; a round records
@@ -107,7 +107,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let mirror = Rc::new(Self::new(host, options, config.clone()));
         mirror.attach(&present, &plan);
-        mirror.load_maps(&present, &plan).await;
+        mirror.load_maps(&present, &plan).await?;
         mirror.begin(&present, &plan).await?;
         mirror.auto_join(present, plan);
         Ok(mirror)
@@ -130,6 +130,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             locks: super::RangeLocks::default(),
             reads: super::ReadPhases::default(),
             membership: super::Exclusive::default(),
+            joining: super::Exclusive::default(),
+            cooling: super::Exclusive::default(),
             commits: super::Commits::default(),
             flushes: super::write::Flushes::default(),
             stalls: super::StallWatch::default(),
@@ -187,7 +189,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Steps 3 and 4 of the module documentation.
-    async fn load_maps(&self, present: &[Present<D>], plan: &Plan) {
+    async fn load_maps(&self, present: &[Present<D>], plan: &Plan) -> Result<(), StartError> {
         let in_sync: Vec<&Present<D>> = present
             .iter()
             .zip(&plan.verdicts)
@@ -200,7 +202,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             sequence: 0,
         });
         let states: Vec<&RegionImage> = in_sync.iter().map(|p| &p.surveyed.states).collect();
-        self.load_states(&states);
+        self.load_states(&states)?;
         let lost: Vec<u8> = plan.lost.iter().map(|(slot, _)| *slot).collect();
         let absent = self.view().absent.clone();
         for &slot in absent.iter().filter(|slot| !lost.contains(slot)) {
@@ -214,26 +216,32 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             maps.queue_missed(slot);
         }
+        Ok(())
     }
 
-    fn load_states(&self, images: &[&RegionImage]) {
+    /// With no valid copy of a sector anywhere, *unwritten* cannot be told from *written*: the
+    /// operator has to accept that these extents show what the disks hold.
+    fn load_states(&self, images: &[&RegionImage]) -> Result<(), StartError> {
         let mut maps = self.maps.borrow_mut();
         let extents = u64::from(maps.states.len());
         for index in 0..maps.states.sectors() {
             let merged = newest_sector(images, index);
             match merged.payload.and_then(|payload| payload.try_into().ok()) {
                 Some(payload) => maps.states.load_payload(index, payload),
+                None if !self.options.force => {
+                    return Err(StartError::new(
+                        ErrorKind::Refused,
+                        format!(
+                            "sector {index} of the extent-state map is damaged in every copy on every in-sync member; start with --force to treat its extents as written (what was never written or was discarded there may then show old content)"
+                        ),
+                    ));
+                }
                 None => {
-                    tracing::error!(
-                        "the states of extents in map sector {index} are lost on every in-sync member"
-                    );
+                    tracing::error!("map sector {index} is lost; its extents count as written");
                     let first = u64::from(index) * STATES_PER_SECTOR;
                     for extent in first..(first + STATES_PER_SECTOR).min(extents) {
                         let extent = Extent(u32::try_from(extent).unwrap_or(u32::MAX));
                         maps.states.force(extent, ExtentState::Hot);
-                        if !self.options.force {
-                            maps.unknown.insert(extent);
-                        }
                     }
                 }
             }
@@ -246,6 +254,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 });
             }
         }
+        Ok(())
     }
 
     /// Reads the missed map of a slot that was not in-sync already.

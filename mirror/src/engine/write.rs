@@ -19,7 +19,7 @@
 
 use super::fan_out::Outcomes;
 use super::heat::extents;
-use super::wait::WaitList;
+use super::wait::{RangeGuard, WaitList};
 use super::{Mirror, Receiver, View};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use dirty_map::{blocks_covering, blocks_within};
@@ -32,7 +32,8 @@ pub(super) struct Flushes {
     running: Cell<bool>,
     requested: Cell<u64>,
     served: Cell<u64>,
-    last_result: Cell<Option<Errno>>,
+    /// Requests up to this one were told that the flush failed.
+    failed_up_to: Cell<u64>,
     waiting: WaitList,
 }
 
@@ -71,17 +72,28 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let _pass = self.gate.enter().await;
         let lock = self.locks.lock(range.clone()).await;
+        self.write_locked(&lock, &range, fua, request).await
+    }
+
+    /// [`Mirror::write_through`] for a caller that is inside the gate and holds the lock.
+    pub(super) async fn write_locked(
+        &self,
+        lock: &RangeGuard<'_>,
+        range: &Range<u64>,
+        fua: bool,
+        request: impl FnMut(&Receiver<D>) -> DiskRequest<H::Buffer>,
+    ) -> Result<(), Errno> {
         self.refuse_unsafe(fua)?;
-        if !self.is_hot(&range) {
-            self.heat(&range).await?;
+        if !self.is_hot(range) {
+            self.heat(range).await?;
         }
         let view = self.view();
-        self.begin_write(&view, &range);
+        self.begin_write(&view, range);
         lock.set_issued(true);
         let outcomes = self.to_receivers(&view, request).await;
-        let result = self.judge_write(&range, &outcomes);
-        self.end_write(&range, result.is_ok());
-        drop(lock);
+        let result = self.judge_write(range, &outcomes);
+        self.end_write(range, result.is_ok());
+        lock.set_issued(false);
         self.losses_effective().await?;
         result
     }
@@ -116,7 +128,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok(());
         }
         let blocks = blocks_covering(range.start, range.end - range.start);
-        if let Some(errno) = outcomes.common_error() {
+        if let Some(errno) = outcomes.common_error(&self.stalls) {
             let mut maps = self.maps.borrow_mut();
             // The copies may differ now: equalised before they are read (R5), and copied again
             // to a resyncing member whatever its own outcome was.
@@ -196,14 +208,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let turn = || (flushes.served.get() >= ticket || !flushes.running.get()).then_some(());
             flushes.waiting.until(turn).await;
             if flushes.served.get() >= ticket {
-                return flushes.last_result.get().map_or(Ok(()), Err);
+                let failed = flushes.failed_up_to.get() >= ticket;
+                return if failed { Err(Errno::IO) } else { Ok(()) };
             }
+            // A flush that failed everywhere while this one waited has emptied the caches.
+            self.refuse_unsafe(true)?;
             flushes.running.set(true);
             let serves = flushes.requested.get();
             let result = self.flush_members().await;
+            if result.is_err() {
+                flushes.failed_up_to.set(serves);
+            }
             flushes.served.set(serves);
             flushes.running.set(false);
-            flushes.last_result.set(result.err());
             flushes.waiting.wake_all();
         }
     }
@@ -213,7 +230,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.maps.borrow_mut().hot.begin_flush();
         let view = self.view();
         let outcomes = self.to_receivers(&view, |_| DiskRequest::Flush).await;
-        if let Some(errno) = outcomes.common_error() {
+        if let Some(errno) = outcomes.common_error(&self.stalls) {
             self.flush_failed_everywhere(errno).await;
             return Err(Errno::IO);
         }
@@ -237,10 +254,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let mut maps = self.maps.borrow_mut();
             let maps = &mut *maps;
             maps.hot.end_flush(false);
-            let suspect = &mut maps.suspect;
-            maps.hot.for_each_unsafe(|_, blocks| {
-                suspect.set(blocks);
-            });
+            let resyncing = self.resyncing();
+            let mut unsafe_runs = Vec::new();
+            maps.hot
+                .for_each_unsafe(|_, blocks| unsafe_runs.push(blocks));
+            for blocks in unsafe_runs {
+                // A resyncing member may have kept what the in-sync ones have dropped.
+                for &slot in &resyncing {
+                    maps.miss(slot, blocks.clone());
+                }
+                maps.suspect.set(blocks);
+            }
             maps.hot.unflushed_to_unequalised();
         }
         self.flush_failed_here.set(true);

@@ -90,7 +90,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     maps.hot.remove(extent);
                 }
                 maps.cooling.remove(&extent);
-                maps.unknown.remove(&extent);
                 maps.set_state(extent, ExtentState::Discarded);
             }
         }
@@ -106,10 +105,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// The discard is not durable: the extents hold their data still.
     fn take_back(&self, written: &[Extent]) {
+        let view = self.view();
+        let resyncing = view.receivers.iter().filter(|r| !r.in_sync).map(|r| r.slot);
+        let lacking = view.absent.iter().copied().chain(resyncing);
         let mut maps = self.maps.borrow_mut();
         let now = self.coarse_now.get();
         for &extent in written {
             maps.set_state(extent, ExtentState::Hot);
+            for slot in lacking.clone() {
+                maps.miss(slot, extent.blocks());
+            }
             maps.hot.insert(extent, now);
             // What was known of its unflushed blocks is gone: assume the worst.
             maps.hot.set_unequalised_all(extent);
@@ -144,6 +149,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let within = intersect(&(at..range.end), &self.extent_bytes(extent));
             let piece = at..within.end.min(at + PIECE_BYTES as u64);
             at = piece.end;
+            let _pass = self.gate.enter().await;
+            let lock = self.locks.lock(piece.clone()).await;
+            // Under the lock: a discard of the extent is over, and durable, or has not begun.
             if !self.maps.borrow().is_written(extent) {
                 continue;
             }
@@ -154,7 +162,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 span: span.clone(),
                 fua,
             };
-            self.write_through(piece, fua, request).await?;
+            self.write_locked(&lock, &piece, fua, request).await?;
         }
         Ok(())
     }
