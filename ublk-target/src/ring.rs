@@ -6,8 +6,7 @@
 //!   also waits for the next completion.
 //! - An operation's buffer stays alive and is counted as in use until its completion arrives,
 //!   whatever happens to the future that waits for it (R6).
-//! - Timers cost a turn nothing: the kernel has one timeout operation for the nearest deadline,
-//!   queued when that becomes nearer, and the clock is read only when it has expired.
+//! - A timer costs no submission entry: the nearest deadline bounds the wait.
 //! - Work on other threads ([`Ring::blocking`]) wakes the ring through an eventfd that is
 //!   always being polled.
 //!
@@ -36,7 +35,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use async_executor::LocalExecutor;
-use io_uring::{IoUring, cqueue};
+use io_uring::{IoUring, cqueue, types};
 use libublk::uring_async::ublk_wake_task;
 use libublk::{UblkError, UblkUringData, ublk_init_task_ring, with_task_io_ring_mut};
 use mirror::host::Errno;
@@ -161,8 +160,6 @@ struct Timers {
     heap: BinaryHeap<HeapEntry>,
     /// Entries of the heap whose future is gone; they are swept when they are the majority.
     dropped: usize,
-    /// The earliest deadline for which the kernel has a timeout operation.
-    armed: Option<Duration>,
 }
 
 /// The reactor. Lives on one thread.
@@ -323,7 +320,7 @@ impl Ring {
     /// Runs tasks and I/O until `done`. `front` runs the front end's own tasks and says whether
     /// it did something; `reap` takes the completions off the ring.
     pub(crate) fn run(
-        self: &Rc<Self>,
+        &self,
         mut front: impl FnMut() -> bool,
         mut reap: impl FnMut(&mut Vec<cqueue::Entry>),
         done: impl Fn() -> bool,
@@ -343,6 +340,7 @@ impl Ring {
                 self.dispatch(&entry);
             }
             self.reaped.replace(reaped);
+            self.fire_timers();
         }
     }
 
@@ -364,41 +362,33 @@ impl Ring {
         }
     }
 
-    /// Hands queued operations to the kernel and, unless `busy`, waits for a completion.
-    fn enter(self: &Rc<Self>, busy: bool) -> io::Result<()> {
-        self.arm_timers();
-        let entered = with_task_io_ring_mut(|ring| ring.submit_and_wait(usize::from(!busy)));
+    /// Hands queued operations to the kernel and, unless `busy`, waits for a completion or the
+    /// next timer.
+    fn enter(&self, busy: bool) -> io::Result<()> {
+        let deadline = self
+            .timers
+            .borrow()
+            .heap
+            .peek()
+            .map(|entry| entry.0.deadline);
+        let timeout = deadline.map(|deadline| deadline.saturating_sub(now()));
+        let want = usize::from(!busy && timeout != Some(Duration::ZERO));
+        let entered = with_task_io_ring_mut(|ring| match timeout {
+            Some(timeout) if want > 0 => {
+                let timeout = types::Timespec::from(timeout);
+                let args = types::SubmitArgs::new().timespec(&timeout);
+                ring.submitter().submit_with_args(want, &args)
+            }
+            _ => ring.submit_and_wait(want),
+        });
         match entered {
             Ok(_) => Ok(()),
-            // Interrupted, or the completion queue has to be emptied first.
+            // Expired, interrupted, or the completion queue has to be emptied first.
             Err(error) => match error.raw_os_error() {
-                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
                 _ => Err(error),
             },
         }
-    }
-
-    /// Has the kernel end the wait at the nearest deadline.
-    fn arm_timers(self: &Rc<Self>) {
-        let deadline = {
-            let mut timers = self.timers.borrow_mut();
-            let nearest = timers.heap.peek().map(|entry| entry.0.deadline);
-            match (nearest, timers.armed) {
-                (Some(deadline), armed) if armed.is_none_or(|armed| deadline < armed) => {
-                    timers.armed = nearest;
-                    deadline
-                }
-                _ => return,
-            }
-        };
-        let expired = self.submit(Prepared::timeout(deadline), None);
-        let ring = Rc::downgrade(self);
-        self.spawn(async move {
-            expired.await;
-            if let Some(ring) = ring.upgrade() {
-                ring.fire_timers(deadline);
-            }
-        });
     }
 
     fn dispatch(&self, entry: &cqueue::Entry) {
@@ -416,16 +406,16 @@ impl Ring {
         }
     }
 
-    /// The timeout for `deadline` has expired.
-    fn fire_timers(&self, deadline: Duration) {
+    fn fire_timers(&self) {
         let mut timers = self.timers.borrow_mut();
-        if timers.armed == Some(deadline) {
-            timers.armed = None;
+        if timers.heap.is_empty() {
+            return;
         }
         let now = now();
-        // The timeout itself says that its deadline is over, whatever the clock's grain.
-        let due = |entry: &HeapEntry| entry.0.deadline <= now.max(deadline);
-        while timers.heap.peek().is_some_and(due)
+        while timers
+            .heap
+            .peek()
+            .is_some_and(|entry| entry.0.deadline <= now)
         {
             let Some(HeapEntry(timer)) = timers.heap.pop() else {
                 return;

@@ -33,7 +33,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use mirror::host::Buffer;
@@ -363,9 +362,6 @@ enum Keep {
     File {
         _fd: Rc<OwnedFd>,
     },
-    Timeout {
-        _time: Box<types::Timespec>,
-    },
 }
 
 /// A submission entry together with all that it points to.
@@ -505,18 +501,6 @@ impl Prepared {
         Self {
             entry,
             keep: Keep::File { _fd: Rc::clone(fd) },
-        }
-    }
-
-    /// Completes, as an error, when `deadline` has come, counted from boot with suspended time
-    /// included.
-    pub(crate) fn timeout(deadline: Duration) -> Self {
-        let time = Box::new(types::Timespec::from(deadline));
-        let flags = types::TimeoutFlags::ABS | types::TimeoutFlags::BOOTTIME;
-        let entry = opcode::Timeout::new(&raw const *time).flags(flags).build();
-        Self {
-            entry,
-            keep: Keep::Timeout { _time: time },
         }
     }
 
