@@ -97,128 +97,39 @@ fn decide(members: &[Seen], force: bool) -> String {
     }
 }
 
+/// What was found, whether it is forced, and what must be decided.
+type Case = (&'static str, Vec<Seen>, bool, &'static str);
+
+#[rustfmt::skip] // one case a line
+fn table() -> Vec<Case> {
+    let a = |epochs: &[u128], states: &[SlotState], events, sequence| seen(superblock(0, epochs, states, events), sequence);
+    let b = |epochs: &[u128], states: &[SlotState], events, sequence| seen(superblock(1, epochs, states, events), sequence);
+    let joining = [InSync, Resyncing];
+    vec![
+        ("both, equal", vec![a(&[1], &BOTH, 1, 9), b(&[1], &BOTH, 1, 9)], false, "in-sync in-sync"),
+        ("one commit in flight", vec![a(&[1], &BOTH, 1, 9), b(&[1], &BOTH, 1, 8)], false, "in-sync in-sync"),
+        ("a restored backup", vec![a(&[1], &BOTH, 1, 90), b(&[1], &BOTH, 1, 8)], false, "in-sync full"),
+        ("only one of two", vec![a(&[1], &BOTH, 1, 9)], false, "may be old"),
+        ("only one of two, forced", vec![a(&[1], &BOTH, 1, 9)], true, "in-sync"),
+        ("the survivor alone", vec![a(&[1, 2], &FIRST, 2, 60)], false, "in-sync"),
+        ("the lost one alone", vec![b(&[1], &BOTH, 1, 50)], false, "may be old"),
+        ("survivor and lost", vec![a(&[1, 2], &FIRST, 2, 60), b(&[1], &BOTH, 1, 50)], false, "in-sync delta"),
+        ("lost, a commit more", vec![a(&[1, 2], &FIRST, 2, 60), b(&[1], &BOTH, 1, 51)], false, "in-sync delta+hot"),
+        ("lost, older image", vec![a(&[1, 2], &FIRST, 2, 60), b(&[1], &BOTH, 1, 49)], false, "in-sync full"),
+        ("round cut off on one", vec![a(&[1, 2], &BOTH, 2, 9), b(&[1], &BOTH, 1, 9)], false, "in-sync in-sync"),
+        ("round cut off, alone", vec![a(&[1, 2], &BOTH, 2, 9)], false, "may be old"),
+        ("split brain", vec![a(&[1, 2], &FIRST, 2, 60), b(&[1, 3], &SECOND, 2, 60)], false, "split brain"),
+        ("split brain, forced", vec![a(&[1, 2], &FIRST, 2, 60), b(&[1, 3], &SECOND, 2, 60)], true, "split brain"),
+        ("more events never win", vec![a(&[1, 2], &FIRST, 2, 60), b(&[1], &BOTH, 900, 50)], false, "in-sync delta"),
+        ("no loss on record", vec![a(&[1, 2, 3], &joining, 3, 60), b(&[1, 2, 3], &joining, 3, 60)], false, "in-sync full"),
+        ("nobody", vec![], false, "nobody"),
+        ("one twice", vec![a(&[1], &BOTH, 1, 9), a(&[1], &BOTH, 1, 9)], false, "twice"),
+    ]
+}
+
 #[test]
 fn the_table() {
-    let a = |epochs: &[u128], states: &[SlotState], events| superblock(0, epochs, states, events);
-    let b = |epochs: &[u128], states: &[SlotState], events| superblock(1, epochs, states, events);
-    let cases: Vec<(&str, Vec<Seen>, bool, &str)> = vec![
-        (
-            "both, equal",
-            vec![seen(a(&[1], &BOTH, 1), 9), seen(b(&[1], &BOTH, 1), 9)],
-            false,
-            "in-sync in-sync",
-        ),
-        (
-            "one commit in flight",
-            vec![seen(a(&[1], &BOTH, 1), 9), seen(b(&[1], &BOTH, 1), 8)],
-            false,
-            "in-sync in-sync",
-        ),
-        (
-            "a restored backup",
-            vec![seen(a(&[1], &BOTH, 1), 90), seen(b(&[1], &BOTH, 1), 8)],
-            false,
-            "in-sync full",
-        ),
-        (
-            "only one of two",
-            vec![seen(a(&[1], &BOTH, 1), 9)],
-            false,
-            "may be old",
-        ),
-        (
-            "only one of two, forced",
-            vec![seen(a(&[1], &BOTH, 1), 9)],
-            true,
-            "in-sync",
-        ),
-        (
-            "the survivor alone",
-            vec![seen(a(&[1, 2], &FIRST, 2), 60)],
-            false,
-            "in-sync",
-        ),
-        (
-            "the lost one alone",
-            vec![seen(b(&[1], &BOTH, 1), 50)],
-            false,
-            "may be old",
-        ),
-        (
-            "survivor and lost",
-            vec![seen(a(&[1, 2], &FIRST, 2), 60), seen(b(&[1], &BOTH, 1), 50)],
-            false,
-            "in-sync delta",
-        ),
-        (
-            "lost one with a commit more",
-            vec![seen(a(&[1, 2], &FIRST, 2), 60), seen(b(&[1], &BOTH, 1), 51)],
-            false,
-            "in-sync delta+hot",
-        ),
-        (
-            "lost one, older image",
-            vec![seen(a(&[1, 2], &FIRST, 2), 60), seen(b(&[1], &BOTH, 1), 49)],
-            false,
-            "in-sync full",
-        ),
-        (
-            "round cut off on one",
-            vec![seen(a(&[1, 2], &BOTH, 2), 9), seen(b(&[1], &BOTH, 1), 9)],
-            false,
-            "in-sync in-sync",
-        ),
-        (
-            "round cut off, alone",
-            vec![seen(a(&[1, 2], &BOTH, 2), 9)],
-            false,
-            "may be old",
-        ),
-        (
-            "split brain",
-            vec![
-                seen(a(&[1, 2], &FIRST, 2), 60),
-                seen(b(&[1, 3], &SECOND, 2), 60),
-            ],
-            false,
-            "split brain",
-        ),
-        (
-            "split brain, forced",
-            vec![
-                seen(a(&[1, 2], &FIRST, 2), 60),
-                seen(b(&[1, 3], &SECOND, 2), 60),
-            ],
-            true,
-            "split brain",
-        ),
-        (
-            "more events never win",
-            vec![
-                seen(a(&[1, 2], &FIRST, 2), 60),
-                seen(b(&[1], &BOTH, 900), 50),
-            ],
-            false,
-            "in-sync delta",
-        ),
-        (
-            "resync under way",
-            vec![
-                seen(a(&[1, 2, 3], &[InSync, Resyncing], 3), 60),
-                seen(b(&[1, 2, 3], &[InSync, Resyncing], 3), 60),
-            ],
-            false,
-            "in-sync full",
-        ),
-        ("nobody", vec![], false, "nobody"),
-        (
-            "one twice",
-            vec![seen(a(&[1], &BOTH, 1), 9), seen(a(&[1], &BOTH, 1), 9)],
-            false,
-            "twice",
-        ),
-    ];
-    for (name, members, force, want) in cases {
+    for (name, members, force, want) in table() {
         assert_eq!(decide(&members, force), want, "{name}");
         // The order in which members are found decides nothing.
         let reversed: Vec<Seen> = members.into_iter().rev().collect();

@@ -338,7 +338,7 @@ fn write_failure_on_source_during_resync() {
             ..none()
         });
         let c = m.client();
-        let _ = m.world.block_on(async move {
+        m.world.block_on(async move {
             for e in 0..6u64 {
                 let _ = c.write(e << 22, 65536, false).await;
             }

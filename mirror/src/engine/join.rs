@@ -19,7 +19,7 @@
 //! leaves a member one epoch back whose position is the base: it returns by delta.
 
 use super::maps::{Page, page_offset, pages_of};
-use super::member_io::{self, MemberError, own_hot_extents, survey};
+use super::member_io::{self, MemberError, Surveyed, own_hot_extents, survey};
 use super::{Mirror, PIECE_BYTES, Running, Slot, length};
 use crate::assemble::{Verdict, judge_return};
 use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
@@ -78,6 +78,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         full: bool,
         dry_run: bool,
     ) -> Result<String, ControlError> {
+        let _joining = self.joining.enter().await;
         self.owes_nothing(&path)?;
         let surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
             MemberError::Superblock(SuperblockError::NotAMember) => refuse(format!(
@@ -87,41 +88,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         })?;
         let superblock = &surveyed.seen.superblock;
         let slot = superblock.own_slot;
-        let _joining = self.joining.enter().await;
-        let verdict = judge_return(&self.config.borrow(), &surveyed.seen);
-        let in_config = self
-            .config
-            .borrow()
-            .slots
-            .get(usize::from(slot))
-            .and_then(|r| r.member)
-            == Some(superblock.member);
-        let (kind, reason, own_hot) = match verdict {
-            Verdict::InSync => return Err(refuse(format!("{path} is in-sync already"))),
-            Verdict::Delta { own_hot: false } => (
-                ResyncKind::Delta,
-                "its loss was recorded block-exactly".to_owned(),
-                Vec::new(),
-            ),
-            Verdict::Delta { own_hot: true } => {
-                let extents = self.maps.borrow().states.len();
-                let own_hot = own_hot_extents(&surveyed.states, extents);
-                let count = own_hot.len();
-                let reason =
-                    format!("what it missed is known, with {count} extents it was writing");
-                (ResyncKind::Delta, reason, own_hot)
-            }
-            Verdict::Full { reason } if full => (ResyncKind::Full, reason, Vec::new()),
-            Verdict::Full { reason } => {
-                return Err(refuse(format!(
-                    "{reason}; only a full resync can bring it back: use --full"
-                )));
-            }
-            Verdict::Refused { reason } if full && in_config => {
-                (ResyncKind::Full, reason, Vec::new())
-            }
-            Verdict::Refused { reason } => return Err(refuse(reason)),
-        };
+        let (kind, reason, own_hot) = self.decide_return(&surveyed, full)?;
         self.may_join(slot, &path)?;
         if dry_run {
             return Ok(format!(
@@ -145,6 +112,42 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             new: false,
         })
         .await
+    }
+
+    /// Step 1 for a former member: which resync, why, and which of its own hot extents join
+    /// its missed map.
+    fn decide_return(
+        &self,
+        surveyed: &Surveyed,
+        full: bool,
+    ) -> Result<(ResyncKind, String, Vec<Extent>), ControlError> {
+        let config = self.config.borrow();
+        let superblock = &surveyed.seen.superblock;
+        let record = config.slots.get(usize::from(superblock.own_slot));
+        let in_config = record.and_then(|r| r.member) == Some(superblock.member);
+        match judge_return(&config, &surveyed.seen) {
+            Verdict::InSync => Err(refuse(format!("{} is in-sync already", surveyed.seen.path))),
+            Verdict::Delta { own_hot: false } => {
+                let reason = "its loss was recorded block-exactly".to_owned();
+                Ok((ResyncKind::Delta, reason, Vec::new()))
+            }
+            Verdict::Delta { own_hot: true } => {
+                let extents = self.maps.borrow().states.len();
+                let own_hot = own_hot_extents(&surveyed.states, extents);
+                let count = own_hot.len();
+                let reason =
+                    format!("what it missed is known, with {count} extents it was writing");
+                Ok((ResyncKind::Delta, reason, own_hot))
+            }
+            Verdict::Full { reason } if full => Ok((ResyncKind::Full, reason, Vec::new())),
+            Verdict::Full { reason } => Err(refuse(format!(
+                "{reason}; only a full resync can bring it back: use --full"
+            ))),
+            Verdict::Refused { reason } if full && in_config => {
+                Ok((ResyncKind::Full, reason, Vec::new()))
+            }
+            Verdict::Refused { reason } => Err(refuse(reason)),
+        }
     }
 
     /// Brings a new disk into an empty slot, or into the slot of a member that is gone. What it
