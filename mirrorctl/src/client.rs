@@ -5,7 +5,7 @@
 
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mirror::control::{MAX_LINE_BYTES, Reply, Request, Status};
 
@@ -16,6 +16,12 @@ use crate::run_dir::{RunDir, check_name};
 pub(crate) const QUICK: Duration = Duration::from_secs(10);
 /// How long to wait for an answer that a slow disk may hold up.
 pub(crate) const PATIENT: Duration = Duration::from_secs(600);
+
+/// How long a daemon that was killed may take to let go of its socket. The kernel ends its I/O
+/// first, and until then connections go through and nobody answers.
+const DYING: Duration = Duration::from_secs(5);
+/// How often to look whether it has.
+const RECHECK: Duration = Duration::from_millis(50);
 
 /// What became of the attempt to reach a daemon.
 #[derive(Debug)]
@@ -86,9 +92,33 @@ pub(crate) fn command(run_dir: &RunDir, name: &str, request: &Request) -> Result
 
 /// The state of a running mirror.
 pub(crate) fn status(run_dir: &RunDir, name: &str) -> Result<Status, Failure> {
-    match ask(run_dir, name, &Request::Status, QUICK)? {
+    status_within(run_dir, name, QUICK)
+}
+
+fn status_within(run_dir: &RunDir, name: &str, patience: Duration) -> Result<Status, Failure> {
+    match ask(run_dir, name, &Request::Status, patience)? {
         Reply::Status(status) => Ok(*status),
         Reply::Done { .. } | Reply::Error { .. } => Err(odd_reply(name)),
+    }
+}
+
+/// The state of a mirror if it is served. A daemon that lets itself be reached and does not
+/// answer is given the time to die, and then counts as none: for a caller that starts another,
+/// which finds out by the mirror's lock.
+pub(crate) fn served(run_dir: &RunDir, name: &str) -> Result<Option<Status>, Failure> {
+    let began = Instant::now();
+    loop {
+        let left = DYING.saturating_sub(began.elapsed());
+        if left.is_zero() {
+            return Ok(None);
+        }
+        if let Ok(status) = status_within(run_dir, name, left) {
+            return Ok(Some(status));
+        }
+        let Reach::Connected(_) = reach(run_dir, name)? else {
+            return Ok(None);
+        };
+        std::thread::sleep(RECHECK);
     }
 }
 

@@ -317,3 +317,26 @@ fn stop_returns_when_the_daemon_has_ended() {
         json!({"request": "stop", "force": true})
     );
 }
+
+#[test]
+fn a_running_mirror_is_not_started_again() {
+    let dir = Dir::new();
+    let (a, b) = (dir.arg("m.a"), dir.arg("m.b"));
+    dir.run(&[
+        "create", "m", "--member", &a, "--member", &b, "--size", "16M",
+    ])
+    .ok();
+    let program = dir.with_daemon("exit 9");
+    let answer = || vec![status("in-sync", Value::Null, Value::Null)];
+    let thread = daemon(&dir, answer());
+    dir.run_program(&program, &["start", "m", "--front", "nbd"])
+        .fails(5, "already running on /dev/ublkb0");
+    thread.join().unwrap();
+    let thread = daemon(&dir, answer());
+    let here = dir.arg("");
+    let args = ["assemble", "--scan", &here, "--front", "nbd"];
+    let ran = dir.run_program(&program, &args).ok();
+    assert!(ran.stderr.contains("already running"), "{ran:?}");
+    thread.join().unwrap();
+    assert!(!dir.path("arguments").exists());
+}

@@ -96,19 +96,29 @@ fn a_daemon_that_dies_leaves_its_last_words() {
 }
 
 #[test]
-fn a_running_mirror_is_not_started_again() {
-    let (dir, program) = ready("exit 9");
-    fs::create_dir_all(dir.path("run")).unwrap();
-    let listener = UnixListener::bind(dir.path("run/m.sock")).unwrap();
-    let answering = std::thread::spawn(move || {
-        // The check connects, the question about its device connects; neither is answered.
-        drop(listener.accept().unwrap());
-        drop(listener.accept().unwrap());
-    });
-    dir.run_program(&program, &["start", "m", "--front", "nbd"])
-        .fails(5, "already running");
-    answering.join().unwrap();
-    assert!(!dir.path("arguments").exists());
+fn a_daemon_that_is_still_dying_is_waited_for() {
+    for verb in [&["start", "m"][..], &["assemble", "--scan", "HERE"]] {
+        let (dir, program) = ready(&say(READY));
+        fs::create_dir_all(dir.path("run")).unwrap();
+        let listener = UnixListener::bind(dir.path("run/m.sock")).unwrap();
+        let dying = std::thread::spawn(move || {
+            // A question and a look whether it is there still, twice; then it is gone.
+            for _ in 0..4 {
+                drop(listener.accept().unwrap());
+            }
+        });
+        let here = dir.arg("");
+        let mut args: Vec<&str> = [verb, &["--front", "nbd"]].concat();
+        for arg in &mut args {
+            if *arg == "HERE" {
+                *arg = &here;
+            }
+        }
+        let ran = dir.run_program(&program, &args).ok();
+        assert_eq!(ran.stdout, "Up.\n");
+        dying.join().unwrap();
+        assert!(dir.path("arguments").exists());
+    }
 }
 
 #[test]

@@ -5,7 +5,10 @@
 //! - A member is opened exclusively (`O_EXCL` on a block device, `flock` on a file), so that
 //!   two daemons cannot write to it at once (R13), and with `O_DIRECT`, so that what has
 //!   completed has reached the device and FLUSH means what it says.
-//! - An operation completes in full or fails: a short transfer is `EIO`. Nothing is retried.
+//! - An operation completes in full or fails: a short transfer is `EIO`, but `ENOSPC` where a
+//!   file is written, because the kernel answers a write that fills the file system with what
+//!   still found room, and a failing disk below with an error. Nothing is retried: once its
+//!   completion has arrived, an operation's buffer may be another's.
 //! - FUA is FUA (`RWF_DSYNC`), a flush is a flush (`fdatasync`); neither is left out.
 //!
 //! # How zeroes and discards are done
@@ -28,7 +31,7 @@ use std::task::{Context, Poll};
 
 use mirror::control::ErrorKind;
 use mirror::host::{Buffer as _, Disk, DiskRequest, Errno, Geometry};
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, SeekFrom};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat};
 
 use crate::ring::{Completion, Ring};
 use crate::sys::{IoBuffer, Prepared};
@@ -128,6 +131,8 @@ pub(crate) struct OpenedDisk {
     geometry: Geometry,
     zeroes: i32,
     discard: DiscardWay,
+    /// What a write is that ends early.
+    short_write: Errno,
 }
 
 /// Opens the member at `path` for itself alone.
@@ -136,36 +141,8 @@ pub(crate) fn open(path: &str) -> Result<OpenedDisk, OpenError> {
         path: path.to_owned(),
         source: io::Error::from(errno),
     };
-    let stat = rustix::fs::stat(path).map_err(|errno| open_error(path, errno))?;
-    let kind = FileType::from_raw_mode(stat.st_mode);
-    let mut flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::DIRECT;
-    match kind {
-        FileType::BlockDevice => flags |= OFlags::EXCL,
-        FileType::RegularFile => {}
-        _ => {
-            return Err(OpenError::WrongType {
-                path: path.to_owned(),
-            });
-        }
-    }
-    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| match errno {
-        rustix::io::Errno::INVAL => OpenError::NoDirectIo {
-            path: path.to_owned(),
-        },
-        errno => open_error(path, errno),
-    })?;
-    // The path may have been replaced between the two calls.
-    let stat = rustix::fs::fstat(&fd).map_err(failed)?;
-    if FileType::from_raw_mode(stat.st_mode) != kind {
-        return Err(OpenError::WrongType {
-            path: path.to_owned(),
-        });
-    }
+    let (fd, stat, kind) = open_alone(path)?;
     let end = rustix::fs::seek(&fd, SeekFrom::End(0)).map_err(failed)?;
-    if kind == FileType::RegularFile {
-        rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| open_error(path, errno))?;
-    }
     let block = if kind == FileType::BlockDevice {
         rustix::fs::ioctl_blksszget(&fd).map_err(failed)?
     } else {
@@ -202,12 +179,54 @@ pub(crate) fn open(path: &str) -> Result<OpenedDisk, OpenError> {
         cheap_zeroes,
         discard: discard != DiscardWay::None,
     };
+    let short_write = match kind {
+        FileType::RegularFile => Errno::IO,
+        _ => Errno::IO,
+    };
     Ok(OpenedDisk {
         fd,
         geometry,
         zeroes,
         discard,
+        short_write,
     })
+}
+
+/// Opens a block device or a regular file so that nobody else can, and says which it is.
+fn open_alone(path: &str) -> Result<(OwnedFd, Stat, FileType), OpenError> {
+    let stat = rustix::fs::stat(path).map_err(|errno| open_error(path, errno))?;
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let mut flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::DIRECT;
+    match kind {
+        FileType::BlockDevice => flags |= OFlags::EXCL,
+        FileType::RegularFile => {}
+        _ => {
+            return Err(OpenError::WrongType {
+                path: path.to_owned(),
+            });
+        }
+    }
+    let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| match errno {
+        rustix::io::Errno::INVAL => OpenError::NoDirectIo {
+            path: path.to_owned(),
+        },
+        errno => open_error(path, errno),
+    })?;
+    // The path may have been replaced between the two calls.
+    let stat = rustix::fs::fstat(&fd).map_err(|errno| OpenError::Failed {
+        path: path.to_owned(),
+        source: io::Error::from(errno),
+    })?;
+    if FileType::from_raw_mode(stat.st_mode) != kind {
+        return Err(OpenError::WrongType {
+            path: path.to_owned(),
+        });
+    }
+    if kind == FileType::RegularFile {
+        rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| open_error(path, errno))?;
+    }
+    Ok((fd, stat, kind))
 }
 
 fn open_error(path: &str, errno: rustix::io::Errno) -> OpenError {
@@ -282,6 +301,8 @@ pub(crate) struct LocalDisk {
     geometry: Geometry,
     zeroes: i32,
     discard: DiscardWay,
+    /// What a write is that ends early.
+    short_write: Errno,
     in_flight: Rc<Cell<usize>>,
 }
 
@@ -294,6 +315,7 @@ impl LocalDisk {
             geometry: opened.geometry,
             zeroes: opened.zeroes,
             discard: opened.discard,
+            short_write: opened.short_write,
             in_flight: Rc::new(Cell::new(0)),
         }
     }
@@ -304,12 +326,14 @@ impl Disk for LocalDisk {
     type Op = DiskOp;
 
     fn submit(&self, request: DiskRequest<IoBuffer>) -> DiskOp {
+        let mut short = Errno::IO;
         let (prepared, expected) = match request {
             DiskRequest::Read { offset, span } => {
                 let lend = span.buffer.lend_to_writer(span.start, span.len);
                 (Prepared::read(&self.fd, offset, lend), span.len)
             }
             DiskRequest::Write { offset, span, fua } => {
+                short = self.short_write;
                 let lend = span.buffer.lend_to_reader(span.start, span.len);
                 (Prepared::write(&self.fd, offset, lend, fua), span.len)
             }
@@ -332,6 +356,7 @@ impl Disk for LocalDisk {
         DiskOp::Running {
             completion: self.ring.submit(prepared, Some(&self.in_flight)),
             expected,
+            short,
         }
     }
 
@@ -352,6 +377,8 @@ pub(crate) enum DiskOp {
         completion: Completion,
         /// The result that means success.
         expected: usize,
+        /// The failure that a smaller result is.
+        short: Errno,
     },
     /// The device cannot do it.
     Refused(Errno),
@@ -361,18 +388,19 @@ impl Future for DiskOp {
     type Output = Result<(), Errno>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (completion, expected) = match &mut *self {
+        let (completion, expected, short) = match &mut *self {
             Self::Running {
                 completion,
                 expected,
-            } => (completion, *expected),
+                short,
+            } => (completion, *expected, *short),
             Self::Refused(errno) => return Poll::Ready(Err(*errno)),
         };
         Pin::new(completion)
             .poll(cx)
             .map(|result| match usize::try_from(result) {
                 Ok(transferred) if transferred == expected => Ok(()),
-                Ok(_) => Err(Errno::IO),
+                Ok(_) => Err(short),
                 Err(_) => Err(Errno(-result)),
             })
     }

@@ -60,6 +60,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if let Some(number) = args.ready_fd {
+        surroundings::close_inherited(number);
+    }
     match daemon::run(&args, &ready) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -8,12 +8,18 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use mirror::control::ErrorKind;
 use rustix::fs::{FlockOperation, Mode};
 
 use crate::ready::Failure;
 
+/// How long a listener may take to be gone after its process was killed: the kernel first ends
+/// the process's I/O, and until then connections to its sockets go through.
+const DYING: Duration = Duration::from_secs(5);
+/// How often to look whether it is gone.
+const RECHECK: Duration = Duration::from_millis(20);
 /// Longest path of a unix socket that the kernel takes (`sun_path` without its zero).
 const MAX_SOCKET_PATH: usize = 107;
 
@@ -76,8 +82,13 @@ impl RunDir {
 }
 
 /// Listens on a unix socket that only the owner may connect to. A socket file that nobody
-/// listens on is left from a daemon that was killed, and is replaced.
+/// listens on is left from a daemon that was killed, and is replaced; a daemon that is still
+/// dying is waited for.
 pub(crate) fn listen_unix(path: &Path) -> Result<Rc<OwnedFd>, Failure> {
+    listen_unix_within(path, DYING)
+}
+
+fn listen_unix_within(path: &Path, patience: Duration) -> Result<Rc<OwnedFd>, Failure> {
     let cannot = |error: io::Error| {
         Failure::failed(format!("cannot listen on {} ({error})", path.display()))
     };
@@ -89,7 +100,12 @@ pub(crate) fn listen_unix(path: &Path) -> Result<Rc<OwnedFd>, Failure> {
         return Err(Failure::new(ErrorKind::Usage, message));
     }
     if path.exists() {
-        if UnixStream::connect(path).is_ok() {
+        let began = Instant::now();
+        while UnixStream::connect(path).is_ok() {
+            if began.elapsed() < patience {
+                std::thread::sleep(RECHECK);
+                continue;
+            }
             let message = format!("another process listens on {}", path.display());
             return Err(Failure::new(ErrorKind::Busy, message));
         }
@@ -118,10 +134,11 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use std::path::PathBuf;
+    use std::time::Duration;
 
     use mirror::control::ErrorKind;
 
-    use super::{RunDir, listen_unix};
+    use super::{RunDir, listen_unix, listen_unix_within};
 
     fn directory(test: &str) -> PathBuf {
         std::env::temp_dir().join(format!("ublk-rundir-{}-{test}", std::process::id()))
@@ -161,9 +178,15 @@ mod tests {
         std::fs::create_dir_all(&dir).unwrap();
         let path = dir.join("a.sock");
         let listener = listen_unix(&path).unwrap();
-        assert_eq!(listen_unix(&path).unwrap_err().kind, ErrorKind::Busy);
+        let refused = listen_unix_within(&path, Duration::ZERO).unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::Busy);
         drop(listener);
         listen_unix(&path).unwrap();
+        // One that is let go of while it is waited for, as by a process that is being killed.
+        let dying = std::os::unix::net::UnixListener::bind(dir.join("b.sock")).unwrap();
+        let death = std::thread::spawn(move || drop(dying.accept()));
+        listen_unix_within(&dir.join("b.sock"), Duration::from_secs(60)).unwrap();
+        death.join().unwrap();
         let long = dir.join("x".repeat(120));
         assert_eq!(listen_unix(&long).unwrap_err().kind, ErrorKind::Usage);
         std::fs::remove_dir_all(&dir).unwrap();

@@ -8,6 +8,25 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags};
 use crate::ready::Failure;
 use crate::sys;
 
+/// Closes what the parent process left open above standard error, but for `ready`: whoever
+/// waits for the end of a pipe would otherwise wait for the end of the daemon. For a daemon that
+/// runs in the background, before it opens any descriptor of its own.
+pub(crate) fn close_inherited(ready: i32) {
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    // Listed in full first: the list is read through a descriptor too, which is gone then.
+    let numbers: Vec<i32> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    for number in numbers {
+        if number != ready {
+            // The standard three are refused, and so is what is closed already.
+            drop(sys::inherited_fd(number));
+        }
+    }
+}
+
 /// Gives the process a mount namespace of its own, so that it neither keeps a filesystem of
 /// its own device alive nor locks up with it at exit. Without privilege this is not possible,
 /// and matters less: then there is no block device of ours to mount.

@@ -54,7 +54,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
                  mean with 'mirrorctl start {} PATH...'.",
                 mirror.name, mirror.uuid, mirror.name
             )))
-        } else if client::is_running(&context.run_dir, &mirror.name)? {
+        } else if client::served(&context.run_dir, &mirror.name)?.is_some() {
             output::note(&format!("Mirror {} is already running.", mirror.name));
             Ok(())
         } else {

@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use mirror::control::MemberState;
 
-use crate::client::{self, Reach};
+use crate::client;
 use crate::daemon::{self, Ready};
 use crate::failure::Failure;
 use crate::run_dir::{RunDir, check_name};
@@ -169,13 +169,12 @@ fn report(context: &Context, name: &str, ready: &Ready) -> Result<(), Failure> {
 }
 
 fn refuse_running(context: &Context, name: &str) -> Result<(), Failure> {
-    let Reach::Connected(_) = client::reach(&context.run_dir, name)? else {
+    let Some(status) = client::served(&context.run_dir, name)? else {
         return Ok(());
     };
-    let device = client::status(&context.run_dir, name)
-        .ok()
-        .and_then(|status| status.device);
-    let place = device.map_or_else(String::new, |device| format!(" on {device}"));
+    let place = status
+        .device
+        .map_or_else(String::new, |device| format!(" on {device}"));
     Err(Failure::busy(format!(
         "Mirror {name} is already running{place}. 'mirrorctl status {name}' shows it."
     )))

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mirror::control::ErrorKind;
 use mirror::host::{Buffer as _, Disk as _, DiskRequest, Errno, Span};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 use super::{LocalDisk, OpenError, open};
 use crate::ring::tests::on_ring;
@@ -100,6 +101,39 @@ fn a_transfer_that_ends_early_is_an_error() {
         });
         assert_eq!(result.unwrap(), Err(Errno::IO));
     });
+}
+
+#[test]
+fn a_write_that_fills_the_file_system_has_no_space() {
+    if !rustix::process::geteuid().is_root() {
+        // Only root makes a file system that is small enough to be filled.
+        return;
+    }
+    let dir = Dir::new("full");
+    crate::sys::unshare_mounts().unwrap();
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).unwrap();
+    let full = dir.0.join("full");
+    std::fs::create_dir(&full).unwrap();
+    let size = std::ffi::CString::new("size=64k").unwrap();
+    let flags = MountFlags::empty();
+    rustix::mount::mount("none", &full, "tmpfs", flags, size.as_c_str()).unwrap();
+    let path = dir.image("full/a", 1 << 20);
+    on_ring(8, move |ring| {
+        let disk = LocalDisk::new(&ring, open(&path).unwrap());
+        ring.block_on(async move {
+            let write = |len| {
+                let span = Span::whole(IoBuffer::zeroed(len));
+                let fua = false;
+                let offset = 0;
+                disk.submit(DiskRequest::Write { offset, span, fua })
+            };
+            assert_eq!(write(32 << 10).await, Ok(()));
+            assert_eq!(write(128 << 10).await, Err(Errno::NO_SPACE));
+        })
+        .unwrap();
+    });
+    rustix::mount::unmount(&full, UnmountFlags::DETACH).unwrap();
 }
 
 #[test]
