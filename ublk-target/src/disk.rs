@@ -180,7 +180,7 @@ pub(crate) fn open(path: &str) -> Result<OpenedDisk, OpenError> {
         discard: discard != DiscardWay::None,
     };
     let short_write = match kind {
-        FileType::RegularFile => Errno::IO,
+        FileType::RegularFile => Errno::NO_SPACE,
         _ => Errno::IO,
     };
     Ok(OpenedDisk {
