@@ -121,17 +121,16 @@ fn a_write_that_fills_the_file_system_has_no_space() {
     let path = dir.image("full/a", 1 << 20);
     on_ring(8, move |ring| {
         let disk = LocalDisk::new(&ring, open(&path).unwrap());
-        ring.block_on(async move {
+        let results = ring.block_on(async move {
             let write = |len| {
                 let span = Span::whole(IoBuffer::zeroed(len));
                 let fua = false;
                 let offset = 0;
                 disk.submit(DiskRequest::Write { offset, span, fua })
             };
-            assert_eq!(write(32 << 10).await, Ok(()));
-            assert_eq!(write(128 << 10).await, Err(Errno::NO_SPACE));
-        })
-        .unwrap();
+            (write(32 << 10).await, write(128 << 10).await)
+        });
+        assert_eq!(results.unwrap(), (Ok(()), Err(Errno::NO_SPACE)));
     });
     rustix::mount::unmount(&full, UnmountFlags::DETACH).unwrap();
 }
