@@ -18,9 +18,7 @@ const FUNCTION_LINES_MAX: usize = 70;
 /// Files that are longer, with their lengths.
 const LONG_FILES: &[(&str, usize)] = &[("mirror/src/superblock.rs", 611)];
 /// Functions that are longer, as `file::function`, with their lengths.
-const LONG_FUNCTIONS: &[(&str, usize)] = &[
-    ("mirror/src/create.rs::plan", 87),
-];
+const LONG_FUNCTIONS: &[(&str, usize)] = &[("mirror/src/create.rs::plan", 87)];
 
 /// The only file that may contain unsafe code.
 const UNSAFE_FILE: &str = "ublk-target/src/sys.rs";

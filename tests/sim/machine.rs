@@ -249,6 +249,13 @@ impl Machine {
     }
 }
 
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Tasks hold the mirror, which holds the machine: nobody else would let go.
+        self.world.crash();
+    }
+}
+
 /// Issues requests and tells the oracle.
 #[derive(Clone)]
 pub(crate) struct Client {
