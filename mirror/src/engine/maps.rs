@@ -51,6 +51,8 @@ pub(super) struct Missed {
     /// Bits set since the running batch of copies began: a copy made before does not clear
     /// them (R4).
     pub(super) since_copied: MissedMap,
+    /// Whether copies are under way, so that bits set meanwhile have to be told apart.
+    pub(super) copying: bool,
     /// Pages whose bits in memory differ from what is durable.
     pub(super) changed: BTreeSet<u32>,
 }
@@ -83,6 +85,7 @@ impl Maps {
         let missed = |_| Missed {
             map: MissedMap::new(blocks),
             since_copied: MissedMap::new(blocks),
+            copying: false,
             summary: Summary::new(narrow(blocks.div_ceil(MISSED_PER_PAGE))),
             changed: BTreeSet::new(),
         };
@@ -116,10 +119,19 @@ impl Maps {
     /// Sets missed bits of a slot, in memory until its changed pages are committed.
     pub(super) fn miss(&mut self, slot: u8, blocks: Range<u64>) {
         let missed = &mut self.missed[usize::from(slot)];
-        missed.since_copied.set(blocks.clone());
+        if missed.copying {
+            missed.since_copied.set(blocks.clone());
+        }
         if missed.map.set(blocks.clone()) > 0 {
             note_pages(missed, &blocks);
         }
+    }
+
+    /// A batch of copies begins, or the last one is over.
+    pub(super) fn set_copying(&mut self, slot: u8, copying: bool) {
+        let missed = &mut self.missed[usize::from(slot)];
+        missed.copying = copying;
+        missed.since_copied.clear_all();
     }
 
     /// Clears the missed bits of blocks that were copied, in memory; those set again since the

@@ -80,6 +80,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
+        self.maps.borrow_mut().set_copying(slot, false);
         self.note_progress(slot, begun);
         let status = self
             .resync
@@ -104,9 +105,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let Some(target) = self.resync_target(slot) else {
             return Err(Errno::NO_DEVICE);
         };
-        self.maps.borrow_mut().missed[usize::from(slot)]
-            .since_copied
-            .clear_all();
+        self.maps.borrow_mut().set_copying(slot, true);
         for _ in 0..LANES {
             let batch = batch.clone();
             self.spawn(|mirror| async move {
