@@ -46,7 +46,6 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use async_executor::LocalExecutor;
 use io_uring::{IoUring, squeue};
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
 use libublk::io::{BufDesc, UblkDev, UblkQueue};
@@ -55,6 +54,7 @@ use libublk::{UblkError, UblkFlags, sys as abi, ublk_init_ctrl_task_ring};
 use mirror::host::{Buffer as _, Errno, Span};
 
 use crate::daemon::Engine;
+use crate::executor::Executor;
 use crate::host;
 use crate::ready::Failure;
 use crate::ring::{self, Ring};
@@ -363,14 +363,19 @@ impl Front<'_> {
     /// Runs the tags' tasks until the kernel has aborted them all.
     fn run(&self, stop_asked: &Rc<Signal>, up: impl FnOnce()) -> Result<(), Failure> {
         let tags_left = Cell::new(self.queue.nr_tags());
-        let executor = LocalExecutor::new();
-        for tag in self.queue.tags() {
+        let executor = Executor::default();
+        let buffer = |_| IoBuffer::recycled(MAX_REQUEST_BYTES as usize);
+        let buffers: Vec<IoBuffer> = self.queue.tags().map(buffer).collect();
+        if let Err(error) = self.ring.register_buffers(&buffers) {
+            tracing::info!("goes on without registered buffers ({error}): a little slower");
+        }
+        for (tag, buffer) in self.queue.tags().zip(buffers) {
             let (engine, queue, tags_left) = (self.engine, self.queue, &tags_left);
             let task = async move {
-                serve_tag(engine, queue, tag).await;
+                serve_tag(engine, queue, tag, buffer).await;
                 tags_left.set(tags_left.get() - 1);
             };
-            executor.spawn(task).detach();
+            executor.spawn(task);
         }
         let started = self.start();
         self.turn(&executor, || started.is_over())?;
@@ -389,16 +394,14 @@ impl Front<'_> {
         stopped.result.take().unwrap_or(Ok(()))
     }
 
-    fn turn(&self, executor: &LocalExecutor<'_>, done: impl Fn() -> bool) -> Result<(), Failure> {
-        let reap = |into: &mut Vec<io_uring::cqueue::Entry>| {
+    fn turn(&self, executor: &Executor<'_>, done: impl Fn() -> bool) -> Result<(), Failure> {
+        let reap = |dispatch: &mut dyn FnMut(&io_uring::cqueue::Entry)| {
             // The library counts its commands and notices the queue's end here. It only fails
             // where the closure does, and this one does not.
-            let _ = ublk_reap_io_events_with_update_queue(self.queue, false, None, |entry| {
-                into.push(entry.clone());
-            });
+            let _ = ublk_reap_io_events_with_update_queue(self.queue, false, None, dispatch);
         };
         self.ring
-            .run(|| executor.try_tick(), reap, done)
+            .run(|limit| executor.run(limit), reap, done)
             .map_err(lost_ring)
     }
 
@@ -434,8 +437,7 @@ impl Front<'_> {
 }
 
 /// Serves one tag until the queue ends.
-async fn serve_tag(engine: &Rc<Engine>, queue: &UblkQueue<'_>, tag: u16) {
-    let mut buffer = IoBuffer::recycled(MAX_REQUEST_BYTES as usize);
+async fn serve_tag(engine: &Rc<Engine>, queue: &UblkQueue<'_>, tag: u16, mut buffer: IoBuffer) {
     // None until the first request has come.
     let mut answer: Option<i32> = None;
     loop {

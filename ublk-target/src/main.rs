@@ -20,6 +20,7 @@ mod cli;
 mod control;
 mod daemon;
 mod disk;
+mod executor;
 mod front_nbd;
 mod front_ublk;
 mod host;

@@ -6,7 +6,8 @@
 //!   also waits for the next completion.
 //! - An operation's buffer stays alive and is counted as in use until its completion arrives,
 //!   whatever happens to the future that waits for it (R6).
-//! - A timer costs no submission entry: the nearest deadline bounds the wait.
+//! - Timers cost nothing while they are far away: the kernel holds a timeout for the nearest
+//!   one only, and no clock is read before that has fired.
 //! - Work on other threads ([`Ring::blocking`]) wakes the ring through an eventfd that is
 //!   always being polled.
 //!
@@ -24,7 +25,7 @@
 //! carry it and the index of their slot.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -34,19 +35,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use async_executor::LocalExecutor;
-use io_uring::{IoUring, cqueue, types};
+use io_uring::{IoUring, cqueue};
 use libublk::uring_async::ublk_wake_task;
 use libublk::{UblkError, UblkUringData, ublk_init_task_ring, with_task_io_ring_mut};
 use mirror::host::Errno;
 
-use crate::sys::{InFlight, Prepared};
+use crate::executor::Executor;
+use crate::sys::{self, InFlight, IoBuffer, Prepared};
 
 const TARGET: u64 = UblkUringData::Target as u64;
 
-/// Tasks run in one turn before the ring is looked at again, so that a task that never waits
+/// Tasks polled in one turn before the ring is looked at again, so that a task that never waits
 /// cannot starve I/O.
-const TICKS_PER_TURN: usize = 512;
+const POLLS_PER_TURN: usize = 512;
 
 /// Why the ring could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -160,15 +161,19 @@ struct Timers {
     heap: BinaryHeap<HeapEntry>,
     /// Entries of the heap whose future is gone; they are swept when they are the majority.
     dropped: usize,
+    /// Deadlines for which the kernel holds a timeout. The first is never later than the
+    /// heap's while the thread waits.
+    armed: BTreeSet<Duration>,
 }
 
 /// The reactor. Lives on one thread.
 pub(crate) struct Ring {
     slots: RefCell<Slots>,
     timers: Rc<RefCell<Timers>>,
-    executor: LocalExecutor<'static>,
+    /// Timeouts that have not fired.
+    timeouts: Rc<Cell<usize>>,
+    executor: Executor<'static>,
     kick: Arc<OwnedFd>,
-    reaped: RefCell<Vec<cqueue::Entry>>,
 }
 
 impl Ring {
@@ -202,9 +207,9 @@ impl Ring {
         let ring = Rc::new(Self {
             slots: RefCell::default(),
             timers: Rc::default(),
-            executor: LocalExecutor::new(),
+            timeouts: Rc::default(),
+            executor: Executor::default(),
             kick: Arc::new(kick),
-            reaped: RefCell::default(),
         });
         ring.listen_for_kicks()?;
         Ok(ring)
@@ -230,33 +235,19 @@ impl Ring {
 
     /// Runs `task` on this thread.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        self.executor.spawn(task).detach();
+        self.executor.spawn(task);
     }
 
     /// Queues an operation; `gauge` counts it until the device has answered.
     pub(crate) fn submit(
         self: &Rc<Self>,
-        mut prepared: Prepared,
+        prepared: Prepared,
         gauge: Option<&Rc<Cell<usize>>>,
     ) -> Completion {
         let mut slots = self.slots.borrow_mut();
         let key = slots.reserve();
         let user_data = TARGET | u64::from(key);
-        let flight = loop {
-            let pushed = with_task_io_ring_mut(|ring| match prepared.push(ring, user_data) {
-                Ok(flight) => Ok(flight),
-                Err(prepared) => {
-                    // The queue is full: hand over what is in it. A failure is transient
-                    // (EINTR, EBUSY, EAGAIN) and the next round tries again.
-                    let _ = ring.submit();
-                    Err(prepared)
-                }
-            });
-            match pushed {
-                Ok(flight) => break flight,
-                Err(back) => prepared = back,
-            }
-        };
+        let flight = with_task_io_ring_mut(|ring| prepared.push(ring, user_data));
         let gauge = gauge.map(|gauge| {
             gauge.set(gauge.get() + 1);
             Rc::clone(gauge)
@@ -270,6 +261,11 @@ impl Ring {
             ring: Some(Rc::clone(self)),
             key,
         }
+    }
+
+    /// Makes operations on these buffers cheaper. Once for a ring; an error changes nothing.
+    pub(crate) fn register_buffers(&self, buffers: &[IoBuffer]) -> io::Result<()> {
+        with_task_io_ring_mut(|ring| sys::register_buffers(ring, buffers))
     }
 
     /// A delay that ends at `deadline` on [`now`]'s clock.
@@ -317,30 +313,35 @@ impl Ring {
         Blocking(shared)
     }
 
-    /// Runs tasks and I/O until `done`. `front` runs the front end's own tasks and says whether
-    /// it did something; `reap` takes the completions off the ring.
+    /// Runs tasks and I/O until `done`. `front` runs the front end's own tasks, at most as often
+    /// as it is told, and says how often it did; `reap` passes on the completions on the ring.
     pub(crate) fn run(
-        &self,
-        mut front: impl FnMut() -> bool,
-        mut reap: impl FnMut(&mut Vec<cqueue::Entry>),
+        self: &Rc<Self>,
+        mut front: impl FnMut(usize) -> usize,
+        mut reap: impl FnMut(&mut dyn FnMut(&cqueue::Entry)),
         done: impl Fn() -> bool,
     ) -> io::Result<()> {
         loop {
-            let mut ticks = 0;
-            while ticks < TICKS_PER_TURN && (front() | self.executor.try_tick()) {
-                ticks += 1;
+            // The two sides' tasks wake each other.
+            let mut polled = 0;
+            loop {
+                polled += front(POLLS_PER_TURN - polled);
+                let ours = self.executor.run(POLLS_PER_TURN - polled);
+                polled += ours;
+                if ours == 0 || polled == POLLS_PER_TURN {
+                    break;
+                }
             }
             if done() {
                 return Ok(());
             }
-            self.enter(ticks == TICKS_PER_TURN)?;
-            let mut reaped = self.reaped.take();
-            reap(&mut reaped);
-            for entry in reaped.drain(..) {
-                self.dispatch(&entry);
+            self.arm_timers();
+            let timeouts = self.timeouts.get();
+            self.enter(polled == POLLS_PER_TURN)?;
+            reap(&mut |entry| self.dispatch(entry));
+            if self.timeouts.get() < timeouts {
+                self.fire_timers();
             }
-            self.reaped.replace(reaped);
-            self.fire_timers();
         }
     }
 
@@ -355,42 +356,43 @@ impl Ring {
             let result = future.await;
             filled.replace(Some(result));
         });
-        self.run(|| false, reap_all, || slot.borrow().is_some())?;
+        self.run(|_| 0, reap_all, || slot.borrow().is_some())?;
         match slot.take() {
             Some(result) => Ok(result),
             None => Err(io::Error::other("the ring stopped early")),
         }
     }
 
-    /// Hands queued operations to the kernel and, unless `busy`, waits for a completion or the
-    /// next timer.
-    fn enter(&self, busy: bool) -> io::Result<()> {
-        let deadline = self
-            .timers
-            .borrow()
-            .heap
-            .peek()
-            .map(|entry| entry.0.deadline);
-        let timeout = deadline.map(|deadline| deadline.saturating_sub(now()));
-        let want = usize::from(!busy && timeout != Some(Duration::ZERO));
-        let entered = with_task_io_ring_mut(|ring| match timeout {
-            Some(timeout) if want > 0 => {
-                let timeout = types::Timespec::from(timeout);
-                let args = types::SubmitArgs::new().timespec(&timeout);
-                ring.submitter().submit_with_args(want, &args)
+    /// Has the kernel hold a timeout for the nearest timer.
+    fn arm_timers(self: &Rc<Self>) {
+        let nearest = {
+            let mut timers = self.timers.borrow_mut();
+            let Some(nearest) = timers.heap.peek().map(|entry| entry.0.deadline) else {
+                return;
+            };
+            if timers.armed.first().is_some_and(|armed| *armed <= nearest) {
+                return;
             }
-            _ => ring.submit_and_wait(want),
-        });
-        match entered {
+            timers.armed.insert(nearest);
+            nearest
+        };
+        // One that has passed already fires at once. Nobody waits for the completion itself.
+        drop(self.submit(Prepared::timeout(nearest), Some(&self.timeouts)));
+    }
+
+    /// Hands queued operations to the kernel and, unless `busy`, waits for a completion.
+    fn enter(&self, busy: bool) -> io::Result<()> {
+        match with_task_io_ring_mut(|ring| ring.submit_and_wait(usize::from(!busy))) {
             Ok(_) => Ok(()),
-            // Expired, interrupted, or the completion queue has to be emptied first.
+            // Interrupted, or the completion queue has to be emptied first.
             Err(error) => match error.raw_os_error() {
-                Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
+                Some(libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
                 _ => Err(error),
             },
         }
     }
 
+    /// Wakes who waits. Submits nothing: the ring is borrowed by the caller.
     fn dispatch(&self, entry: &cqueue::Entry) {
         let user_data = entry.user_data();
         if user_data & TARGET == 0 {
@@ -408,10 +410,8 @@ impl Ring {
 
     fn fire_timers(&self) {
         let mut timers = self.timers.borrow_mut();
-        if timers.heap.is_empty() {
-            return;
-        }
         let now = now();
+        timers.armed.retain(|deadline| *deadline > now);
         while timers
             .heap
             .peek()
@@ -432,8 +432,8 @@ impl Ring {
 }
 
 /// Takes all completions off this thread's ring.
-pub(crate) fn reap_all(into: &mut Vec<cqueue::Entry>) {
-    with_task_io_ring_mut(|ring| into.extend(ring.completion()));
+pub(crate) fn reap_all(dispatch: &mut dyn FnMut(&cqueue::Entry)) {
+    with_task_io_ring_mut(|ring| ring.completion().for_each(|entry| dispatch(&entry)));
 }
 
 fn build_ring(entries: u32) -> io::Result<IoUring> {

@@ -25,14 +25,16 @@
 
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+mod pool;
+
+use std::cell::Cell;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use mirror::host::Buffer;
@@ -40,14 +42,7 @@ use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::batch::Batch;
 
-/// Memory kept for reuse on each thread, in bytes. More than this is given back.
-const POOL_LIMIT_BYTES: usize = 64 << 20;
-
 static LOCK_REFUSED: AtomicBool = AtomicBool::new(false);
-
-thread_local! {
-    static POOL: RefCell<Pool> = RefCell::new(Pool::default());
-}
 
 /// One anonymous mapping, unmapped when dropped.
 struct Mapping {
@@ -84,28 +79,6 @@ pub(crate) fn memory_lock_refused() -> bool {
     LOCK_REFUSED.load(Ordering::Relaxed)
 }
 
-/// Mappings that are not in use, by length. Mapping and locking cost more than an I/O.
-#[derive(Default)]
-struct Pool {
-    free: HashMap<usize, Vec<Mapping>>,
-    bytes: usize,
-}
-
-impl Pool {
-    fn take(&mut self, len: usize) -> Option<Mapping> {
-        let mapping = self.free.get_mut(&len)?.pop()?;
-        self.bytes -= len;
-        Some(mapping)
-    }
-
-    fn put(&mut self, mapping: Mapping) {
-        if self.bytes + mapping.len <= POOL_LIMIT_BYTES {
-            self.bytes += mapping.len;
-            self.free.entry(mapping.len).or_default().push(mapping);
-        }
-    }
-}
-
 struct Region {
     /// Always present until the region is dropped.
     mapping: Option<Mapping>,
@@ -115,18 +88,14 @@ struct Region {
     device_writes: Cell<u32>,
     /// Rust borrows: positive counts shared ones, -1 is an exclusive one.
     lent: Cell<i32>,
+    /// Its number among the ring's registered buffers.
+    registered: Cell<Option<u16>>,
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
         if let Some(mapping) = self.mapping.take() {
-            // A thread that is ending has no pool any more; the mapping is then unmapped.
-            let mut mapping = Some(mapping);
-            let _ = POOL.try_with(|pool| {
-                if let (Ok(mut pool), Some(mapping)) = (pool.try_borrow_mut(), mapping.take()) {
-                    pool.put(mapping);
-                }
-            });
+            pool::put(mapping);
         }
     }
 }
@@ -162,7 +131,7 @@ impl IoBuffer {
 
     fn allocate(len: usize) -> (Self, bool) {
         let len = len.max(1).next_multiple_of(4096);
-        let pooled = POOL.with(|pool| pool.borrow_mut().take(len));
+        let pooled = pool::take(len);
         let fresh = pooled.is_none();
         // Out of address space or memory: the daemon cannot go on, as with any allocation.
         let mapping = pooled.unwrap_or_else(|| match Mapping::new(len) {
@@ -176,8 +145,19 @@ impl IoBuffer {
             device_reads: Cell::new(0),
             device_writes: Cell::new(0),
             lent: Cell::new(0),
+            registered: Cell::new(None),
         };
         (Self(Rc::new(region)), fresh)
+    }
+
+    /// Whether both are the same memory.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Whether a device may still change the bytes.
+    pub(crate) fn being_written(&self) -> bool {
+        self.0.device_writes.get() != 0
     }
 
     /// Lends `len` bytes from `start` to a device that writes into them.
@@ -202,16 +182,22 @@ impl IoBuffer {
     }
 }
 
-impl IoBuffer {
-    /// Whether both are the same memory.
-    pub(crate) fn is_same(&self, other: &Self) -> bool {
-        Rc::ptr_eq(&self.0, &other.0)
+/// Has the kernel look the pages of these buffers up once rather than for each operation.
+/// Called once for a ring. Where the kernel refuses, everything works without.
+pub(crate) fn register_buffers(ring: &IoUring, buffers: &[IoBuffer]) -> io::Result<()> {
+    let vector = |buffer: &IoBuffer| libc::iovec {
+        iov_base: buffer.0.address.as_ptr().cast(),
+        iov_len: buffer.0.len,
+    };
+    let vectors: Vec<libc::iovec> = buffers.iter().map(vector).collect();
+    // SAFETY: the ring holds references to the pages themselves, so that an operation on a
+    // registered buffer never reaches memory that was unmapped and given away. A number is only
+    // used for the region that it was given to here, and goes with it.
+    unsafe { ring.submitter().register_buffers(&vectors)? };
+    for (index, buffer) in (0..).zip(buffers) {
+        buffer.0.registered.set(Some(index));
     }
-
-    /// Whether a device may still change the bytes.
-    pub(crate) fn being_written(&self) -> bool {
-        self.0.device_writes.get() != 0
-    }
+    Ok(())
 }
 
 /// Restores the borrow count also when the closure panics.
@@ -362,6 +348,9 @@ enum Keep {
     File {
         _fd: Rc<OwnedFd>,
     },
+    Deadline {
+        _deadline: Box<types::Timespec>,
+    },
 }
 
 /// A submission entry together with all that it points to.
@@ -381,9 +370,15 @@ impl Prepared {
             lend.to_writer,
             "a read into memory that was lent for reading"
         );
-        let entry = opcode::Read::new(fd_of(fd), lend.address(), lend.len)
-            .offset(offset)
-            .build();
+        let (fd_number, address, len) = (fd_of(fd), lend.address(), lend.len);
+        let entry = match lend.buffer.0.registered.get() {
+            Some(index) => opcode::ReadFixed::new(fd_number, address, len, index)
+                .offset(offset)
+                .build(),
+            None => opcode::Read::new(fd_number, address, len)
+                .offset(offset)
+                .build(),
+        };
         Self {
             entry,
             keep: Keep::Memory {
@@ -396,10 +391,17 @@ impl Prepared {
     /// Writes `lend` to `offset`; with `fua` it completes when the bytes are durable.
     pub(crate) fn write(fd: &Rc<OwnedFd>, offset: u64, lend: Lend, fua: bool) -> Self {
         let flags = if fua { libc::RWF_DSYNC } else { 0 };
-        let entry = opcode::Write::new(fd_of(fd), lend.address().cast_const(), lend.len)
-            .offset(offset)
-            .rw_flags(flags)
-            .build();
+        let (fd_number, address, len) = (fd_of(fd), lend.address().cast_const(), lend.len);
+        let entry = match lend.buffer.0.registered.get() {
+            Some(index) => opcode::WriteFixed::new(fd_number, address, len, index)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+            None => opcode::Write::new(fd_number, address, len)
+                .offset(offset)
+                .rw_flags(flags)
+                .build(),
+        };
         Self {
             entry,
             keep: Keep::Memory {
@@ -504,20 +506,33 @@ impl Prepared {
         }
     }
 
-    /// Puts the entry into the submission queue under `user_data`; gives it back when the
-    /// queue is full.
-    pub(crate) fn push(self, ring: &mut IoUring, user_data: u64) -> Result<InFlight, Self> {
+    /// Completes when the clock that counts from boot, suspended time included, reaches
+    /// `deadline`.
+    pub(crate) fn timeout(deadline: Duration) -> Self {
+        let deadline = Box::new(types::Timespec::from(deadline));
+        let entry = opcode::Timeout::new(&raw const *deadline)
+            .flags(types::TimeoutFlags::ABS | types::TimeoutFlags::BOOTTIME)
+            .build();
+        Self {
+            entry,
+            keep: Keep::Deadline {
+                _deadline: deadline,
+            },
+        }
+    }
+
+    /// Puts the entry into the submission queue under `user_data`. When the queue is full, what
+    /// is in it goes to the kernel first.
+    pub(crate) fn push(self, ring: &mut IoUring, user_data: u64) -> InFlight {
         let entry = self.entry.user_data(user_data);
         // SAFETY: all that the entry points to is owned by `keep`, has a stable address (its
         // own mapping, a Box or a Vec's heap block that nobody changes) and is given up only
         // by `InFlight::complete`, which is called when the completion has arrived.
-        match unsafe { ring.submission().push(&entry) } {
-            Ok(()) => Ok(InFlight(Some(self.keep))),
-            Err(_) => Err(Self {
-                entry,
-                keep: self.keep,
-            }),
+        while unsafe { ring.submission().push(&entry) }.is_err() {
+            // A failure is transient (EINTR, EBUSY, EAGAIN) and the next round tries again.
+            let _ = ring.submit();
         }
+        InFlight(Some(self.keep))
     }
 }
 

@@ -206,6 +206,19 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
         });
         self.outcomes.len += 1;
     }
+
+    /// Whether the operations still running may be given up: whoever is still in-sync has
+    /// answered, or one of them has succeeded.
+    fn may_end(&self) -> bool {
+        let mut waiting = self
+            .running
+            .iter()
+            .zip(&self.outcomes.list)
+            .filter(|(op, _)| op.is_some());
+        self.limited
+            || self.outcomes.common_error(self.watch).is_none()
+            || waiting.all(|(_, outcome)| outcome.is_some_and(|o| !self.watch.is_in_sync(o.slot)))
+    }
 }
 
 impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
@@ -214,7 +227,9 @@ impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcomes> {
         let this = self.get_mut();
         let mut pending = false;
-        for (running, outcome) in this.running.iter_mut().zip(&mut this.outcomes.list) {
+        let len = this.outcomes.len;
+        let all = this.running[..len].iter_mut();
+        for (running, outcome) in all.zip(&mut this.outcomes.list) {
             let (Some(op), Some(outcome)) = (running.as_mut(), outcome.as_mut()) else {
                 continue;
             };
@@ -229,18 +244,7 @@ impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
         if !pending {
             return Poll::Ready(this.outcomes);
         }
-        let now = this.watch.tick.get();
-        let holds = |slot| this.watch.is_in_sync(slot);
-        let mut waiting = this
-            .running
-            .iter()
-            .zip(&this.outcomes.list)
-            .filter(|(op, _)| op.is_some());
-        // Whoever is still in-sync has answered, or one of them has succeeded.
-        let may_end = this.limited
-            || this.outcomes.common_error(this.watch).is_none()
-            || waiting.all(|(_, outcome)| outcome.is_some_and(|o| !holds(o.slot)));
-        if now - this.begun > TICKS_PER_DEADLINE && may_end {
+        if this.watch.tick.get() - this.begun > TICKS_PER_DEADLINE && this.may_end() {
             // Dropping the operations leaves them to the disk as orphans.
             return Poll::Ready(this.outcomes);
         }

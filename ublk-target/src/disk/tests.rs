@@ -144,7 +144,7 @@ fn an_abandoned_read_is_counted_until_it_is_over() {
         let span = Span::whole(buffer.clone());
         drop(disk.submit(DiskRequest::Read { offset: 0, span }));
         assert_eq!((disk.in_flight(), buffer.in_use()), (1, true));
-        ring.run(|| false, crate::ring::reap_all, || disk.in_flight() == 0)
+        ring.run(|_| 0, crate::ring::reap_all, || disk.in_flight() == 0)
             .unwrap();
         assert!(!buffer.in_use());
     });

@@ -42,8 +42,7 @@ fn an_abandoned_operation_keeps_its_buffer_until_it_completes() {
         assert_eq!((gauge.get(), buffer.in_use()), (1, true));
         peer.write_all(b"late").unwrap();
         let seen = Rc::clone(&gauge);
-        ring.run(|| false, reap_all, move || seen.get() == 0)
-            .unwrap();
+        ring.run(|_| 0, reap_all, move || seen.get() == 0).unwrap();
         assert!(!buffer.in_use());
         assert_eq!(buffer.read(|bytes| bytes[..4].to_vec()), b"late");
     });
@@ -88,7 +87,7 @@ fn timers_fire_in_the_order_of_their_deadlines() {
             });
         }
         let seen = Rc::clone(&order);
-        ring.run(|| false, reap_all, move || seen.borrow().len() == 3)
+        ring.run(|_| 0, reap_all, move || seen.borrow().len() == 3)
             .unwrap();
         assert_eq!(*order.borrow(), [10, 20, 30]);
         assert!(now() - start >= Duration::from_millis(30));
@@ -142,7 +141,7 @@ fn a_task_that_never_waits_does_not_starve_io() {
         });
         peer.write_all(b"x").unwrap();
         let seen = Rc::clone(&done);
-        ring.run(|| false, reap_all, move || seen.get()).unwrap();
+        ring.run(|_| 0, reap_all, move || seen.get()).unwrap();
         assert!(done.get());
     });
 }
