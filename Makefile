@@ -37,6 +37,7 @@ test-unit: deps
 
 test-sim: deps
 	@echo "=== simulator and style tests"
+	tests/mutations/run.py --check
 	$(CARGO) test -p ublk-mirror-tests --no-fail-fast
 
 test-native: build

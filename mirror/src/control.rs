@@ -271,4 +271,7 @@ pub struct IoCounts {
     pub map_commits: u64,
     /// Extents zeroed on the members before their first use.
     pub extents_zeroed: u64,
+    /// Extents zeroed before their first use, out of a request's way.
+    #[serde(default)]
+    pub extents_zeroed_ahead: u64,
 }

@@ -1,6 +1,6 @@
 //! Named cases: one situation each, from every interleaving that a few seeds give.
 
-use crate::machine::{Machine, path};
+use crate::machine::{GARBAGE, Machine, path};
 use mirror::control::MemberState;
 use mirror::sim::Faults;
 
@@ -422,6 +422,67 @@ fn discarded_extents_read_as_zeroes_before_and_after_crashes() {
         machine.check_all("after a discard and a power cut");
         write(&machine, (4 << 20) + 4096, 4096);
         machine.check_all("written again after a discard");
+        machine.compare_members();
+    }
+}
+
+#[test]
+fn a_sequential_writer_finds_extents_zeroed() {
+    let mut machine = Machine::new(1, 2, SIZE);
+    for disk in &machine.disks {
+        disk.without_cheap_zeroes();
+    }
+    machine.start();
+    for extent in 0..12 {
+        for part in 0..4 {
+            write(&machine, (extent << 22) + (part << 20), 1 << 20);
+        }
+    }
+    let io = machine.mirror().status().io;
+    assert!(io.extents_zeroed_ahead >= 4, "{io:?}");
+    machine.check_all("in the end");
+    machine.compare_members();
+}
+
+#[test]
+fn extents_are_zeroed_in_idle_time() {
+    for seed in 0..3 {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        for disk in &machine.disks {
+            disk.without_cheap_zeroes();
+        }
+        machine.start();
+        for extent in [0, 5, 10] {
+            write(&machine, extent << 22, 4096);
+        }
+        let zeroed_first = machine.mirror().status().io.extents_zeroed;
+        assert_eq!(zeroed_first, 3, "one at a time, while nothing is ahead");
+        // Idle: the other extents are zeroed.
+        let mirror = machine.mirror();
+        let zeroed = || mirror.status().io.extents_zeroed_ahead == (SIZE >> 22) - 3;
+        assert!(machine.world.run(10_000_000, zeroed), "nothing is ahead");
+        write(&machine, 14 << 22, 4096);
+        let io = machine.mirror().status().io;
+        assert_eq!(
+            io.extents_zeroed, zeroed_first,
+            "the first write pays no zeroing"
+        );
+        read(&machine, 14 << 22, 1 << 20);
+        // What a member that was away holds is not known any more: zeroed again, before the
+        // write or with it.
+        let times = || {
+            let io = machine.mirror().status().io;
+            io.extents_zeroed + io.extents_zeroed_ahead
+        };
+        let before = times();
+        machine.fail(1).unwrap();
+        machine.disks[1].write_now(machine.data_offset + (15 << 22), &[GARBAGE; 4096]);
+        machine.re_add(1).unwrap();
+        machine.wait_in_sync();
+        write(&machine, (15 << 22) + 8192, 4096);
+        assert!(times() > before, "the member that was away was spared");
+        read(&machine, 15 << 22, 1 << 20);
+        machine.check_all("in the end");
         machine.compare_members();
     }
 }

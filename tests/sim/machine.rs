@@ -12,7 +12,7 @@ use std::time::Duration;
 pub(crate) type SimMirror = Mirror<SimHost, SimDisk>;
 
 /// Garbage that a disk held before it became a member.
-const GARBAGE: u8 = 0xa7;
+pub(crate) const GARBAGE: u8 = 0xa7;
 
 /// Disks, the machine that runs the daemon, and what readers may see.
 pub(crate) struct Machine {

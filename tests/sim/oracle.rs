@@ -4,7 +4,8 @@
 //! it was acknowledged, and the time a flush (or FUA) made it durable. A change is
 //! *superseded* for a reader when another change was acknowledged before the read began and
 //! issued after this one was acknowledged. After a crash the same holds with *durable* for
-//! *acknowledged*; what the first read after the crash finds is what it stays.
+//! *acknowledged*; what the first read after the crash finds is what it stays, and is durable if
+//! the crash emptied the disks' caches.
 
 use std::collections::BTreeMap;
 
@@ -31,6 +32,8 @@ pub(crate) struct Oracle {
     time: u64,
     /// When the reads under way began.
     reading: Vec<u64>,
+    /// Whether the last crash took the disks' caches along.
+    caches_lost: bool,
     sectors: BTreeMap<u64, Vec<Change>>,
 }
 
@@ -161,17 +164,17 @@ impl Oracle {
         ))
     }
 
-    /// The machine stopped without a word: what was acknowledged and not durable may be gone,
-    /// what was under way may or may not have happened. `caches_lost` is false when only the
-    /// daemon died: what was acknowledged is still in the disks' caches.
+    /// The machine stopped without a word: what was under way may or may not have happened.
+    /// With the power (`caches_lost`) what was acknowledged and not durable may be gone too.
+    /// When only the daemon died it is still there, in the disks' caches, and no more durable
+    /// than before.
     pub(crate) fn crash(&mut self, caches_lost: bool) {
         self.reading.clear();
+        self.caches_lost = caches_lost;
+        if !caches_lost {
+            return;
+        }
         for changes in self.sectors.values_mut() {
-            if !caches_lost {
-                for change in changes.iter_mut() {
-                    change.durable = change.durable.or(change.acknowledged);
-                }
-            }
             let all = changes.clone();
             let gone = |change: &Change| {
                 let Some(acknowledged) = change.acknowledged else {
@@ -193,13 +196,28 @@ impl Oracle {
         let begun = self.begin_read();
         self.end_read(begun);
         self.check(sector, bytes, begun)?;
-        let now = self.tick();
+        let (before, now, caches_lost) = (self.tick(), self.tick(), self.caches_lost);
         let changes = self.changes(sector);
-        changes.retain(|change| content(sector, change.version) == bytes);
-        changes.truncate(1);
-        for change in changes.iter_mut() {
-            change.acknowledged = Some(now);
-            change.durable = Some(now);
+        if caches_lost {
+            // What a disk holds without its cache is durable.
+            changes.retain(|change| content(sector, change.version) == bytes);
+            changes.truncate(1);
+        } else {
+            // A later power cut may bring back what this one replaced in a cache.
+            for change in changes.iter_mut() {
+                change.acknowledged = change.acknowledged.or(Some(begun));
+            }
+        }
+        let found = changes
+            .iter_mut()
+            .rfind(|change| content(sector, change.version) == bytes);
+        if let Some(found) = found {
+            (found.issued, found.acknowledged) = (before, Some(now));
+            found.durable = if caches_lost {
+                Some(now)
+            } else {
+                found.durable
+            };
         }
         Ok(())
     }

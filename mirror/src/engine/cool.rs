@@ -30,6 +30,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.host.sleep(TICK).await;
             self.coarse_now.set(self.host.now());
             self.release_idle_disks();
+            self.note_idle();
             let _pass = self.gate.enter().await;
             if self.stopping.get() {
                 continue;

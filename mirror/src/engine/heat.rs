@@ -11,8 +11,11 @@
 
 use super::{Mirror, Receiver, View};
 use crate::host::{Disk, DiskRequest, Errno, Host};
+use crate::layout::SLOTS_MAX;
 use dirty_map::{Extent, ExtentState};
+use std::future::{Future as _, poll_fn};
 use std::ops::Range;
+use std::task::Poll;
 use std::time::Duration;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -110,6 +113,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     for &slot in &view.absent {
                         maps.miss(slot, extent.blocks());
                     }
+                    self.ahead.borrow_mut().used(extent);
                 }
                 match maps.states.get(extent) {
                     // A commit that failed may have left it hot in memory only.
@@ -119,6 +123,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
+        self.ahead_wanted.wake_all();
         if !intent {
             // Unsafe, for benchmarks only: what the intent costs is measured against this.
             return Ok(());
@@ -138,9 +143,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 ExtentState::Cool | ExtentState::Hot => continue,
             };
             let targets: Vec<Receiver<D>> = {
-                let config = self.config.borrow();
-                let spared =
-                    |r: &Receiver<D>| never_used && config.slots[usize::from(r.slot)].zeroed;
+                let (config, ahead) = (self.config.borrow(), self.ahead.borrow());
+                let spared = |r: &Receiver<D>| {
+                    let zeroed = config.slots[usize::from(r.slot)].zeroed;
+                    never_used && (zeroed || ahead.contains(r.slot, extent))
+                };
                 view.receivers
                     .iter()
                     .filter(|r| !spared(r))
@@ -150,11 +157,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if targets.is_empty() {
                 continue;
             }
-            let mut lacking = [None; crate::layout::SLOTS_MAX];
-            for target in &targets {
-                let zeroed = self.zero_on(target, self.extent_bytes(extent)).await;
-                lacking[usize::from(target.slot)] = zeroed.err();
-            }
+            let lacking = self.zero_on_each(&targets, self.extent_bytes(extent)).await;
             self.judge_lacking(view, &lacking, "zeroing an extent before its first use")?;
             zeroed_any = true;
             self.count(|counts| counts.extents_zeroed += 1);
@@ -164,11 +167,39 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let view = self.view();
         let outcomes = self.to_receivers(&view, |_| DiskRequest::Flush).await;
-        let mut lacking = [None; crate::layout::SLOTS_MAX];
+        let mut lacking = [None; SLOTS_MAX];
         for outcome in outcomes.iter() {
             lacking[usize::from(outcome.slot)] = outcome.result.err();
         }
         self.judge_lacking(&view, &lacking, "the flush after zeroing an extent")
+    }
+
+    /// Makes `range` of the device read as zeroes on several members at once; the error of
+    /// each that does not.
+    pub(super) async fn zero_on_each(
+        &self,
+        targets: &[Receiver<D>],
+        range: Range<u64>,
+    ) -> [Option<Errno>; SLOTS_MAX] {
+        let zero = |target| Box::pin(self.zero_on(target, range.clone()));
+        let mut running: Vec<_> = targets.iter().map(|t| (t.slot, zero(t))).collect();
+        let mut lacking = [None; SLOTS_MAX];
+        poll_fn(|context| {
+            running.retain_mut(|(slot, zeroing)| match zeroing.as_mut().poll(context) {
+                Poll::Ready(result) => {
+                    lacking[usize::from(*slot)] = result.err();
+                    false
+                }
+                Poll::Pending => true,
+            });
+            if running.is_empty() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+        lacking
     }
 
     /// Makes `range` of the device read as zeroes on one member.

@@ -58,6 +58,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             tracing::warn!("member {} (slot {slot}) is lost: {reason}", state.path);
             state.running = Running::Losing { becomes };
+            self.ahead.borrow_mut().forget(slot);
             state.reason = Some(reason.to_owned());
         }
         self.losses_pending.set(self.losses_pending.get() + 1);

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `write.rs` | the write path, top to bottom; flush |
 //! | `heat.rs` | making extents hot before a write: zeroing, intent |
+//! | `zero_ahead.rs` | zeroing extents before anybody writes to them |
 //! | `read.rs` | the read path, failover, repair of a bad copy |
 //! | `zeroes.rs` | discard and write-zeroes |
 //! | `commit.rs` | group commit of map pages |
@@ -52,6 +53,7 @@ mod start;
 mod status;
 mod wait;
 mod write;
+mod zero_ahead;
 mod zeroes;
 
 use crate::control::{ErrorKind, IoCounts, ResyncStatus};
@@ -221,6 +223,9 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     stalls: StallWatch,
     /// Woken when an extent's preparation ends.
     prepared: WaitList,
+    ahead: RefCell<zero_ahead::ZeroAhead>,
+    /// Woken when there may be extents to zero ahead of their use.
+    ahead_wanted: WaitList,
     /// Woken when losses become effective, fail to, or resync state changes.
     changed: WaitList,
     /// Losses judged but not effective.

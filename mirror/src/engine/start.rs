@@ -136,6 +136,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             flushes: super::write::Flushes::default(),
             stalls: super::StallWatch::default(),
             prepared: super::WaitList::default(),
+            ahead: RefCell::default(),
+            ahead_wanted: super::WaitList::default(),
             changed: super::WaitList::default(),
             losses_pending: Cell::new(0),
             flush_failed_here: Cell::new(false),
@@ -394,6 +396,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.spawn(Self::run_losses);
         self.spawn(Self::run_ticks);
         self.spawn(Self::run_equalise);
+        self.spawn(Self::run_zero_ahead);
         Ok(())
     }
 

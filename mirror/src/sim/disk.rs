@@ -66,6 +66,8 @@ struct Inner {
     faults: Cell<Faults>,
     bad_sectors: RefCell<BTreeSet<u64>>,
     next_number: Cell<u64>,
+    /// Whether write-zeroes is one operation.
+    cheap_zeroes: Cell<bool>,
     /// Fills what was never written: zeroes, or garbage of an earlier life.
     background: u8,
     operations: Cell<u64>,
@@ -105,6 +107,7 @@ impl SimDisk {
             faults: Cell::default(),
             bad_sectors: RefCell::default(),
             next_number: Cell::new(0),
+            cheap_zeroes: Cell::new(true),
             background,
             operations: Cell::new(0),
         }))
@@ -145,6 +148,11 @@ impl SimDisk {
     /// Sets what goes wrong from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.0.faults.set(faults);
+    }
+
+    /// From the next start on the disk cannot write zeroes by itself.
+    pub fn without_cheap_zeroes(&self) {
+        self.0.cheap_zeroes.set(false);
     }
 
     /// What goes wrong at present.
@@ -253,6 +261,9 @@ impl SimDisk {
                 self.write_back(covers);
             }
             DiskRequest::WriteZeroes { offset, len } => {
+                if !self.0.cheap_zeroes.get() {
+                    return Err(Errno::NOT_SUPPORTED);
+                }
                 if faults.writes {
                     return Err(Errno::IO);
                 }
@@ -406,7 +417,7 @@ impl Disk for SimDisk {
         Geometry {
             size_bytes: self.0.size_bytes,
             logical_block_bytes: 512,
-            cheap_zeroes: true,
+            cheap_zeroes: self.0.cheap_zeroes.get(),
             discard: true,
         }
     }

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""Breaks the engine in one place at a time and expects the suite to notice.
+
+Usage: tests/mutations/run.py [--check] [--seeds N] [NAME...]
+
+--check   only look whether every mutation still applies exactly once
+--seeds   histories of each kind (default 100)
+NAME      only these
+
+Works in a copy of the tree under MUTATION_DIR (default .cache/mutations), so nothing here is
+touched. Stops at the first test or seed that fails: that is who caught it. A suite that does
+not end within ten minutes, or does not compile, is an error and not a catch.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+AREA = Path(os.environ.get("MUTATION_DIR", ROOT / ".cache/mutations"))
+LIMIT_SECONDS = 600
+# Cheapest first; what an earlier one catches spares the later ones.
+SUITES = [
+    ["-p", "ublk-mirror-tests", "--test", "sim", "--", "cases", "races"],
+    ["-p", "ublk-mirror-tests", "--test", "sim", "--", "histories"],
+    ["-p", "mirror", "-p", "dirty-map", "--lib"],
+]
+
+
+def load():
+    with open(ROOT / "tests/mutations/mutations.toml", "rb") as file:
+        return tomllib.load(file)["mutation"]
+
+
+def misfits(mutations):
+    for mutation in mutations:
+        found = (ROOT / mutation["file"]).read_text().count(mutation["old"])
+        if found != 1:
+            yield f"{mutation['name']}: `old` occurs {found} times in {mutation['file']}"
+
+
+def copy_tree():
+    tree = AREA / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    return tree
+
+
+def cargo(tree, arguments, seeds):
+    environment = dict(os.environ, CARGO_TARGET_DIR=str(AREA / "target"), SIM_SEEDS=str(seeds))
+    environment.pop("RUSTFLAGS", None)
+    return subprocess.run(
+        ["cargo", "test", "--quiet", *arguments], cwd=tree, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LIMIT_SECONDS,
+    )
+
+
+def catcher(tree, seeds):
+    """Who fails, or None when all is well."""
+    for suite in SUITES:
+        try:
+            ran = cargo(tree, suite, seeds)
+        except subprocess.TimeoutExpired:
+            raise SystemExit(f"{suite} did not end within {LIMIT_SECONDS} s")
+        if ran.returncode == 0:
+            continue
+        if "could not compile" in ran.stdout:
+            raise SystemExit(ran.stdout)
+        tests = re.findall(r"^    (\w+(?:::\w+)+)$", ran.stdout, re.MULTILINE)
+        failed = re.findall(r"FAILED: (SIM_SEED=\d+, \d members)", ran.stdout)
+        names = sorted(set(tests)) or ["a test that aborted"]
+        return ", ".join(names[:2] + failed[:2])
+    return None
+
+
+def main():
+    words = sys.argv[1:]
+    check = "--check" in words
+    seeds = int(words[words.index("--seeds") + 1]) if "--seeds" in words else 100
+    names = [w for w in words if not w.startswith("--") and w != str(seeds)]
+    mutations = load()
+    broken = list(misfits(mutations))
+    unknown = set(names) - {m["name"] for m in mutations}
+    if broken or unknown:
+        sys.exit("\n".join(broken + [f"there is no mutation {name}" for name in unknown]))
+    if check:
+        print(f"ok mutations_apply ({len(mutations)})")
+        return
+    tree, survived = copy_tree(), []
+    before = catcher(tree, seeds)
+    if before:
+        sys.exit(f"the suite fails without any mutation: {before}")
+    chosen = [m for m in mutations if not names or m["name"] in names]
+    for mutation in chosen:
+        began, path = time.monotonic(), tree / mutation["file"]
+        original = path.read_text()
+        path.write_text(original.replace(mutation["old"], mutation["new"]))
+        caught = catcher(tree, seeds)
+        path.write_text(original)
+        if caught is None:
+            survived.append(mutation["name"])
+        verdict = f"caught by {caught}" if caught else "SURVIVED"
+        seconds = time.monotonic() - began
+        print(f"{mutation['rule']:4} {mutation['name']}: {verdict} ({seconds:.0f} s)", flush=True)
+    print(f"{len(chosen) - len(survived)} caught, {len(survived)} survived")
+    sys.exit(bool(survived))
+
+
+if __name__ == "__main__":
+    main()
