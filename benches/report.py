@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Make tables and a picture of the results under benches/out/raw.
 
-Usage: benches/report.py [RAW_DIR [OUT_DIR]]
+Usage: benches/report.py [--readme] [RAW_DIR [OUT_DIR]]
 
 Reads fio's JSON files named PLACE__SUBJECT__JOB__ROUND.json and results of our own named
 PLACE__NAME.result.json. Writes OUT_DIR/bench.md and OUT_DIR/bench.svg and prints the tables.
 A figure is the median of its rounds. Nothing is typed by hand: what was not measured is "-".
+--readme also puts the tables into README.md, in the place of the last ones.
 """
 
 import datetime
@@ -358,8 +359,19 @@ def svg_panel(runs, place, y, shape):
     return out
 
 
+def into_readme(text):
+    """Replace the tables in README.md, one heading level further down."""
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    begin, end = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+    before, rest = readme.read_text(encoding="utf-8").split(begin)
+    body = text.removeprefix("# Benchmarks\n\n").replace("\n## ", "\n### ")
+    readme.write_text(before + begin + body + end + rest.split(end)[1], encoding="utf-8")
+
+
 def main(arguments):
     """Write the report and print it."""
+    readme = "--readme" in arguments
+    arguments = [argument for argument in arguments if argument != "--readme"]
     here = Path(__file__).resolve().parent / "out"
     raw = Path(arguments[0]) if arguments else here / "raw"
     out = Path(arguments[1]) if len(arguments) > 1 else here
@@ -379,6 +391,8 @@ def main(arguments):
     picture = svg(runs)
     if picture:
         (out / "bench.svg").write_text(picture, encoding="utf-8")
+    if readme:
+        into_readme(text)
     print(text)
 
 

@@ -157,10 +157,11 @@ bench_quorum() {
     rm -f "$area"/q? "$area"/m?
 }
 
-# Uniform random writes over a hundred times the budget of hot extents, on written extents; long
-# enough that extents would cool. How many were hot at the end is kept beside the figure.
+# Uniform random writes over a hundred times the budget of hot extents, on written extents. Enough
+# of them that one cools before it is written again, so that nearly every write has to record its
+# intent. How many were hot at the end is kept beside the figure.
 bench_budget() {
-    local round subject options budget=64 extents=6400
+    local round subject options budget=4096 extents=409600
     choose_area 14
     rm -f "$out/${place}__budget"*
     for round in $(seq "$rounds"); do

@@ -86,13 +86,7 @@ impl Machine {
 
     /// Starts the mirror on the disks in `slots`.
     pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
-        let candidates = slots
-            .iter()
-            .map(|&slot| Candidate {
-                path: path(slot),
-                disk: self.disks[slot].clone(),
-            })
-            .collect();
+        let candidates = self.candidates(slots);
         let host = Rc::new(SimHost(self.world.clone()));
         let mirror = self
             .world
@@ -104,6 +98,37 @@ impl Machine {
     pub(crate) fn start(&mut self) {
         let all: Vec<usize> = (0..self.disks.len()).collect();
         self.start_on(&all, false).unwrap();
+    }
+
+    /// Operations that the disks have completed.
+    pub(crate) fn operations(&self) -> u64 {
+        self.disks.iter().map(SimDisk::operations).sum()
+    }
+
+    /// Starts on all disks and crashes after `operations` of the start; true when the start
+    /// ended before.
+    pub(crate) fn start_cut_short(&mut self, operations: u64) -> bool {
+        let candidates = self.candidates(&(0..self.disks.len()).collect::<Vec<_>>());
+        let host = Rc::new(SimHost(self.world.clone()));
+        let ended = Rc::new(Cell::new(false));
+        let end = ended.clone();
+        self.world.spawn_task(async move {
+            drop(SimMirror::start(host, candidates, options(false)).await);
+            end.set(true);
+        });
+        let begun = self.operations();
+        self.world.run(1_000_000, || {
+            ended.get() || self.operations() - begun >= operations
+        });
+        ended.get()
+    }
+
+    fn candidates(&self, slots: &[usize]) -> Vec<Candidate<SimDisk>> {
+        let candidate = |&slot: &usize| Candidate {
+            path: path(slot),
+            disk: self.disks[slot].clone(),
+        };
+        slots.iter().map(candidate).collect()
     }
 
     pub(crate) fn mirror(&self) -> Rc<SimMirror> {
@@ -131,10 +156,15 @@ impl Machine {
 
     /// The power of the whole machine goes.
     pub(crate) fn cut_power(&mut self) {
-        self.world.crash();
         let mut rng = self.world.choose(|rng| rng.clone());
+        self.cut_power_choosing(&mut |n| rng.index(n));
+    }
+
+    /// [`Machine::cut_power`] with every choice made by the caller.
+    pub(crate) fn cut_power_choosing(&mut self, choose: &mut impl FnMut(usize) -> usize) {
+        self.world.crash();
         for disk in &self.disks {
-            disk.cut_power(&mut rng);
+            disk.cut_power(choose);
         }
         self.oracle.borrow_mut().crash(true);
         self.replace_machine();

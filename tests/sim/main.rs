@@ -2,7 +2,7 @@
 //! and crashes, checked against an oracle after every read.
 //!
 //! `SIM_SEEDS=N` runs N seeds of each kind (default 100), `SIM_SEED=S` runs one and prints
-//! what it did.
+//! what it did. `CRASH_SAMPLES=N` crashes in up to N ways at each device operation (default 6).
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -10,6 +10,7 @@
 )]
 
 mod cases;
+mod crashes;
 mod histories;
 mod machine;
 mod oracle;

@@ -340,6 +340,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let slot = joiner.slot;
         {
             // It receives from here on; with the gate closed nothing but the round goes to it.
+            self.ahead.borrow_mut().forget(slot);
             let mut slots = self.slots.borrow_mut();
             slots[usize::from(slot)] = Slot {
                 running: Running::Resyncing,

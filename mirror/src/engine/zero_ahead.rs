@@ -18,7 +18,6 @@
 //! a second zeroing cannot come after the writer's data. The task is inside the gate, so that
 //! no member joins meanwhile.
 
-use super::heat::extents;
 use super::{Mirror, Receiver};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
@@ -50,6 +49,10 @@ pub(super) struct ZeroAhead {
     requests: u64,
     /// Where the search for unwritten extents goes on.
     cursor: u32,
+    /// Whether the search has found any since it began at the first extent.
+    found: bool,
+    /// A whole search found nothing, or zeroing failed: no more of it until a member leaves.
+    done: bool,
 }
 
 impl Default for ZeroAhead {
@@ -61,6 +64,8 @@ impl Default for ZeroAhead {
             idle: false,
             requests: 0,
             cursor: 0,
+            found: false,
+            done: false,
         }
     }
 }
@@ -74,6 +79,7 @@ impl ZeroAhead {
     /// The member in `slot` stops receiving.
     pub(super) fn forget(&mut self, slot: u8) {
         self.ahead[usize::from(slot)].clear();
+        (self.cursor, self.done) = (0, false);
     }
 
     /// `extent` is about to be written to for the first time.
@@ -99,6 +105,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let claimed = self.claim(&batch);
             if let Err(errno) = self.zero_claimed(&claimed).await {
                 tracing::warn!("zeroing extents ahead of their use failed: {errno}");
+                self.ahead.borrow_mut().done = true;
             }
             let mut maps = self.maps.borrow_mut();
             for extent in &claimed {
@@ -149,9 +156,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .any(|target| !ahead.contains(target.slot, extent))
                 && self.maps.borrow().states.get(extent) == ExtentState::Unwritten
         };
-        let end = extents(&(0..self.size_bytes))
-            .last()
-            .map_or(0, |last| last.0 + 1);
+        let end = self.maps.borrow().states.len();
         if let Some(first) = ahead.wanted.take() {
             let window = first.0..end.min(first.0.saturating_add(BATCH));
             let batch: Vec<Extent> = window.map(Extent).filter(|&e| lacks(&ahead, e)).collect();
@@ -160,24 +165,31 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return Some(batch);
             }
         }
-        let stock = ahead.ahead.iter().map(BTreeSet::len).max().unwrap_or(0);
-        if !ahead.idle || stock >= STOCK || targets.is_empty() {
+        if !ahead.idle || ahead.done || targets.is_empty() {
             return None;
         }
+        let stock = ahead.ahead.iter().map(BTreeSet::len).max().unwrap_or(0);
         let mut batch = Vec::new();
-        while batch.len() < BATCH as usize && ahead.cursor < end {
-            let extent = Extent(ahead.cursor);
-            ahead.cursor += 1;
+        while batch.len() < BATCH as usize && stock + batch.len() < STOCK {
+            let from = Extent(ahead.cursor);
+            let Some(extent) = self
+                .maps
+                .borrow()
+                .states
+                .next_in(ExtentState::Unwritten, from)
+            else {
+                // Once more from the beginning, unless that has just been all.
+                ahead.done = !std::mem::replace(&mut ahead.found, false);
+                (ahead.cursor, ahead.idle) = (0, false);
+                break;
+            };
+            ahead.cursor = extent.0 + 1;
             if lacks(&ahead, extent) {
+                ahead.found = true;
                 batch.push(extent);
             }
         }
-        if batch.is_empty() {
-            // From the beginning again in another idle second.
-            (ahead.cursor, ahead.idle) = (0, false);
-            return None;
-        }
-        Some(batch)
+        (!batch.is_empty()).then_some(batch)
     }
 
     /// Takes those extents of `batch` that still need it into preparation.

@@ -11,6 +11,7 @@ use crate::host::{Disk, DiskRequest, Errno, Geometry, Span};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -172,6 +173,14 @@ impl SimDisk {
         self.0.bad_sectors.borrow().contains(&(offset / SECTOR))
     }
 
+    /// A hash of everything durable, to tell states apart.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        self.0.durable.borrow().hash(&mut hasher);
+        hasher.finish()
+    }
+
     /// Operations completed so far.
     #[must_use]
     pub fn operations(&self) -> u64 {
@@ -179,11 +188,12 @@ impl SimDisk {
     }
 
     /// The power goes: of what was cached, and of the writes under way, any subset of sectors
-    /// stays.
-    pub fn cut_power(&self, rng: &mut Rng) {
+    /// stays. `choose` picks one of so many possibilities, again and again; what it has not
+    /// been asked about is the same in every outcome.
+    pub fn cut_power(&self, choose: &mut impl FnMut(usize) -> usize) {
         for pending in self.0.pending.take() {
             if let DiskRequest::Write { offset, span, .. } = &pending.request {
-                self.write_some(*offset, span, rng);
+                self.write_some(*offset, span, choose);
             }
             release(&pending.request);
         }
@@ -191,7 +201,7 @@ impl SimDisk {
         for (sector, mut versions) in self.0.cache.take() {
             versions.retain(|cached| !cached.given_up);
             // Any of its versions, or none: the disk writes back when it likes.
-            let kept = rng.index(versions.len() + 1);
+            let kept = choose(versions.len() + 1);
             if kept < versions.len() {
                 durable.insert(sector, versions.swap_remove(kept).bytes);
             }
@@ -247,7 +257,7 @@ impl SimDisk {
             }
             DiskRequest::Write { offset, span, fua } => {
                 if faults.writes {
-                    self.write_some(*offset, span, rng);
+                    self.write_some(*offset, span, &mut |n| rng.index(n));
                     return Err(Errno::IO);
                 }
                 self.write_all(*offset, span, *fua);
@@ -306,10 +316,15 @@ impl SimDisk {
         }
     }
 
-    fn write_some(&self, offset: u64, span: &Span<SimBuffer>, rng: &mut Rng) {
+    fn write_some(
+        &self,
+        offset: u64,
+        span: &Span<SimBuffer>,
+        choose: &mut impl FnMut(usize) -> usize,
+    ) {
         let bytes = span.buffer.device_read(span.start..span.start + span.len);
         for (sector, chunk) in (offset / SECTOR..).zip(bytes.chunks(512)) {
-            if rng.one_in(2) {
+            if choose(2) == 0 {
                 self.put(sector, chunk.into());
             }
         }
