@@ -159,7 +159,8 @@ bench_quorum() {
 
 # Uniform random writes over a hundred times the budget of hot extents, on written extents. Enough
 # of them that one cools before it is written again, so that nearly every write has to record its
-# intent. How many were hot at the end is kept beside the figure.
+# intent. How many were hot at the end is kept beside the figure. A number of writes rather than a
+# time, because each takes new room in both files.
 bench_budget() {
     local round subject options budget=4096 extents=409600
     choose_area 14
@@ -171,7 +172,7 @@ bench_budget() {
             start_mirror budget $((extents * 4))M "${options[@]}"
             touch_extents $extents 0
             measure $subject uniform-randwrite-4k-qd32 "$round" "$URI" --rw=randwrite --bs=4k \
-                --iodepth=32 --size=$((extents * 4))m --time_based --runtime="${BENCH_RUNTIME:-20}"
+                --iodepth=32 --size=$((extents * 4))m --number_ios=1000000
             result "$subject-state" hot "$(status_of budget extents.hot)" budget $budget \
                 map_commits "$(status_of budget io.map-commits)" \
                 writes "$(status_of budget io.writes)"
