@@ -35,6 +35,7 @@ pub(crate) fn options(force: bool) -> StartOptions {
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,
+        zero_ahead: true,
     }
 }
 

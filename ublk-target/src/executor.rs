@@ -108,7 +108,7 @@ impl<'a> Executor<'a> {
                 continue;
             };
             // From here on a wake means once more.
-            task.alarm.queued.store(false, Ordering::Release);
+            task.alarm.queued.swap(false, Ordering::AcqRel);
             let poll = task
                 .future
                 .as_mut()

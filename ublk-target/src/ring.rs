@@ -325,7 +325,8 @@ impl Ring {
             // The two sides' tasks wake each other.
             let mut polled = 0;
             loop {
-                polled += front(POLLS_PER_TURN - polled);
+                // Half of what is left, so that the other side gets its share.
+                polled += front((POLLS_PER_TURN - polled).div_ceil(2));
                 let ours = self.executor.run(POLLS_PER_TURN - polled);
                 polled += ours;
                 if ours == 0 || polled == POLLS_PER_TURN {
@@ -412,6 +413,10 @@ impl Ring {
         let mut timers = self.timers.borrow_mut();
         let now = now();
         timers.armed.retain(|deadline| *deadline > now);
+        if self.timeouts.get() == 0 {
+            // The kernel gave one up early: it is asked again.
+            timers.armed.clear();
+        }
         while timers
             .heap
             .peek()

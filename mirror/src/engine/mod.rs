@@ -91,6 +91,9 @@ pub struct StartOptions {
     pub deadline: Duration,
     /// Budget of hot extents; exceeded and reported rather than waited on.
     pub hot_budget: Option<u32>,
+    /// Zero extents before anybody writes to them. Off in the daemon: a flush that fails, or a
+    /// stall, on every member at once while extents are zeroed has no request to answer for it.
+    pub zero_ahead: bool,
 }
 
 /// An opened device that may be a member.

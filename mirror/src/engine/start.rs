@@ -396,7 +396,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.spawn(Self::run_losses);
         self.spawn(Self::run_ticks);
         self.spawn(Self::run_equalise);
-        self.spawn(Self::run_zero_ahead);
+        if self.options.zero_ahead {
+            self.spawn(Self::run_zero_ahead);
+        }
         Ok(())
     }
 
