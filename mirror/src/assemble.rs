@@ -425,3 +425,8 @@ fn history(superblock: &Superblock) -> String {
 #[cfg(test)]
 #[path = "assemble_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "assemble_histories.rs"]
+#[allow(clippy::unwrap_used, clippy::print_stderr)]
+mod histories;
