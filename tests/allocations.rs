@@ -166,7 +166,6 @@ fn started(machine: &Rc<Machine>) -> Rc<Mirror<Still, MemoryDisk>> {
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,
-        zero_ahead: false,
     };
     let host = Rc::new(Still(Rc::clone(machine)));
     drive(machine, Mirror::start(host, candidates.collect(), options)).unwrap()

@@ -35,7 +35,6 @@ pub(crate) fn options(force: bool) -> StartOptions {
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,
-        zero_ahead: true,
     }
 }
 

@@ -11,6 +11,7 @@
 
 mod cases;
 mod crashes;
+mod double_faults;
 mod histories;
 mod machine;
 mod oracle;

@@ -8,10 +8,10 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 const SIZE: u64 = 64 << 20;
-fn none() -> Faults {
+pub(crate) fn none() -> Faults {
     Faults::default()
 }
-fn wr(m: &Machine, o: u64, l: usize) {
+pub(crate) fn wr(m: &Machine, o: u64, l: usize) {
     let c = m.client();
     m.world
         .block_on(async move { c.write(o, l, false).await.unwrap() });
@@ -23,7 +23,7 @@ fn fl(m: &Machine) {
 fn st(m: &Machine, s: usize) -> MemberState {
     m.mirror().status().members[s].state
 }
-fn seeds(n: u64) -> std::ops::Range<u64> {
+pub(crate) fn seeds(n: u64) -> std::ops::Range<u64> {
     0..n
 }
 

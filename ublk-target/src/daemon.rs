@@ -377,7 +377,6 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
         write_intent: !args.no_intent_unsafe_for_benchmarks,
         deadline: Duration::from_secs(args.deadline),
         hot_budget: args.hot_budget,
-        zero_ahead: false,
     };
     let host = Rc::new(RingHost::new(&ring));
     Mirror::start(host, candidates, options)

@@ -1,8 +1,8 @@
 //! Tasks of one thread, run in the order in which they were woken.
 //!
 //! Why not a crate's executor: those order and hand over tasks between threads, which here no
-//! task ever does, and that was a quarter of the instructions of a read. What remains is a list
-//! of tasks and a queue of numbers.
+//! task ever does, and that was a quarter of a read's instructions in user space. What remains is
+//! a list of tasks and a queue of numbers.
 //!
 //! # States of a task
 //!

@@ -521,16 +521,17 @@ impl Prepared {
         }
     }
 
-    /// Puts the entry into the submission queue under `user_data`. When the queue is full, what
-    /// is in it goes to the kernel first.
+    /// Puts the entry into the submission queue under `user_data`; a full one is submitted first.
     pub(crate) fn push(self, ring: &mut IoUring, user_data: u64) -> InFlight {
         let entry = self.entry.user_data(user_data);
         // SAFETY: all that the entry points to is owned by `keep`, has a stable address (its
         // own mapping, a Box or a Vec's heap block that nobody changes) and is given up only
         // by `InFlight::complete`, which is called when the completion has arrived.
         while unsafe { ring.submission().push(&entry) }.is_err() {
-            // A failure is transient (EINTR, EBUSY, EAGAIN) and the next round tries again.
-            let _ = ring.submit();
+            if let Err(error) = ring.submit() {
+                let later = [Some(libc::EINTR), Some(libc::EBUSY), Some(libc::EAGAIN)];
+                assert!(later.contains(&error.raw_os_error()), "io_uring: {error}");
+            }
         }
         InFlight(Some(self.keep))
     }

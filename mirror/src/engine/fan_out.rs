@@ -48,6 +48,11 @@ impl StallWatch {
         self.in_sync.get() & (1 << slot) != 0
     }
 
+    /// Whether a member is in-sync now whose slot is not among these.
+    fn is_beyond(&self, slots: u16) -> bool {
+        self.in_sync.get() & !slots != 0
+    }
+
     /// Whether the member in `slot` is in-sync now and no other one is.
     pub(crate) fn is_last(&self, slot: u8) -> bool {
         self.in_sync.get() == 1 << slot
@@ -208,14 +213,16 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
     }
 
     /// Whether the operations still running may be given up: whoever is still in-sync has
-    /// answered, or one of them has succeeded.
+    /// answered, or one of them has succeeded, or there is one that this was not meant for.
     fn may_end(&self) -> bool {
+        let asked = self.outcomes.iter().fold(0, |all, o| all | 1 << o.slot);
         let mut waiting = self
             .running
             .iter()
             .zip(&self.outcomes.list)
             .filter(|(op, _)| op.is_some());
         self.limited
+            || self.watch.is_beyond(asked)
             || self.outcomes.common_error(self.watch).is_none()
             || waiting.all(|(_, outcome)| outcome.is_some_and(|o| !self.watch.is_in_sync(o.slot)))
     }

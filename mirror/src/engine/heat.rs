@@ -9,13 +9,12 @@
 //! A member whose data area was all zero when it joined is spared the zeroing, but only for
 //! extents that never left *unwritten*.
 
-use super::{Mirror, Receiver, View};
+use super::{FanOut, Mirror, PIECE_BYTES, Receiver, View, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use dirty_map::{Extent, ExtentState};
-use std::future::{Future as _, poll_fn};
 use std::ops::Range;
-use std::task::Poll;
+use std::rc::Rc;
 use std::time::Duration;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -134,7 +133,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Zeroes the data area of unwritten and discarded extents on every receiving member that
     /// is not known to be zero there, and flushes.
     async fn zero_unused(&self, view: &View<D>, cold: &[Extent]) -> Result<(), Errno> {
-        let mut zeroed_any = false;
+        let (mut zeroed_any, failures) = (false, self.flush_failures.get());
         for &extent in cold {
             let state = self.maps.borrow().states.get(extent);
             let never_used = match state {
@@ -165,77 +164,82 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !zeroed_any {
             return Ok(());
         }
-        let view = self.view();
-        let outcomes = self.to_receivers(&view, |_| DiskRequest::Flush).await;
-        let mut lacking = [None; SLOTS_MAX];
-        for outcome in outcomes.iter() {
-            lacking[usize::from(outcome.slot)] = outcome.result.err();
+        self.flush_zeroes(failures).await
+    }
+
+    /// Makes zeroes durable that were written since `failures` was read: a flush that failed
+    /// everywhere meanwhile may have dropped them, and one more would not say so.
+    pub(super) async fn flush_zeroes(&self, failures: u64) -> Result<(), Errno> {
+        self.flush_in_turn(false).await?;
+        if self.flush_failures.get() == failures {
+            Ok(())
+        } else {
+            Err(Errno::IO)
         }
-        self.judge_lacking(&view, &lacking, "the flush after zeroing an extent")
     }
 
     /// Makes `range` of the device read as zeroes on several members at once; the error of
-    /// each that does not.
+    /// each that does not. One that stalls is lost here: while it counted as in-sync, its late
+    /// zeroes could strike a later write (R13). One that is lost gets nothing more.
     pub(super) async fn zero_on_each(
         &self,
         targets: &[Receiver<D>],
         range: Range<u64>,
     ) -> [Option<Errno>; SLOTS_MAX] {
-        let zero = |target| Box::pin(self.zero_on(target, range.clone()));
-        let mut running: Vec<_> = targets.iter().map(|t| (t.slot, zero(t))).collect();
         let mut lacking = [None; SLOTS_MAX];
-        poll_fn(|context| {
-            running.retain_mut(|(slot, zeroing)| match zeroing.as_mut().poll(context) {
-                Poll::Ready(result) => {
-                    lacking[usize::from(*slot)] = result.err();
-                    false
-                }
-                Poll::Pending => true,
-            });
-            if running.is_empty() {
-                Poll::Ready(())
-            } else {
-                Poll::Pending
-            }
-        })
-        .await;
-        lacking
-    }
-
-    /// Makes `range` of the device read as zeroes on one member.
-    pub(super) async fn zero_on(
-        &self,
-        receiver: &Receiver<D>,
-        range: Range<u64>,
-    ) -> Result<(), Errno> {
-        let offset = self.data_offset + range.start;
-        let len = range.end - range.start;
-        if receiver.geometry.cheap_zeroes {
-            match self
-                .to_one(receiver, DiskRequest::WriteZeroes { offset, len })
-                .await
+        let (offset, len) = (self.data_offset + range.start, range.end - range.start);
+        let (by_itself, mut by_writing): (Vec<_>, Vec<_>) = targets
+            .iter()
+            .partition(|target| target.geometry.cheap_zeroes);
+        let zeroes = || DiskRequest::WriteZeroes { offset, len };
+        self.zero_step(&by_itself, zeroes, &mut lacking).await;
+        for target in by_itself {
+            let lacks = &mut lacking[usize::from(target.slot)];
+            if lacks
+                .take_if(|errno| *errno == Errno::NOT_SUPPORTED)
+                .is_some()
             {
-                Err(Errno::NOT_SUPPORTED) => {}
-                result => return result,
+                by_writing.push(target);
             }
         }
         let mut at = range.start;
         while at < range.end {
-            let len = super::length((range.end - at).min(super::PIECE_BYTES as u64));
-            let span = super::front(&self.zeroes, len);
-            let offset = self.data_offset + at;
-            self.to_one(
-                receiver,
-                DiskRequest::Write {
-                    offset,
-                    span,
-                    fua: false,
-                },
-            )
-            .await?;
-            at += len as u64;
+            let bytes = length((range.end - at).min(PIECE_BYTES as u64));
+            let write = || DiskRequest::Write {
+                offset: self.data_offset + at,
+                span: front(&self.zeroes, bytes),
+                fua: false,
+            };
+            self.zero_step(&by_writing, write, &mut lacking).await;
+            at += bytes as u64;
         }
-        Ok(())
+        lacking
+    }
+
+    /// One request to those of `targets` that lack nothing yet and still receive.
+    async fn zero_step(
+        &self,
+        targets: &[&Receiver<D>],
+        request: impl Fn() -> DiskRequest<H::Buffer>,
+        lacking: &mut [Option<Errno>; SLOTS_MAX],
+    ) {
+        let view = self.view();
+        let mut fan_out = FanOut::new(&self.stalls);
+        for target in targets {
+            let same = |r: &Receiver<D>| Rc::ptr_eq(&r.disk, &target.disk);
+            let lacks = &mut lacking[usize::from(target.slot)];
+            if lacks.is_none() && view.receivers.iter().any(same) {
+                fan_out.push(target.slot, target.in_sync, target.disk.submit(request()));
+            } else {
+                *lacks = lacks.or(Some(Errno::NO_DEVICE));
+            }
+        }
+        for outcome in fan_out.await.iter() {
+            lacking[usize::from(outcome.slot)] = outcome.result.err();
+            if outcome.result == Err(Errno::TIMED_OUT) {
+                self.begin_loss(outcome.slot, "zeroes got no answer within the deadline");
+            }
+        }
     }
 }
 

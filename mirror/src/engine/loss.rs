@@ -126,6 +126,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .as_ref()
                 .map_or(next.event_count, |a| a.event_count);
             if next == *self.config.borrow() && self.all_hold_the_epoch() {
+                // A second flush that failed everywhere has nothing new to record.
+                self.flush_recorded(&next);
                 return Ok(());
             }
             next.event_count = events + 1;
@@ -287,6 +289,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     fn round_effective(&self, losing: &[u8], next: Superblock) {
+        self.flush_recorded(&next);
         *self.config.borrow_mut() = next;
         for &slot in losing {
             self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;
@@ -294,10 +297,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.losses_pending
             .set(self.losses_pending.get() - losing.len());
         self.write_blocked.set(false);
-        self.flush_unrecorded.set(false);
         self.release_idle_disks();
         self.refresh_view();
         self.changed.wake_all();
+    }
+
+    /// The superblocks hold `config`. A flush that failed everywhere only after `config` was
+    /// drawn up is not in it and waits for the next round.
+    fn flush_recorded(&self, config: &Superblock) {
+        if config.flush_failed && self.flush_unrecorded.replace(false) {
+            self.changed.wake_all();
+        }
     }
 
     /// Lets go of lost members' devices that owe nothing any more, so that the operator can

@@ -91,9 +91,6 @@ pub struct StartOptions {
     pub deadline: Duration,
     /// Budget of hot extents; exceeded and reported rather than waited on.
     pub hot_budget: Option<u32>,
-    /// Zero extents before anybody writes to them. Off in the daemon: a flush that fails, or a
-    /// stall, on every member at once while extents are zeroed has no request to answer for it.
-    pub zero_ahead: bool,
 }
 
 /// An opened device that may be a member.
@@ -235,6 +232,8 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     losses_pending: Cell<usize>,
     /// The suspect blocks of a failed flush are known, because it failed in this run.
     flush_failed_here: Cell<bool>,
+    /// Flushes that failed everywhere in this run.
+    flush_failures: Cell<u64>,
     /// A flush failed everywhere and the superblocks do not say so yet.
     flush_unrecorded: Cell<bool>,
     /// A loss could not be made durable on the last survivor: writes answer EIO (R2).

@@ -208,7 +208,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let offset = self.data_offset + range.start;
         let bytes = range.end - range.start;
         let result = if all_zero {
-            self.zero_on(&target, range).await
+            let lacking = self
+                .zero_on_each(std::slice::from_ref(&target), range)
+                .await;
+            lacking[usize::from(slot)].map_or(Ok(()), Err)
         } else {
             self.to_one(
                 &target,

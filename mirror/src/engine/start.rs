@@ -141,6 +141,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             changed: super::WaitList::default(),
             losses_pending: Cell::new(0),
             flush_failed_here: Cell::new(false),
+            flush_failures: Cell::new(0),
             flush_unrecorded: Cell::new(false),
             write_blocked: Cell::new(false),
             stopping: Cell::new(false),
@@ -396,9 +397,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.spawn(Self::run_losses);
         self.spawn(Self::run_ticks);
         self.spawn(Self::run_equalise);
-        if self.options.zero_ahead {
-            self.spawn(Self::run_zero_ahead);
-        }
+        self.spawn(Self::run_zero_ahead);
         Ok(())
     }
 

@@ -201,6 +201,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     pub(super) async fn flush_inside(&self) -> Result<(), Errno> {
         self.settle_suspects().await;
         self.refuse_unsafe(true)?;
+        self.flush_in_turn(true).await
+    }
+
+    /// A flush that shares with all that wait beside it. `promised` when somebody is told that
+    /// what was written is durable, which is refused after a flush that failed everywhere.
+    pub(super) async fn flush_in_turn(&self, promised: bool) -> Result<(), Errno> {
         let flushes = &self.flushes;
         let ticket = flushes.requested.get() + 1;
         flushes.requested.set(ticket);
@@ -212,7 +218,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return if failed { Err(Errno::IO) } else { Ok(()) };
             }
             // A flush that failed everywhere while this one waited has emptied the caches.
-            self.refuse_unsafe(true)?;
+            self.refuse_unsafe(promised)?;
             flushes.running.set(true);
             let serves = flushes.requested.get();
             let result = self.flush_members().await;
@@ -250,6 +256,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         tracing::error!(
             "a flush failed on every in-sync member ({errno}); FLUSH and FUA answer EIO"
         );
+        self.flush_failures.set(self.flush_failures.get() + 1);
         {
             let mut maps = self.maps.borrow_mut();
             let maps = &mut *maps;

@@ -19,7 +19,7 @@
 //! no member joins meanwhile.
 
 use super::{Mirror, Receiver};
-use crate::host::{Disk, DiskRequest, Errno, Host};
+use crate::host::{Disk, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use dirty_map::{Extent, ExtentState};
 use std::collections::BTreeSet;
@@ -102,6 +102,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         loop {
             let batch = self.ahead_wanted.until(|| self.next_to_zero()).await;
             let _pass = self.gate.enter().await;
+            if self.stopping.get() {
+                continue;
+            }
             let claimed = self.claim(&batch);
             if let Err(errno) = self.zero_claimed(&claimed).await {
                 tracing::warn!("zeroing extents ahead of their use failed: {errno}");
@@ -168,7 +171,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !ahead.idle || ahead.done || targets.is_empty() {
             return None;
         }
-        let stock = ahead.ahead.iter().map(BTreeSet::len).max().unwrap_or(0);
+        let stock = targets
+            .iter()
+            .map(|t| ahead.ahead[usize::from(t.slot)].len());
+        let stock = stock.min().unwrap_or(0);
         let mut batch = Vec::new();
         while batch.len() < BATCH as usize && stock + batch.len() < STOCK {
             let from = Extent(ahead.cursor);
@@ -204,22 +210,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     async fn zero_claimed(&self, claimed: &[Extent]) -> Result<(), Errno> {
-        let (view, targets) = (self.view(), self.without_cheap_zeroes());
+        let targets = self.without_cheap_zeroes();
         if claimed.is_empty() || targets.is_empty() {
             return Ok(());
         }
-        let doing = "zeroing extents ahead of their use";
+        let failures = self.flush_failures.get();
         for &extent in claimed {
             let lacking = self.zero_on_each(&targets, self.extent_bytes(extent)).await;
-            self.judge_lacking(&view, &lacking, doing)?;
+            if let Some(&errno) = lacking.iter().flatten().next() {
+                // Nobody asked for this write: its failure loses nobody.
+                return Err(errno);
+            }
         }
-        let view = self.view();
-        let outcomes = self.to_receivers(&view, |_| DiskRequest::Flush).await;
-        let mut lacking = [None; SLOTS_MAX];
-        for outcome in outcomes.iter() {
-            lacking[usize::from(outcome.slot)] = outcome.result.err();
-        }
-        self.judge_lacking(&view, &lacking, doing)?;
+        self.flush_zeroes(failures).await?;
         let count = claimed.len() as u64;
         self.count(|counts| counts.extents_zeroed_ahead += count);
         // Who receives now has done so all the time: nobody joins while this is in the gate.

@@ -1,0 +1,159 @@
+//! Faults on every member at once, where the engine must neither drop anybody nor promise what
+//! may be gone: while extents are zeroed, and while superblocks are written. Every one of these
+//! failed once.
+
+use crate::machine::Machine;
+use crate::races::{none, seeds, wr};
+use mirror::Errno;
+use mirror::sim::Faults;
+
+const SIZE: u64 = 64 << 20;
+
+/// A mirror on disks that cannot write zeroes by themselves.
+fn plain_machine(seed: u64) -> Machine {
+    let mut m = Machine::new(seed, 2, SIZE);
+    for disk in &m.disks {
+        disk.without_cheap_zeroes();
+    }
+    m.start();
+    m
+}
+
+fn faults(m: &Machine, faults: Faults) {
+    for disk in &m.disks {
+        disk.set_faults(faults);
+    }
+}
+
+/// The flush after zeroing an extent fails everywhere and drops what was written before: no
+/// later FLUSH may answer well.
+#[test]
+fn a_flush_for_zeroes_that_fails_everywhere_is_a_failed_flush() {
+    for seed in seeds(12) {
+        let m = plain_machine(seed);
+        wr(&m, 0, 65536);
+        let flushes = Faults {
+            flushes: true,
+            ..none()
+        };
+        faults(&m, flushes);
+        let c = m.client();
+        let first = m
+            .world
+            .block_on(async move { c.write(20 << 20, 4096, false).await });
+        assert!(first.is_err(), "seed {seed}");
+        faults(&m, none());
+        let c = m.client();
+        let flushed = m.world.block_on(async move { c.flush().await });
+        assert!(
+            flushed.is_err(),
+            "seed {seed}: what was dropped is promised"
+        );
+    }
+}
+
+/// Zeroes written ahead, a flush that fails everywhere and drops them, one that succeeds: the
+/// extents are not ahead.
+#[test]
+fn zeroes_dropped_by_a_failed_flush_are_not_ahead() {
+    for seed in seeds(12) {
+        let mut m = plain_machine(seed);
+        wr(&m, 0, 4096);
+        // In the middle of zeroing in idle time.
+        let mirror = m.mirror();
+        let zeroing = || mirror.status().io.extents_zeroed_ahead >= seed % 3 * 4;
+        assert!(m.world.run(10_000_000, zeroing));
+        m.world.run(20 + seed * 11, || false);
+        let flushes = Faults {
+            flushes: true,
+            ..none()
+        };
+        faults(&m, flushes);
+        let c = m.client();
+        let _: Result<(), Errno> = m.world.block_on(async move { c.flush().await });
+        faults(&m, none());
+        m.world.run(2000, || false);
+        for extent in 1..16 {
+            let c = m.client();
+            let write = async move { c.write(extent << 22, 512, false).await };
+            // It may have to be zeroed now, which an earlier failed flush refuses to promise.
+            let _: Result<(), Errno> = m.world.block_on(write);
+        }
+        m.cut_power();
+        m.start();
+        let c = m.client();
+        m.world.block_on(async move {
+            for extent in 1..16_u64 {
+                c.read((extent << 22) + 4096, 65536).await.unwrap();
+            }
+        });
+    }
+}
+
+/// All members stall while an extent is zeroed: zeroes that arrive late must not strike what
+/// was written meanwhile.
+#[test]
+fn late_zeroes_strike_no_later_write() {
+    for seed in seeds(24) {
+        let m = plain_machine(seed);
+        wr(&m, 0, 4096);
+        let hang = Faults {
+            hang: true,
+            ..none()
+        };
+        let c = m.client();
+        // The first attempt meets the stall; an error is legal, wrong data never is.
+        let first = async move {
+            c.write(20 << 20, 4096, false).await.ok();
+        };
+        m.world.spawn_task(first);
+        m.world.run(seed * 3, || false);
+        faults(&m, hang);
+        m.world.run(400, || false);
+        faults(&m, none());
+        let again = (5 + seed % 2) << 22;
+        let c = m.client();
+        let second = async move { c.write(again, 2 << 20, false).await };
+        let _: Result<(), Errno> = m.world.block_on(second);
+        m.world.run(3000, || false);
+        let c = m.client();
+        let read = async move { c.read(again, 2 << 20).await };
+        let _: Result<(), Errno> = m.world.block_on(read);
+    }
+}
+
+/// A flush fails everywhere while a round for something else is being written: it must be
+/// recorded by the next round, not forgotten by this one.
+#[test]
+fn a_flush_that_fails_during_a_round_is_recorded() {
+    for seed in seeds(60) {
+        let mut m = Machine::new(seed, 3, SIZE);
+        m.start();
+        wr(&m, 0, 8192);
+        let (c, flusher) = (m.client(), m.client());
+        faults(
+            &m,
+            Faults {
+                flushes: true,
+                ..none()
+            },
+        );
+        m.disks[2].set_faults(Faults {
+            gone: true,
+            ..none()
+        });
+        m.world
+            .spawn_task(async move { c.write(4096, 4096, false).await.unwrap() });
+        m.world.run(seed, || false);
+        let failed = m.world.block_on(async move { flusher.flush().await });
+        faults(&m, none());
+        let c = m.client();
+        let again = m.world.block_on(async move { c.flush().await });
+        assert!(failed.is_err() && again.is_err(), "seed {seed}: at once");
+        m.kill_daemon();
+        m.start();
+        let c = m.client();
+        let again = m.world.block_on(async move { c.flush().await });
+        assert!(again.is_err(), "seed {seed}: over a restart");
+    }
+}
