@@ -1,6 +1,6 @@
 //! A mirror on simulated disks, with the steps that tests put together.
 
-use crate::oracle::{Oracle, Version, content};
+use crate::oracle::{Oracle, Version, fill};
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
@@ -266,9 +266,10 @@ impl Machine {
                 continue;
             }
             let at = self.data_offset + sector * 512;
-            let first = self.disks[in_sync[0]].read_now(at, 512);
+            let (mut first, mut other) = ([0; 512], [0; 512]);
+            self.disks[in_sync[0]].read_now(at, &mut first);
             for &slot in &in_sync[1..] {
-                let other = self.disks[slot].read_now(at, 512);
+                self.disks[slot].read_now(at, &mut other);
                 assert!(
                     first == other,
                     "sector {sector} differs between {} and {slot}",
@@ -312,7 +313,7 @@ impl Client {
         let first = offset / 512;
         span.fill(|bytes| {
             for (sector, chunk) in (first..).zip(bytes.chunks_mut(512)) {
-                chunk.copy_from_slice(&content(sector, version));
+                fill(chunk, sector, version);
             }
         });
         let issued = self

@@ -2,21 +2,20 @@
 //!
 //! Completed writes sit in a volatile cache until a flush or FUA; a power cut keeps any subset
 //! of the cached sectors, in any order, and any subset of the sectors of writes under way.
-//! Reads, writes and flushes fail on demand, and what a
-//! failed flush gave up is gone with the power, whatever a later flush says; a disk can hang or vanish and come back. A
-//! discarded range reads as arbitrary bytes.
+//! Reads, writes and flushes fail on demand, and what a failed flush gave up is gone with the
+//! power, whatever a later flush says; a disk can hang, or vanish and come back. A discarded
+//! range reads as arbitrary bytes.
 
-use super::{Rng, SimBuffer};
-use crate::host::{Disk, DiskRequest, Errno, Geometry, Span};
+use super::content::{Content, Run, Sectors};
+use super::{Rng, SECTOR, SimBuffer};
+use crate::host::{Disk, DiskRequest, Errno, Geometry};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::future::Future;
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-
-const SECTOR: u64 = 512;
 
 /// What goes wrong from now on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -46,33 +45,26 @@ struct Answer {
     waker: Option<Waker>,
 }
 
-/// The bytes of a sector.
-type Content = Rc<[u8]>;
-
-/// A cached version of a sector.
-struct Cached {
-    bytes: Content,
-    /// Order in which the disk took it.
-    number: u64,
-    /// A flush that failed has given it up: readable until the power goes, never durable.
-    given_up: bool,
-}
-
 struct Inner {
     size_bytes: u64,
-    durable: RefCell<BTreeMap<u64, Content>>,
-    /// Versions of each sector that are not durable yet, oldest first.
-    cache: RefCell<BTreeMap<u64, Vec<Cached>>>,
+    /// What a reader sees.
+    visible: RefCell<Sectors>,
+    /// What a power cut leaves in any case.
+    durable: RefCell<Sectors>,
+    /// What is not durable yet, oldest first, each with its number in the order in which the
+    /// disk took it. What a failed flush gave up is not here: readable, and never durable.
+    cache: RefCell<Vec<(u64, Run)>>,
     pending: RefCell<Vec<Pending>>,
     faults: Cell<Faults>,
     bad_sectors: RefCell<BTreeSet<u64>>,
     next_number: Cell<u64>,
     /// Whether write-zeroes is one operation.
     cheap_zeroes: Cell<bool>,
-    /// Fills what was never written: zeroes, or garbage of an earlier life.
-    background: u8,
     operations: Cell<u64>,
 }
+
+/// What a discarded sector reads as.
+const DISCARDED: u8 = 0xd5;
 
 /// A simulated disk; clones are the same disk.
 #[derive(Clone)]
@@ -100,50 +92,66 @@ impl SimDisk {
     /// A disk of `size_bytes` whose untouched sectors hold `background` throughout.
     #[must_use]
     pub fn new(size_bytes: u64, background: u8) -> Self {
+        let mut all = Sectors::default();
+        all.put(Run {
+            sectors: 0..size_bytes / SECTOR,
+            content: Content::Fill(background),
+        });
+        Self::holding(size_bytes, all)
+    }
+
+    fn holding(size_bytes: u64, content: Sectors) -> Self {
         Self(Rc::new(Inner {
             size_bytes,
-            durable: RefCell::default(),
+            visible: RefCell::new(content.clone()),
+            durable: RefCell::new(content),
             cache: RefCell::default(),
             pending: RefCell::default(),
             faults: Cell::default(),
             bad_sectors: RefCell::default(),
             next_number: Cell::new(0),
             cheap_zeroes: Cell::new(true),
-            background,
             operations: Cell::new(0),
         }))
     }
 
     /// Writes durably, from outside of any machine.
     pub fn write_now(&self, offset: u64, bytes: &[u8]) {
-        let mut durable = self.0.durable.borrow_mut();
-        for (sector, chunk) in (offset / SECTOR..).zip(bytes.chunks(512)) {
-            durable.insert(sector, chunk.into());
-        }
+        let run = Run {
+            sectors: sectors(offset, bytes.len() as u64),
+            content: Content::of(bytes),
+        };
+        self.put_durably(run);
     }
 
-    /// Reads what a reader would see, from outside of any machine.
-    #[must_use]
-    pub fn read_now(&self, offset: u64, len: u64) -> Vec<u8> {
-        (offset / SECTOR..(offset + len) / SECTOR)
-            .flat_map(|sector| self.sector(sector).to_vec())
-            .collect()
+    /// Reads what a reader would see, from outside of any machine, into `out`.
+    pub fn read_now(&self, offset: u64, out: &mut [u8]) {
+        self.0.visible.borrow().read(offset / SECTOR, out);
     }
 
     /// A copy of the disk as it is now, cache included: an older image for later.
     #[must_use]
     pub fn image(&self) -> Self {
-        let copy = Self::new(self.0.size_bytes, self.0.background);
-        let mut durable = self.0.durable.borrow().clone();
-        for (sector, versions) in self.0.cache.borrow().iter() {
-            durable.extend(
-                versions
-                    .last()
-                    .map(|cached| (*sector, cached.bytes.clone())),
-            );
+        Self::holding(self.0.size_bytes, self.0.visible.borrow().clone())
+    }
+
+    /// The same disk in another course of events: with its cache, and with the operations
+    /// under way, which nobody there waits for.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let fork = Self::holding(self.0.size_bytes, self.0.durable.borrow().clone());
+        fork.0.visible.replace(self.0.visible.borrow().clone());
+        fork.0.cache.replace(self.0.cache.borrow().clone());
+        fork.0
+            .bad_sectors
+            .replace(self.0.bad_sectors.borrow().clone());
+        fork.0.next_number.set(self.0.next_number.get());
+        fork.0.cheap_zeroes.set(self.0.cheap_zeroes.get());
+        fork.0.faults.set(self.0.faults.get());
+        for pending in self.0.pending.borrow().iter() {
+            drop(fork.submit(pending.request.clone()));
         }
-        *copy.0.durable.borrow_mut() = durable;
-        copy
+        fork
     }
 
     /// Sets what goes wrong from now on.
@@ -176,9 +184,7 @@ impl SimDisk {
     /// A hash of everything durable, to tell states apart.
     #[must_use]
     pub fn digest(&self) -> u64 {
-        let mut hasher = DefaultHasher::new();
-        self.0.durable.borrow().hash(&mut hasher);
-        hasher.finish()
+        self.0.durable.borrow().digest()
     }
 
     /// Operations completed so far.
@@ -188,24 +194,38 @@ impl SimDisk {
     }
 
     /// The power goes: of what was cached, and of the writes under way, any subset of sectors
-    /// stays. `choose` picks one of so many possibilities, again and again; what it has not
+    /// stays, in any of the versions that the disk was given (of large writes in steps of a
+    /// 32nd). `choose` picks one of so many possibilities, again and again; what it has not
     /// been asked about is the same in every outcome.
     pub fn cut_power(&self, choose: &mut impl FnMut(usize) -> usize) {
+        let mut loose: Vec<Run> = self
+            .0
+            .cache
+            .take()
+            .into_iter()
+            .map(|(_, run)| run)
+            .collect();
         for pending in self.0.pending.take() {
-            if let DiskRequest::Write { offset, span, .. } = &pending.request {
-                self.write_some(*offset, span, choose);
-            }
+            loose.extend(written_by(&pending.request));
             release(&pending.request);
         }
+        let mut cuts = BTreeSet::new();
+        for Range { start, end } in loose.iter().map(|run| run.sectors.clone()) {
+            let step = ((end - start) / 32).max(1);
+            cuts.extend((start..end).step_by(usize::try_from(step).unwrap_or(1)));
+            cuts.insert(end);
+        }
         let mut durable = self.0.durable.borrow_mut();
-        for (sector, mut versions) in self.0.cache.take() {
-            versions.retain(|cached| !cached.given_up);
-            // Any of its versions, or none: the disk writes back when it likes.
-            let kept = choose(versions.len() + 1);
-            if kept < versions.len() {
-                durable.insert(sector, versions.swap_remove(kept).bytes);
+        for (&start, &end) in cuts.iter().zip(cuts.iter().skip(1)) {
+            let versions = || loose.iter().filter_map(|run| run.part(&(start..end)));
+            let count = versions().count();
+            if count > 0
+                && let Some(kept) = versions().nth(choose(count + 1))
+            {
+                durable.put(kept);
             }
         }
+        self.0.visible.borrow_mut().clone_from(&durable);
     }
 
     /// The daemon is gone but the disk lives on: what it had taken it finishes.
@@ -248,19 +268,26 @@ impl SimDisk {
         }
         match &pending.request {
             DiskRequest::Read { offset, span } => {
-                let sectors = offset / SECTOR..(offset + span.len as u64) / SECTOR;
+                let sectors = sectors(*offset, span.len as u64);
                 if faults.reads || self.0.bad_sectors.borrow().range(sectors).next().is_some() {
                     return Err(Errno::IO);
                 }
+                let read = |out: &mut [u8]| self.read_now(*offset, out);
                 span.buffer
-                    .device_fill(span.start, &self.read_now(*offset, span.len as u64));
+                    .device_fill(span.start..span.start + span.len, read);
             }
-            DiskRequest::Write { offset, span, fua } => {
+            request @ DiskRequest::Write { fua, .. } => {
                 if faults.writes {
-                    self.write_some(*offset, span, &mut |n| rng.index(n));
+                    self.write_some(request, rng);
                     return Err(Errno::IO);
                 }
-                self.write_all(*offset, span, *fua);
+                if let Some(run) = written_by(request) {
+                    if *fua {
+                        self.put_durably(run);
+                    } else {
+                        self.put(run);
+                    }
+                }
             }
             DiskRequest::Flush => {
                 let covers = pending.covers.unwrap_or(0);
@@ -270,112 +297,123 @@ impl SimDisk {
                 }
                 self.write_back(covers);
             }
-            DiskRequest::WriteZeroes { offset, len } => {
+            request @ DiskRequest::WriteZeroes { .. } => {
                 if !self.0.cheap_zeroes.get() {
                     return Err(Errno::NOT_SUPPORTED);
                 }
                 if faults.writes {
+                    self.write_some(request, rng);
                     return Err(Errno::IO);
                 }
-                self.fill(*offset, *len, 0);
+                written_by(request)
+                    .into_iter()
+                    .for_each(|run| self.put(run));
             }
-            DiskRequest::Discard { offset, len } => self.fill(*offset, *len, 0xd5),
+            request @ DiskRequest::Discard { .. } => {
+                written_by(request)
+                    .into_iter()
+                    .for_each(|run| self.put(run));
+            }
         }
         Ok(())
     }
 
-    /// Everything cached before `covers` becomes durable, in order, except what an earlier
-    /// flush has given up.
+    /// Everything cached before `covers` becomes durable, in order.
     fn write_back(&self, covers: u64) {
         let mut durable = self.0.durable.borrow_mut();
-        self.0.cache.borrow_mut().retain(|sector, versions| {
-            let covered = |cached: &Cached| cached.number < covers && !cached.given_up;
-            if let Some(last) = versions.iter().rposition(covered) {
-                durable.insert(*sector, versions[last].bytes.clone());
-                versions.drain(..=last);
+        self.0.cache.borrow_mut().retain(|(number, run)| {
+            let covered = *number < covers;
+            if covered {
+                durable.put(run.clone());
             }
-            !versions.is_empty()
+            !covered
         });
     }
 
     /// A failed flush: of what it covered, some will never be durable, and no later flush says
     /// so again.
     fn give_up_some(&self, covers: u64, rng: &mut Rng) {
-        for cached in self.0.cache.borrow_mut().values_mut().flatten() {
-            cached.given_up |= cached.number < covers && rng.one_in(2);
+        let mut cache = self.0.cache.borrow_mut();
+        let given_up: Vec<(u64, Range<u64>)> = cache
+            .iter()
+            .filter(|(number, _)| *number < covers)
+            .map(|(number, run)| (*number, some_of(&run.sectors, rng)))
+            .collect();
+        for (number, sectors) in given_up {
+            let mut own: Vec<_> = cache.extract_if(.., |(of, _)| *of == number).collect();
+            Run::subtract(&mut own, &sectors);
+            cache.extend(own);
+        }
+        cache.sort_by_key(|(number, _)| *number);
+    }
+
+    /// A failed write leaves an arbitrary part of it.
+    fn write_some(&self, request: &DiskRequest<SimBuffer>, rng: &mut Rng) {
+        if let Some(run) = written_by(request)
+            && let Some(part) = run.part(&some_of(&run.sectors, rng))
+        {
+            self.put(part);
         }
     }
 
-    fn write_all(&self, offset: u64, span: &Span<SimBuffer>, fua: bool) {
-        let bytes = span.buffer.device_read(span.start..span.start + span.len);
-        for (sector, chunk) in (offset / SECTOR..).zip(bytes.chunks(512)) {
-            self.put(sector, chunk.into());
-            if fua {
-                self.make_durable(sector);
-            }
-        }
-    }
-
-    fn write_some(
-        &self,
-        offset: u64,
-        span: &Span<SimBuffer>,
-        choose: &mut impl FnMut(usize) -> usize,
-    ) {
-        let bytes = span.buffer.device_read(span.start..span.start + span.len);
-        for (sector, chunk) in (offset / SECTOR..).zip(bytes.chunks(512)) {
-            if choose(2) == 0 {
-                self.put(sector, chunk.into());
-            }
-        }
-    }
-
-    fn fill(&self, offset: u64, len: u64, byte: u8) {
-        let content: Content = vec![byte; 512].into();
-        for sector in offset / SECTOR..(offset + len) / SECTOR {
-            self.put(sector, content.clone());
-        }
-    }
-
-    fn put(&self, sector: u64, bytes: Content) {
-        self.0.bad_sectors.borrow_mut().remove(&sector);
+    fn put(&self, run: Run) {
+        self.heal(&run.sectors);
+        self.0.visible.borrow_mut().put(run.clone());
         let number = self.0.next_number.get();
         self.0.next_number.set(number + 1);
-        self.0
-            .cache
-            .borrow_mut()
-            .entry(sector)
-            .or_default()
-            .push(Cached {
-                bytes,
-                number,
-                given_up: false,
-            });
+        self.0.cache.borrow_mut().push((number, run));
     }
 
-    /// What the cache holds of `sector` becomes durable.
-    fn make_durable(&self, sector: u64) {
-        if let Some(newest) = self
-            .0
-            .cache
-            .borrow_mut()
-            .remove(&sector)
-            .and_then(|mut v| v.pop())
-        {
-            self.0.durable.borrow_mut().insert(sector, newest.bytes);
-        }
+    /// No older version of these sectors can come back any more.
+    fn put_durably(&self, run: Run) {
+        self.heal(&run.sectors);
+        Run::subtract(&mut self.0.cache.borrow_mut(), &run.sectors);
+        self.0.visible.borrow_mut().put(run.clone());
+        self.0.durable.borrow_mut().put(run);
     }
 
-    fn sector(&self, sector: u64) -> Content {
-        let cache = self.0.cache.borrow();
-        if let Some(cached) = cache.get(&sector).and_then(|versions| versions.last()) {
-            return cached.bytes.clone();
+    fn heal(&self, sectors: &Range<u64>) {
+        let mut bad = self.0.bad_sectors.borrow_mut();
+        if !bad.is_empty() {
+            bad.retain(|sector| !sectors.contains(sector));
         }
-        let durable = self.0.durable.borrow();
-        durable
-            .get(&sector)
-            .cloned()
-            .unwrap_or_else(|| vec![self.0.background; 512].into())
+    }
+}
+
+fn sectors(offset: u64, len: u64) -> Range<u64> {
+    offset / SECTOR..(offset + len) / SECTOR
+}
+
+/// All, nothing, or a part.
+fn some_of(sectors: &Range<u64>, rng: &mut Rng) -> Range<u64> {
+    let len = sectors.end - sectors.start;
+    match rng.below(4) {
+        0 => sectors.clone(),
+        1 => 0..0,
+        2 => sectors.start..sectors.start + rng.below(len),
+        _ => sectors.start + rng.below(len)..sectors.end,
+    }
+}
+
+/// What a request changes on the disk.
+fn written_by(request: &DiskRequest<SimBuffer>) -> Option<Run> {
+    match request {
+        DiskRequest::Write { offset, span, .. } => {
+            let bytes = span.start..span.start + span.len;
+            Some(Run {
+                sectors: sectors(*offset, span.len as u64),
+                content: span.buffer.device_read(bytes, Content::of),
+            })
+        }
+        DiskRequest::WriteZeroes { offset, len } => Some(Run {
+            sectors: sectors(*offset, *len),
+            content: Content::Fill(0),
+        }),
+        DiskRequest::Discard { offset, len } => Some(Run {
+            sectors: sectors(*offset, *len),
+            content: Content::Fill(DISCARDED),
+        }),
+        DiskRequest::Read { .. } | DiskRequest::Flush => None,
     }
 }
 

@@ -8,6 +8,7 @@
 //! [`SimDisk::cut_power`] adds what a power cut does to a disk. The content of the disks
 //! survives both.
 
+mod content;
 mod disk;
 
 pub use disk::{Faults, SimDisk, SimOp};
@@ -16,11 +17,15 @@ use crate::host::{Buffer, Host};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
+
+/// The unit that a disk writes whole or not at all.
+const SECTOR: u64 = 512;
 
 /// A small, fast, seeded generator (SplitMix64).
 #[derive(Clone, Debug)]
@@ -89,12 +94,12 @@ impl SimBuffer {
         count.set(count.get() - 1);
     }
 
-    pub(super) fn device_read(&self, range: std::ops::Range<usize>) -> Vec<u8> {
-        self.0.bytes.borrow()[range].to_vec()
+    pub(super) fn device_read<R>(&self, range: Range<usize>, f: impl FnOnce(&[u8]) -> R) -> R {
+        f(&self.0.bytes.borrow()[range])
     }
 
-    pub(super) fn device_fill(&self, start: usize, bytes: &[u8]) {
-        self.0.bytes.borrow_mut()[start..start + bytes.len()].copy_from_slice(bytes);
+    pub(super) fn device_fill(&self, range: Range<usize>, f: impl FnOnce(&mut [u8])) {
+        f(&mut self.0.bytes.borrow_mut()[range]);
     }
 }
 
