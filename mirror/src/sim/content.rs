@@ -102,10 +102,9 @@ impl Sectors {
             let Some(old) = self.0.remove(&first) else {
                 continue;
             };
-            for left in [old.part(&(0..start)), old.part(&(end..u64::MAX))] {
-                if let Some(left) = left {
-                    self.0.insert(left.sectors.start, left);
-                }
+            let sides = [0..start, end..u64::MAX];
+            for left in sides.iter().filter_map(|side| old.part(side)) {
+                self.0.insert(left.sectors.start, left);
             }
         }
         self.0.insert(start, run);
@@ -140,7 +139,7 @@ impl Sectors {
             filled = (sectors, byte);
             mix(mix(mix(hash, before.start), before.end), u64::from(same))
         };
-        let mut sector_bytes = [0; SECTOR as usize];
+        let mut sector_bytes = [0; 512];
         for run in self.0.values() {
             if let Content::Fill(byte) = run.content {
                 hash = fill(hash, run.sectors.clone(), byte);
