@@ -4,8 +4,10 @@ use crate::oracle::{Oracle, Version, fill};
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
+use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
 use mirror::{Candidate, Errno, Host, Mirror, Span, StartError, StartOptions};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -135,10 +137,15 @@ impl Machine {
         self.mirror.clone().unwrap()
     }
 
-    /// A clean stop; the daemon ends.
+    /// A clean stop, which promises what a flush promises; the daemon ends.
     pub(crate) fn stop(&mut self) -> Result<(), mirror::ControlError> {
         let mirror = self.mirror.take().unwrap();
+        let begun = self.oracle.borrow_mut().begin_flush();
         let result = self.world.block_on(async move { mirror.stop().await });
+        if result.is_ok() {
+            self.oracle.borrow_mut().flushed(begun);
+        }
+        self.oracle.borrow_mut().crash(false);
         self.replace_machine();
         result
     }
@@ -185,6 +192,7 @@ impl Machine {
             world: self.world.clone(),
             oracle: self.oracle.clone(),
             next_version: self.next_version.clone(),
+            data_offset: self.data_offset,
         }
     }
 
@@ -213,6 +221,46 @@ impl Machine {
         }
     }
 
+    /// Runs until `done`, which is looked at only now and then because it costs something.
+    pub(crate) fn run_coarsely(&self, mut done: impl FnMut() -> bool) -> bool {
+        (0..400_000).any(|_| done() || !self.world.run(50, || false) && done())
+    }
+
+    /// The superblock that a disk holds now.
+    fn superblock_on(disk: &SimDisk) -> Option<Superblock> {
+        let mut copies = [[0; COPY_BYTES], [0; COPY_BYTES]];
+        disk.read_now(COPY_A_OFFSET, &mut copies[0]);
+        disk.read_now(COPY_B_OFFSET, &mut copies[1]);
+        Superblock::load(&copies[0], &copies[1])
+            .ok()
+            .map(|loaded| loaded.superblock)
+    }
+
+    /// Whether every in-sync member with its power on has recorded that `slot` is lost, and
+    /// there is one.
+    pub(crate) fn is_recorded_lost(&self, slot: usize, outages: &BTreeSet<usize>) -> bool {
+        let members = self.mirror().status().members;
+        let mut alive = (0..self.disks.len()).filter(|other| {
+            members[*other].state == MemberState::InSync && !outages.contains(other)
+        });
+        let records = |other: usize| {
+            Self::superblock_on(&self.disks[other])
+                .is_some_and(|superblock| !superblock.slots[slot].state.is_receiving())
+        };
+        alive.clone().next().is_some() && alive.all(records)
+    }
+
+    /// The slot that the newest superblock gives to what is on `disk`.
+    pub(crate) fn slot_of(&self, disk: &SimDisk) -> Option<usize> {
+        let member = Self::superblock_on(disk)?.member;
+        let all = self.disks.iter().filter_map(Self::superblock_on);
+        let newest = all.max_by_key(|superblock| superblock.event_count)?;
+        newest
+            .slots
+            .iter()
+            .position(|slot| slot.member == Some(member))
+    }
+
     /// Waits until every member is in-sync.
     pub(crate) fn wait_in_sync(&self) {
         let mirror = self.mirror();
@@ -224,7 +272,7 @@ impl Machine {
                 .all(|m| m.state == MemberState::InSync)
         };
         assert!(
-            self.world.run(10_000_000, in_sync),
+            self.run_coarsely(in_sync),
             "not in-sync: {:#?}",
             mirror.status()
         );
@@ -294,6 +342,8 @@ pub(crate) struct Client {
     pub(crate) world: Rc<World>,
     oracle: Rc<RefCell<Oracle>>,
     next_version: Rc<Cell<Version>>,
+    /// Where a member's data begins.
+    pub(crate) data_offset: u64,
 }
 
 impl Client {
@@ -362,6 +412,14 @@ impl Client {
             self.oracle.borrow_mut().flushed(begun);
         }
         result
+    }
+
+    /// The operator accepts what a failed flush may have lost.
+    pub(crate) async fn clear_flush_error(&self) {
+        let failed = self.mirror.status().flush_error;
+        if self.mirror.clear_flush_error().await.is_ok() && failed {
+            self.oracle.borrow_mut().accept_loss();
+        }
     }
 
     /// Reads and checks.

@@ -1,8 +1,7 @@
 //! The production engine on simulated disks: seeded histories of requests, faults, operators
 //! and crashes, checked against an oracle after every read.
 //!
-//! `SIM_SEEDS=N` runs N seeds of each kind (default 100), `SIM_SEED=S` runs one and prints
-//! what it did. `CRASH_SAMPLES=N` crashes in up to N ways at each device operation (default 6).
+//! `SIM_SEEDS=N` runs N seeds (default 100); `cargo sim --seed S` shows one. `CRASH_SAMPLES=N` crashes in up to N ways at each device operation (default 6).
 #![allow(
     clippy::unwrap_used,
     clippy::print_stderr,
@@ -15,4 +14,7 @@ mod double_faults;
 mod histories;
 mod machine;
 mod oracle;
+mod play;
 mod races;
+mod runner;
+mod script;

@@ -20,6 +20,8 @@ struct Change {
     issued: u64,
     acknowledged: Option<u64>,
     durable: Option<u64>,
+    /// The operator has accepted that a failed flush may have lost it: no later one promises it.
+    given_up: bool,
 }
 
 /// Handle of a change under way.
@@ -88,6 +90,7 @@ impl Oracle {
                 issued: 0,
                 acknowledged: Some(0),
                 durable: Some(0),
+                given_up: false,
             }]
         })
     }
@@ -101,6 +104,7 @@ impl Oracle {
                 issued,
                 acknowledged: None,
                 durable: None,
+                given_up: false,
             };
             self.changes(sector).push(change);
             self.open.insert(sector);
@@ -134,13 +138,24 @@ impl Oracle {
         self.open.retain(|sector| {
             let changes = sectors.entry(*sector).or_default();
             for change in changes.iter_mut() {
-                if change.acknowledged.is_some_and(|at| at < begun) && change.durable.is_none() {
+                let promised = change.acknowledged.is_some_and(|at| at < begun);
+                if promised && change.durable.is_none() && !change.given_up {
                     change.durable = Some(now);
                 }
             }
             prune(changes, settled);
             changes.len() > 1 || changes[0].durable.is_none()
         });
+    }
+
+    /// The operator accepts the loss of what a flush that failed has covered.
+    pub(crate) fn accept_loss(&mut self) {
+        for sector in &self.open {
+            let changes = self.sectors.entry(*sector).or_default();
+            for change in changes.iter_mut() {
+                change.given_up |= change.acknowledged.is_some() && change.durable.is_none();
+            }
+        }
     }
 
     /// A read begins.

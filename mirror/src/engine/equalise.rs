@@ -7,6 +7,10 @@
 //! only then the read is answered. So two reads never disagree, even when the source dies
 //! between them. A background task does the same for the blocks that nobody reads.
 //!
+//! A block that a failed flush covered is *suspect*: its copies look equal, and at the next power
+//! cut one disk may have it and the other not. Such a block is written to every in-sync member,
+//! the source included, equal or not.
+//!
 //! Checksums as the arbiter belong to a later version of the format's use; their place is
 //! reserved.
 
@@ -74,6 +78,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(())
     }
 
+    /// Writes every suspect block anew on all in-sync members.
+    ///
+    /// # Errors
+    ///
+    /// When none of them takes it.
+    pub(super) async fn rewrite_suspects(&self) -> Result<(), Errno> {
+        let mut from = 0;
+        loop {
+            let next = self.maps.borrow().suspect.next_run(from, STEP_BLOCKS);
+            let Some(run) = next else {
+                return Ok(());
+            };
+            let extent = Block(run.start).extent().blocks();
+            from = run.end.min(extent.end);
+            self.equalise(run.start..from).await?;
+        }
+    }
+
     async fn equalise_step(&self, range: &Range<u64>) -> Result<(), Errno> {
         let view = self.view();
         let in_sync: Vec<Receiver<D>> = view
@@ -82,7 +104,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .filter(|r| r.in_sync)
             .cloned()
             .collect();
-        if in_sync.len() < 2 {
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        let suspect = self.maps.borrow().suspect.any_in(blocks);
+        if in_sync.len() < 2 && !suspect {
             return Ok(());
         }
         let copies = self.read_copies(&in_sync, range).await;
@@ -95,7 +119,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         };
         let mut lacking = [None; crate::layout::SLOTS_MAX];
         for (receiver, copy) in in_sync.iter().zip(&copies) {
-            let written = self.write_differing(receiver, copy.as_ref().ok(), &source, range);
+            let copy = copy.as_ref().ok().filter(|_| !suspect);
+            let written = self.write_differing(receiver, copy, &source, range);
             lacking[usize::from(receiver.slot)] = written.await.err();
         }
         self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;
@@ -130,8 +155,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         copies
     }
 
-    /// Writes the blocks of `source` that differ from `copy` (all, when the copy could not be
-    /// read) to one member, durably.
+    /// Writes the blocks of `source` that differ from `copy` (all, when there is none) to one
+    /// member, durably.
     async fn write_differing(
         &self,
         receiver: &Receiver<D>,

@@ -384,13 +384,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok("no flush has failed on every member; there is nothing to clear".to_owned());
         }
         let _pass = self.gate.enter().await;
+        let failed = |what: &str| ControlError::new(ErrorKind::Failed, what.to_owned());
+        // What is left of it becomes the same on all members first, or the next power cut could
+        // leave it on one of them only.
+        let failures = self.flush_failures.get();
+        self.rewrite_suspects().await.map_err(|errno| {
+            failed(&format!(
+                "what the flush covered could not be written again ({errno}); nothing is cleared, try again when the disks work"
+            ))
+        })?;
         let cleared = self.round(|config| config.flush_failed = false).await;
         cleared.map_err(|errno| {
-            ControlError::new(
-                ErrorKind::Failed,
-                format!("it could not be recorded on any in-sync member: {errno}"),
-            )
+            failed(&format!(
+                "it could not be recorded on any in-sync member: {errno}"
+            ))
         })?;
+        if self.flush_failures.get() != failures {
+            return Err(failed("another flush failed on every member meanwhile"));
+        }
         self.maps.borrow_mut().suspect.clear_all();
         Ok("FLUSH and FUA work again; check what was written before the failed flush".to_owned())
     }

@@ -343,17 +343,22 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Hot extents may differ between members and may sit in caches; absent members may lack
-    /// any of their blocks (R12).
+    /// any of their blocks (R12). After a flush that failed everywhere all of them are suspect:
+    /// which of its blocks it covered is not recorded.
     fn expose_hot(&self, in_sync: usize, absent: &[u8]) {
         let mut maps = self.maps.borrow_mut();
+        let suspect = self.config.borrow().flush_failed;
         let now = self.coarse_now.get();
         let mut from = Extent(0);
         while let Some(extent) = maps.states.next_in(ExtentState::Hot, from) {
             maps.hot.insert(extent, now);
             maps.hot.begin_write(extent, now);
             maps.hot.end_write(extent, extent.blocks(), now);
-            if in_sync > 1 {
+            if in_sync > 1 || suspect {
                 maps.hot.set_unequalised_all(extent);
+            }
+            if suspect {
+                maps.suspect.set(extent.blocks());
             }
             for &slot in absent {
                 maps.miss(slot, extent.blocks());

@@ -87,12 +87,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.is_hot(range) {
             self.heat(range).await?;
         }
-        let view = self.view();
+        let (view, failures) = (self.view(), self.flush_failures.get());
         self.begin_write(&view, range);
         lock.set_issued(true);
         let outcomes = self.to_receivers(&view, request).await;
         let result = self.judge_write(range, &outcomes);
-        self.end_write(range, result.is_ok());
+        self.end_write(range, result.is_ok(), failures);
         lock.set_issued(false);
         self.losses_effective().await?;
         result
@@ -149,8 +149,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(())
     }
 
-    /// The blocks leave flight and join the unflushed set before the range lock opens.
-    fn end_write(&self, range: &Range<u64>, written: bool) {
+    /// The blocks leave flight and join the unflushed set before the range lock opens. A flush
+    /// that failed everywhere since they were issued (`failures` had been counted then) may have
+    /// dropped them from caches that had them already: they are suspect like what it covered.
+    fn end_write(&self, range: &Range<u64>, written: bool, failures: u64) {
         let mut maps = self.maps.borrow_mut();
         let maps = &mut *maps;
         let now = self.coarse_now.get();
@@ -159,6 +161,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         for extent in extents(range) {
             maps.hot
                 .end_write(extent, intersect(&blocks, &extent.blocks()), now);
+        }
+        if self.flush_failures.get() != failures {
+            for extent in extents(range) {
+                let part = intersect(&blocks, &extent.blocks());
+                maps.hot.set_unequalised(extent, part);
+            }
+            for slot in self.resyncing() {
+                maps.miss(slot, blocks.clone());
+            }
+            maps.suspect.set(blocks);
+            return;
         }
         if written && maps.hot.unequalised_blocks() > 0 {
             // Whole blocks that every in-sync member has just taken are equal again.

@@ -165,6 +165,7 @@ impl Sectors {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
     use crate::sim::Rng;
 

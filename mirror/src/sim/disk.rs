@@ -37,6 +37,8 @@ struct Pending {
     answer: Rc<RefCell<Answer>>,
     /// Cached sectors that a flush covers: those cached when it was submitted.
     covers: Option<u64>,
+    /// The opening that it came through.
+    opening: u32,
 }
 
 #[derive(Default)]
@@ -61,14 +63,16 @@ struct Inner {
     /// Whether write-zeroes is one operation.
     cheap_zeroes: Cell<bool>,
     operations: Cell<u64>,
+    /// How often it has lost its power alone: openings from before are dead.
+    outages: Cell<u32>,
 }
 
 /// What a discarded sector reads as.
 const DISCARDED: u8 = 0xd5;
 
-/// A simulated disk; clones are the same disk.
+/// A simulated disk, opened; clones are the same disk and the same opening of it.
 #[derive(Clone)]
-pub struct SimDisk(Rc<Inner>);
+pub struct SimDisk(Rc<Inner>, u32);
 
 /// A running operation.
 pub struct SimOp(Rc<RefCell<Answer>>);
@@ -101,18 +105,22 @@ impl SimDisk {
     }
 
     fn holding(size_bytes: u64, content: Sectors) -> Self {
-        Self(Rc::new(Inner {
-            size_bytes,
-            visible: RefCell::new(content.clone()),
-            durable: RefCell::new(content),
-            cache: RefCell::default(),
-            pending: RefCell::default(),
-            faults: Cell::default(),
-            bad_sectors: RefCell::default(),
-            next_number: Cell::new(0),
-            cheap_zeroes: Cell::new(true),
-            operations: Cell::new(0),
-        }))
+        Self(
+            Rc::new(Inner {
+                size_bytes,
+                visible: RefCell::new(content.clone()),
+                durable: RefCell::new(content),
+                cache: RefCell::default(),
+                pending: RefCell::default(),
+                faults: Cell::default(),
+                bad_sectors: RefCell::default(),
+                next_number: Cell::new(0),
+                cheap_zeroes: Cell::new(true),
+                operations: Cell::new(0),
+                outages: Cell::new(0),
+            }),
+            0,
+        )
     }
 
     /// Writes durably, from outside of any machine.
@@ -149,7 +157,9 @@ impl SimDisk {
         fork.0.cheap_zeroes.set(self.0.cheap_zeroes.get());
         fork.0.faults.set(self.0.faults.get());
         for pending in self.0.pending.borrow().iter() {
-            drop(fork.submit(pending.request.clone()));
+            if pending.opening == self.0.outages.get() {
+                drop(fork.submit(pending.request.clone()));
+            }
         }
         fork
     }
@@ -175,6 +185,11 @@ impl SimDisk {
         self.0.bad_sectors.borrow_mut().insert(offset / SECTOR);
     }
 
+    /// Makes every sector readable again.
+    pub fn heal_all(&self) {
+        self.0.bad_sectors.borrow_mut().clear();
+    }
+
     /// Whether the sector is unreadable.
     #[must_use]
     pub fn is_spoilt(&self, offset: u64) -> bool {
@@ -198,17 +213,40 @@ impl SimDisk {
     /// 32nd). `choose` picks one of so many possibilities, again and again; what it has not
     /// been asked about is the same in every outcome.
     pub fn cut_power(&self, choose: &mut impl FnMut(usize) -> usize) {
-        let mut loose: Vec<Run> = self
-            .0
-            .cache
-            .take()
-            .into_iter()
-            .map(|(_, run)| run)
-            .collect();
-        for pending in self.0.pending.take() {
-            loose.extend(written_by(&pending.request));
-            release(&pending.request);
+        let pending = self.0.pending.take();
+        self.lose_cache(&pending, choose);
+        pending.iter().for_each(|pending| release(&pending.request));
+    }
+
+    /// The power of this disk alone goes, and comes back: what was under way fails, and so does
+    /// everything through this opening of it and older ones.
+    pub fn lose_power(&self, choose: &mut impl FnMut(usize) -> usize) {
+        let pending = self.0.pending.take();
+        self.lose_cache(&pending, choose);
+        self.0.outages.set(self.0.outages.get() + 1);
+        for pending in &pending {
+            self.answer(pending, Err(Errno::NO_DEVICE));
         }
+    }
+
+    /// The disk opened anew.
+    #[must_use]
+    pub fn reopen(&self) -> Self {
+        Self(self.0.clone(), self.0.outages.get())
+    }
+
+    /// Whether the disk has lost its power since this was opened.
+    #[must_use]
+    pub fn is_dead(&self) -> bool {
+        self.1 != self.0.outages.get()
+    }
+
+    fn lose_cache(&self, pending: &[Pending], choose: &mut impl FnMut(usize) -> usize) {
+        let cached = self.0.cache.take().into_iter().map(|(_, run)| run);
+        let under_way = pending.iter().filter(|p| p.opening == self.0.outages.get());
+        let loose: Vec<Run> = cached
+            .chain(under_way.filter_map(|p| written_by(&p.request)))
+            .collect();
         let mut cuts = BTreeSet::new();
         for Range { start, end } in loose.iter().map(|run| run.sectors.clone()) {
             let step = ((end - start) / 32).max(1);
@@ -249,6 +287,10 @@ impl SimDisk {
     pub(super) fn complete(&self, chosen: usize, rng: &mut Rng) {
         let pending = self.0.pending.borrow_mut().swap_remove(chosen);
         let result = self.apply(&pending, rng);
+        self.answer(&pending, result);
+    }
+
+    fn answer(&self, pending: &Pending, result: Result<(), Errno>) {
         release(&pending.request);
         self.0.operations.set(self.0.operations.get() + 1);
         let waker = {
@@ -263,7 +305,7 @@ impl SimDisk {
 
     fn apply(&self, pending: &Pending, rng: &mut Rng) -> Result<(), Errno> {
         let faults = self.0.faults.get();
-        if faults.gone {
+        if faults.gone || pending.opening != self.0.outages.get() {
             return Err(Errno::NO_DEVICE);
         }
         match &pending.request {
@@ -458,12 +500,14 @@ impl Disk for SimDisk {
             request,
             answer: answer.clone(),
             covers,
+            opening: self.1,
         });
         SimOp(answer)
     }
 
     fn in_flight(&self) -> usize {
-        self.0.pending.borrow().len()
+        let pending = self.0.pending.borrow();
+        pending.iter().filter(|p| p.opening == self.1).count()
     }
 
     fn geometry(&self) -> Geometry {

@@ -1,0 +1,340 @@
+//! Plays a script, and in the end brings everything back, compares the members and reads all.
+
+use crate::machine::{Client, Machine, path};
+use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
+use mirror::control::{MemberRef, MemberState};
+use mirror::sim::{Faults, Rng, SimDisk, SimHost};
+use mirror::{Disk as _, Errno, Host as _};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::time::Duration;
+
+/// What was played.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Played {
+    pub(crate) requests: u64,
+    pub(crate) actions: u64,
+    pub(crate) crashes: u64,
+    pub(crate) steps: u64,
+}
+
+/// What the operator's task shares with the player.
+#[derive(Default)]
+struct Bench {
+    /// The disk of each slot.
+    disks: RefCell<Vec<SimDisk>>,
+    /// New disks that may or may not have taken a slot by now.
+    joining: RefCell<Vec<SimDisk>>,
+    /// Slots whose disk has lost its power since the mirror opened it.
+    outages: RefCell<BTreeSet<usize>>,
+    requests: Cell<u64>,
+    actions: Cell<u64>,
+    ended: Cell<usize>,
+}
+
+/// Draws the history of `seed` and plays it. The script is complete only afterwards, also when
+/// this panics.
+pub(crate) fn play_seed(seed: u64, script: &mut Script) -> Played {
+    let (mut author, begun) = Author::new(seed);
+    *script = begun;
+    let mut machine = build(script);
+    let mut played = Played::default();
+    while played.requests + played.actions < OPERATIONS_MIN {
+        let life = author.life();
+        script.lives.push(life.clone());
+        play_life(&mut machine, &life, &mut played);
+    }
+    finish(&mut machine, &mut played);
+    played
+}
+
+/// Plays a script that is complete.
+pub(crate) fn play_script(script: &Script) -> Played {
+    let mut machine = build(script);
+    let mut played = Played::default();
+    for life in &script.lives {
+        play_life(&mut machine, life, &mut played);
+    }
+    finish(&mut machine, &mut played);
+    played
+}
+
+fn build(script: &Script) -> Machine {
+    let machine = Machine::new(script.schedule, script.members, SIZE);
+    for &slot in &script.plain {
+        machine.disks[usize::from(slot)].without_cheap_zeroes();
+    }
+    machine
+}
+
+fn play_life(machine: &mut Machine, life: &Life, played: &mut Played) {
+    start(machine, life.without);
+    machine.check_all("after the start");
+    let bench = Rc::new(Bench::default());
+    bench.disks.replace(machine.disks.clone());
+    for requests in life.clients.clone() {
+        let (client, bench) = (machine.client(), bench.clone());
+        machine.world.spawn_task(async move {
+            for request in requests {
+                bench.requests.set(bench.requests.get() + 1);
+                // Errors are legal while disks are faulty; wrong data never is.
+                let _: Result<(), Errno> = ask(&client, request).await;
+            }
+            bench.ended.set(bench.ended.get() + 1);
+        });
+    }
+    let (client, actions, shared) = (machine.client(), life.operator.clone(), bench.clone());
+    machine.world.spawn_task(async move {
+        for action in actions {
+            shared.actions.set(shared.actions.get() + 1);
+            act(&client, &shared, action).await;
+        }
+        shared.ended.set(shared.ended.get() + 1);
+    });
+    let all = life.clients.len() + 1;
+    let ended = || bench.ended.get() == all;
+    let finished = machine.world.run(life.steps.unwrap_or(20_000_000), ended);
+    assert!(
+        finished || life.steps.is_some(),
+        "R9: a request stands still: {:#?}",
+        machine.mirror().status()
+    );
+    for disk in bench.disks.borrow().iter() {
+        disk.set_faults(Faults::default());
+    }
+    played.requests += bench.requests.get();
+    played.actions += bench.actions.get();
+    played.steps += machine.world.steps();
+    end(machine, &bench, life.end, finished);
+    played.crashes += u64::from(life.end != End::Stop);
+}
+
+/// Starts on all disks, first without one of them if `without` says so.
+fn start(machine: &mut Machine, without: Option<u8>) {
+    let all: Vec<usize> = (0..machine.disks.len()).collect();
+    if let Some(slot) = without {
+        let others: Vec<usize> = all
+            .iter()
+            .copied()
+            .filter(|&other| other != usize::from(slot))
+            .collect();
+        if machine.start_on(&others, false).is_ok() {
+            return;
+        }
+    }
+    if let Err(error) = machine.start_on(&all, false) {
+        panic!("a mirror with all its members does not start: {error}");
+    }
+}
+
+fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
+    machine.disks.clone_from(&bench.disks.borrow());
+    // A member whose cache is gone and whose loss is not recorded takes what nobody had flushed
+    // along; with a crash on top that is a power cut for the reader.
+    let outages = bench.outages.borrow().clone();
+    let unrecorded = |slot: &usize| !machine.is_recorded_lost(*slot, &outages);
+    let caches_lost = outages.iter().any(unrecorded);
+    let slots = machine.disks.len();
+    machine.disks.extend(bench.joining.take());
+    match end {
+        End::Stop if finished => drop(machine.stop()),
+        End::Stop | End::KillDaemon => machine.kill_daemon(),
+        End::PowerCut => machine.cut_power(),
+    }
+    if caches_lost {
+        machine.oracle.borrow_mut().crash(true);
+    }
+    let newer: Vec<SimDisk> = machine.disks.drain(slots..).collect();
+    for newer in newer {
+        // A join was cut short: the new disk counts if the others know it.
+        if let Some(slot) = machine.slot_of(&newer) {
+            machine.disks[slot] = newer;
+        }
+    }
+    for disk in &mut machine.disks {
+        disk.heal_all();
+        *disk = disk.reopen();
+    }
+}
+
+async fn ask(client: &Client, request: Request) -> Result<(), Errno> {
+    let bytes = |sectors: u64| (sectors * 512) as usize;
+    match request {
+        Request::Read(first, sectors) => client.read(first * 512, bytes(sectors)).await,
+        Request::Write(first, sectors) => client.write(first * 512, bytes(sectors), false).await,
+        Request::Fua(first, sectors) => client.write(first * 512, bytes(sectors), true).await,
+        Request::Zeroes(first, sectors) => {
+            client
+                .write_zeroes(first * 512, sectors * 512, first % 3 == 0)
+                .await
+        }
+        Request::Discard(extent) => client.discard_extent(extent).await,
+        Request::Flush => client.flush().await,
+    }
+}
+
+async fn sleep(client: &Client, seconds: u64) {
+    SimHost(client.world.clone())
+        .sleep(Duration::from_secs(seconds))
+        .await;
+}
+
+fn faults(fault: Fault) -> Faults {
+    let mut faults = Faults::default();
+    match fault {
+        Fault::Reads => faults.reads = true,
+        Fault::Writes => faults.writes = true,
+        Fault::Flushes => faults.flushes = true,
+        Fault::Hang => faults.hang = true,
+        Fault::Gone => faults.gone = true,
+    }
+    faults
+}
+
+async fn act(client: &Client, bench: &Bench, action: Action) {
+    tracing::trace!("operator: {action:?}");
+    let disk = |slot: u8| bench.disks.borrow()[usize::from(slot)].clone();
+    let world = &client.world;
+    match action {
+        Action::Fail(slot) => drop(client.mirror.fail(&MemberRef::Slot(slot)).await),
+        Action::Remove(slot) => drop(client.mirror.remove(&MemberRef::Slot(slot), true).await),
+        Action::Faulty(slot, fault, seconds) => {
+            disk(slot).set_faults(faults(fault));
+            sleep(client, seconds).await;
+            disk(slot).set_faults(Faults::default());
+        }
+        Action::AllFaulty(fault, seconds) => {
+            let disks = bench.disks.borrow().clone();
+            disks.iter().for_each(|disk| disk.set_faults(faults(fault)));
+            sleep(client, seconds).await;
+            disks
+                .iter()
+                .for_each(|disk| disk.set_faults(Faults::default()));
+        }
+        Action::Spoil(slot, sector) => disk(slot).spoil(client.data_offset + sector * 512),
+        Action::PowerOf(slot) => {
+            let mut rng = world.choose(|rng| Rng::new(rng.bits()));
+            disk(slot).lose_power(&mut |of| rng.index(of));
+            bench.outages.borrow_mut().insert(usize::from(slot));
+        }
+        Action::PowerOfAll => {
+            let mut rng = world.choose(|rng| Rng::new(rng.bits()));
+            for (slot, disk) in bench.disks.borrow().iter().enumerate() {
+                disk.lose_power(&mut |of| rng.index(of));
+                bench.outages.borrow_mut().insert(slot);
+            }
+        }
+        Action::Replace(slot) => replace(client, bench, slot).await,
+        Action::OlderImage(slot, seconds) => {
+            let image = disk(slot).image();
+            sleep(client, seconds).await;
+            if take_out(client, slot).await {
+                world.connect(&image);
+                bench.disks.borrow_mut()[usize::from(slot)] = image;
+                bring_back(client, bench, usize::from(slot)).await;
+            }
+        }
+        Action::ReturnAll => {
+            let slots = bench.disks.borrow().len();
+            for slot in 0..slots {
+                bring_back(client, bench, slot).await;
+            }
+        }
+        Action::ClearFlushError => client.clear_flush_error().await,
+        Action::Seconds(seconds) => sleep(client, seconds).await,
+    }
+}
+
+fn state(client: &Client, slot: usize) -> MemberState {
+    client.mirror.status().members[slot].state
+}
+
+/// Fails and removes a member; false when it is still in service.
+async fn take_out(client: &Client, slot: u8) -> bool {
+    let member = MemberRef::Slot(slot);
+    let failed = client.mirror.fail(&member).await;
+    let removed = client.mirror.remove(&member, true).await;
+    let out = !matches!(
+        state(client, usize::from(slot)),
+        MemberState::InSync | MemberState::Resyncing
+    );
+    failed.is_ok() && removed.is_ok() && out
+}
+
+async fn replace(client: &Client, bench: &Bench, slot: u8) {
+    if !take_out(client, slot).await {
+        return;
+    }
+    let slot = usize::from(slot);
+    let size = bench.disks.borrow()[slot].geometry().size_bytes;
+    let new = SimDisk::new(size, 0x5c);
+    client.world.connect(&new);
+    bench.joining.borrow_mut().push(new.clone());
+    let name = format!("new {}", bench.actions.get());
+    let added = client
+        .mirror
+        .add(name.clone(), new.clone(), false, false)
+        .await;
+    tracing::trace!("a new disk: {added:?}");
+    // It takes whichever slot is free, which need not be the one just emptied.
+    let members = client.mirror.status().members;
+    let taken = members.iter().position(|m| m.path == name);
+    if let (Ok(_), Some(slot)) = (added, taken) {
+        bench.joining.borrow_mut().pop();
+        bench.outages.borrow_mut().remove(&slot);
+        bench.disks.borrow_mut()[slot] = new;
+    }
+}
+
+async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
+    if matches!(
+        state(client, slot),
+        MemberState::InSync | MemberState::Resyncing
+    ) {
+        return;
+    }
+    let disk = bench.disks.borrow()[slot].reopen();
+    let by_delta = client.mirror.re_add(path(slot), disk.clone(), false, false);
+    let mut back = by_delta.await;
+    if back
+        .as_ref()
+        .is_err_and(|error| error.message.contains("--full"))
+    {
+        back = client
+            .mirror
+            .re_add(path(slot), disk.clone(), true, false)
+            .await;
+    }
+    tracing::trace!("bringing slot {slot} back: {back:?}");
+    if back.is_ok() {
+        bench.outages.borrow_mut().remove(&slot);
+        bench.disks.borrow_mut()[slot] = disk;
+    }
+}
+
+/// In the end all members come back, hold the same, and what they hold is legal.
+fn finish(machine: &mut Machine, played: &mut Played) {
+    start(machine, None);
+    let mirror = machine.mirror();
+    let of = |slot: usize| mirror.status().members[slot].state;
+    let slots = 0..machine.disks.len();
+    // Members come back by themselves too, one at a time, so an attempt may find one busy.
+    for _ in 0..8 {
+        let settled = || slots.clone().all(|slot| of(slot) != MemberState::Resyncing);
+        assert!(machine.run_coarsely(settled), "a resync stands still");
+        for slot in slots
+            .clone()
+            .filter(|&slot| of(slot) != MemberState::InSync)
+        {
+            let back = machine.re_add_disk(path(slot), machine.disks[slot].clone(), true);
+            tracing::trace!("bringing slot {slot} back: {back:?}");
+        }
+    }
+    machine.wait_in_sync();
+    machine.check_all("in the end");
+    let equal = || mirror.status().extents.unequalised_blocks == 0;
+    assert!(machine.run_coarsely(equal), "R5: never all equal");
+    machine.compare_members();
+    played.steps += machine.world.steps();
+}
