@@ -1,7 +1,7 @@
 //! Named cases: one situation each, from every interleaving that a few seeds give.
 
 use crate::machine::{GARBAGE, Machine, path};
-use mirror::control::MemberState;
+use mirror::control::{MemberRef, MemberState};
 use mirror::sim::Faults;
 
 const SIZE: u64 = 64 << 20;
@@ -484,5 +484,32 @@ fn extents_are_zeroed_in_idle_time() {
         read(&machine, 15 << 22, 1 << 20);
         machine.check_all("in the end");
         machine.compare_members();
+    }
+}
+
+/// A member that could come back by itself stays out when the operator fails it first, now and
+/// at the next start.
+#[test]
+fn a_member_failed_while_it_is_away_stays_out() {
+    for seed in 0..20 {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        write(&machine, 0, 4096);
+        let mirror = machine.mirror();
+        let removed = async move { mirror.remove(&MemberRef::Slot(1), true).await.unwrap() };
+        machine.world.block_on(removed);
+        machine.stop().unwrap();
+        machine.start();
+        machine.fail(1).unwrap();
+        for life in 0..2 {
+            machine.world.run(5000, || false);
+            assert_eq!(
+                state(&machine, 1),
+                MemberState::Faulty,
+                "seed {seed}, life {life}"
+            );
+            machine.stop().unwrap();
+            machine.start();
+        }
     }
 }

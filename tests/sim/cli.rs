@@ -6,6 +6,8 @@
     clippy::print_stderr,
     clippy::cast_possible_truncation
 )]
+// The tests (main.rs) are made of the same files: each of the two leaves something unused.
+#![allow(dead_code)]
 
 mod machine;
 mod oracle;

@@ -1,37 +1,36 @@
-//! Crash enumeration: short scripts, a power cut after every device operation, and for each
-//! every subset of unflushed sectors where there are few, a seeded sample where there are many.
-//! Then recovery, with a second crash somewhere in it, and the oracle.
+//! Crash enumeration: short scripts, a crash after every device operation, and for each every
+//! subset of unflushed sectors where there are few, the extremes and a seeded sample where there
+//! are many; at each point once more as a daemon that is killed while the disks keep their
+//! caches. Then recovery, sometimes with another crash in the middle of it, all members brought
+//! back, and the oracle.
 
-use crate::machine::{Client, Machine, path};
-use mirror::Host as _;
+use crate::machine::Machine;
+use crate::play::{Bench, act, ask, bring_all_back};
+use crate::script::{Action, Fault, Request, SIZE};
 use mirror::control::MemberState;
-use mirror::sim::{Faults, Rng, SimDisk, SimHost};
+use mirror::sim::{Faults, Rng, SimHost};
+use mirror::{Host as _, sim::SimDisk};
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::rc::Rc;
+use std::sync::Mutex;
 use std::time::Duration;
 
-const SIZE: u64 = 24 << 20;
-const EXTENT: u64 = 4 << 20;
+/// Sectors of an extent.
+const EXTENT: u64 = 8192;
 
 #[derive(Clone, Copy)]
 enum Step {
-    /// Offset and length.
-    Write(u64, usize),
-    Fua(u64, usize),
-    Zeroes(u64, u64),
-    /// An extent.
-    Discard(u64),
-    Flush,
-    Seconds(u64),
-    /// A slot.
-    Fail(u8),
-    Vanish(usize),
-    Return(usize),
+    Ask(Request),
+    Do(Action),
+    /// Until every member is in-sync, a minute at most.
     AllInSync,
 }
-use Step::{AllInSync, Discard, Fail, Flush, Fua, Return, Seconds, Vanish, Write, Zeroes};
+use Action::{AllFaulty, Fail, Faulty, Replace, ReturnAll, Seconds};
+use Request::{Discard, Flush, Fua, Read, Write, Zeroes};
+use Step::{AllInSync, Ask, Do};
 
+#[derive(Clone, Copy)]
 struct Script {
     name: &'static str,
     members: usize,
@@ -41,196 +40,257 @@ struct Script {
     steps: &'static [Step],
     /// Played beside `steps`.
     beside: &'static [Step],
+    /// The disks cannot write zeroes by themselves.
+    plain: bool,
 }
 
-const WRITTEN: &[Step] = &[Write(0, 8192), Write(EXTENT, 4096), Flush];
+const BASE: Script = Script {
+    name: "",
+    members: 2,
+    before: WRITTEN,
+    steps: &[],
+    beside: &[],
+    plain: false,
+};
+const WRITTEN: &[Step] = &[Ask(Write(0, 16)), Ask(Write(EXTENT, 8)), Ask(Flush)];
 const AWAY: &[Step] = &[
-    Write(0, 65536),
-    Flush,
-    Fail(1),
-    Write(8192, 8192),
-    Write(EXTENT, 4096),
+    Ask(Write(0, 128)),
+    Ask(Flush),
+    Do(Fail(1)),
+    Ask(Write(16, 16)),
+    Ask(Write(EXTENT, 8)),
 ];
 
 const SCRIPTS: &[Script] = &[
     Script {
         name: "first write",
-        members: 2,
         before: &[],
-        steps: &[Write(4096, 4096)],
-        beside: &[],
+        steps: &[Ask(Write(8, 8))],
+        ..BASE
+    },
+    Script {
+        name: "first write, disks without cheap zeroes",
+        before: &[],
+        steps: &[Ask(Write(8, 8)), Ask(Flush)],
+        plain: true,
+        ..BASE
     },
     Script {
         name: "write",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Write(0, 4096), Write(4096, 512)],
-        beside: &[],
+        steps: &[Ask(Write(0, 8)), Ask(Write(8, 1))],
+        ..BASE
     },
     Script {
         name: "write, flush",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Write(0, 4096), Flush],
-        beside: &[],
+        steps: &[Ask(Write(0, 8)), Ask(Flush)],
+        ..BASE
+    },
+    Script {
+        name: "overlapping writes, read and flush beside",
+        steps: &[Ask(Write(0, 8)), Ask(Write(4, 8)), Ask(Flush)],
+        beside: &[Ask(Write(6, 4)), Ask(Read(0, 16)), Ask(Flush)],
+        ..BASE
     },
     Script {
         name: "FUA",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Fua(0, 4096), Fua(0, 1024)],
-        beside: &[],
+        steps: &[Ask(Fua(0, 8)), Ask(Fua(0, 2))],
+        ..BASE
     },
     Script {
         name: "cooling",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Write(0, 4096), Seconds(14)],
-        beside: &[],
+        steps: &[Ask(Write(0, 8)), Do(Seconds(14))],
+        ..BASE
     },
     Script {
         name: "cooling beside writes",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Seconds(14)],
+        steps: &[Do(Seconds(14))],
         beside: &[
-            Seconds(10),
-            Write(0, 512),
-            Seconds(1),
-            Write(EXTENT, 512),
-            Seconds(1),
-            Write(0, 512),
+            Do(Seconds(10)),
+            Ask(Write(0, 1)),
+            Do(Seconds(1)),
+            Ask(Write(EXTENT, 1)),
+            Do(Seconds(1)),
+            Ask(Write(0, 1)),
         ],
+        ..BASE
+    },
+    Script {
+        name: "cooling while a member is away",
+        before: AWAY,
+        steps: &[Do(Seconds(13)), Ask(Write(16, 2)), Do(Seconds(13))],
+        ..BASE
     },
     Script {
         name: "a loss with writes in flight",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Vanish(1), Write(0, 4096), Flush],
-        beside: &[Write(EXTENT, 2048), Write(4096, 4096)],
+        steps: &[Do(Faulty(1, Fault::Gone, 2)), Ask(Flush)],
+        beside: &[Ask(Write(EXTENT, 4)), Ask(Write(8, 8)), Ask(Write(0, 8))],
+        ..BASE
     },
     Script {
         name: "the first member is lost",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Vanish(0), Write(0, 4096), Flush],
-        beside: &[],
+        steps: &[Do(Faulty(0, Fault::Writes, 1)), Ask(Flush)],
+        beside: &[Ask(Write(0, 8)), Ask(Write(8, 8))],
+        ..BASE
+    },
+    Script {
+        name: "a stall",
+        steps: &[Do(Faulty(1, Fault::Hang, 8)), Do(ReturnAll)],
+        beside: &[Ask(Write(0, 8)), Ask(Write(8, 8)), Ask(Flush)],
+        ..BASE
+    },
+    Script {
+        name: "a flush fails on one",
+        steps: &[Do(Faulty(1, Fault::Flushes, 2)), Do(ReturnAll), AllInSync],
+        beside: &[Ask(Write(0, 8)), Ask(Flush), Ask(Write(8, 8))],
+        ..BASE
+    },
+    Script {
+        name: "a flush fails on all",
+        steps: &[
+            Do(AllFaulty(Fault::Flushes, 2)),
+            Ask(Write(0, 16)),
+            Ask(Flush),
+            Do(Action::ClearFlushError),
+            Ask(Flush),
+        ],
+        beside: &[Ask(Write(0, 8)), Ask(Flush), Ask(Write(8, 8))],
+        ..BASE
+    },
+    Script {
+        name: "a write fails on all",
+        steps: &[
+            Do(AllFaulty(Fault::Writes, 1)),
+            Ask(Read(0, 16)),
+            Ask(Flush),
+        ],
+        beside: &[Ask(Write(0, 8)), Ask(Write(8, 8))],
+        ..BASE
     },
     Script {
         name: "delta resync",
-        members: 2,
         before: AWAY,
-        steps: &[Return(1), AllInSync],
-        beside: &[Write(8192, 4096)],
+        steps: &[Do(ReturnAll), AllInSync],
+        beside: &[Ask(Write(16, 8))],
+        ..BASE
+    },
+    Script {
+        name: "full resync",
+        before: AWAY,
+        steps: &[Do(Replace(1)), AllInSync],
+        beside: &[Ask(Write(16, 8))],
+        ..BASE
     },
     Script {
         name: "twice away",
-        members: 2,
         before: AWAY,
-        steps: &[Return(1), Fail(1), Write(12288, 4096), Return(1), AllInSync],
-        beside: &[],
+        steps: &[
+            Do(ReturnAll),
+            Do(Fail(1)),
+            Ask(Write(24, 8)),
+            Do(ReturnAll),
+            AllInSync,
+        ],
+        ..BASE
+    },
+    Script {
+        name: "lost in the middle of a resync",
+        members: 3,
+        before: AWAY,
+        steps: &[
+            Do(ReturnAll),
+            Do(Faulty(0, Fault::Writes, 1)),
+            Do(ReturnAll),
+            AllInSync,
+        ],
+        beside: &[Ask(Write(16, 8)), Ask(Write(0, 8))],
+        ..BASE
     },
     Script {
         name: "away while the source goes",
         members: 3,
-        before: &[Write(0, 8192), Flush, Fail(2), Write(4096, 4096)],
-        steps: &[Return(2), Vanish(0), Write(0, 4096), Flush],
-        beside: &[],
+        before: &[Ask(Write(0, 16)), Ask(Flush), Do(Fail(2)), Ask(Write(8, 8))],
+        steps: &[Do(ReturnAll), Do(Faulty(0, Fault::Gone, 1)), Ask(Flush)],
+        beside: &[Ask(Write(0, 8))],
+        ..BASE
     },
     Script {
-        name: "a round with three",
+        name: "rounds with three",
         members: 3,
-        before: WRITTEN,
         steps: &[
-            Vanish(2),
-            Write(0, 4096),
-            Vanish(1),
-            Write(4096, 4096),
-            Flush,
+            Do(Fail(2)),
+            Ask(Write(0, 8)),
+            Do(Fail(1)),
+            Ask(Write(8, 8)),
+            Ask(Flush),
         ],
-        beside: &[],
+        ..BASE
+    },
+    Script {
+        name: "three, all back",
+        members: 3,
+        before: &[
+            Ask(Write(0, 16)),
+            Do(Fail(2)),
+            Ask(Write(0, 8)),
+            Do(Fail(1)),
+            Ask(Write(8, 8)),
+        ],
+        steps: &[Do(ReturnAll), AllInSync, Do(ReturnAll), AllInSync],
+        ..BASE
     },
     Script {
         name: "discard of an extent",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Discard(0), Write(4096, 4096)],
-        beside: &[],
+        steps: &[Ask(Discard(0)), Ask(Write(8, 8))],
+        ..BASE
+    },
+    Script {
+        name: "discard while a member is away",
+        before: AWAY,
+        steps: &[Ask(Discard(0)), Ask(Write(8, 8)), Do(ReturnAll), AllInSync],
+        ..BASE
     },
     Script {
         name: "write-zeroes of parts",
-        members: 2,
-        before: WRITTEN,
-        steps: &[Zeroes(512, 4096), Zeroes(0, EXTENT + 1024)],
-        beside: &[],
+        steps: &[Ask(Zeroes(1, 8)), Ask(Zeroes(0, EXTENT + 2))],
+        ..BASE
+    },
+    Script {
+        name: "write-zeroes of parts, disks without cheap zeroes",
+        steps: &[Ask(Zeroes(1, 8)), Ask(Flush)],
+        plain: true,
+        ..BASE
     },
 ];
 
-async fn play(client: Client, disks: Vec<SimDisk>, steps: &'static [Step]) {
-    let host = SimHost(client.world.clone());
-    for &step in steps {
-        // Errors are legal while a disk is away; wrong data never is.
-        match step {
-            Write(offset, len) => drop(client.write(offset, len, false).await),
-            Fua(offset, len) => drop(client.write(offset, len, true).await),
-            Zeroes(offset, len) => drop(client.write_zeroes(offset, len, false).await),
-            Discard(extent) => drop(client.discard_extent(extent).await),
-            Flush => drop(client.flush().await),
-            Seconds(count) => host.sleep(Duration::from_secs(count)).await,
-            Fail(slot) => {
-                let member = mirror::control::MemberRef::Slot(slot);
-                drop(client.mirror.fail(&member).await);
-            }
-            Vanish(slot) => disks[slot].set_faults(Faults {
-                gone: true,
-                ..Faults::default()
-            }),
-            Return(slot) => {
-                disks[slot].set_faults(Faults::default());
-                let disk = disks[slot].clone();
-                drop(client.mirror.re_add(path(slot), disk, false, false).await);
-            }
-            AllInSync => {
-                let all = || {
-                    let members = client.mirror.status().members;
-                    members.iter().all(|m| m.state == MemberState::InSync)
-                };
-                for _ in 0..60 {
-                    if all() {
-                        break;
+fn client_of(
+    machine: &Machine,
+    bench: &Rc<Bench>,
+    steps: &'static [Step],
+) -> impl Future<Output = ()> + use<> {
+    let (client, bench) = (machine.client(), bench.clone());
+    async move {
+        for &step in steps {
+            match step {
+                // Errors are legal while a disk is faulty; wrong data never is.
+                Ask(request) => drop(ask(&client, request).await.is_ok()),
+                Do(action) => act(&client, &bench, action).await,
+                AllInSync => {
+                    let all = || {
+                        let members = client.mirror.status().members;
+                        members.iter().all(|m| m.state == MemberState::InSync)
+                    };
+                    for _ in 0..60 {
+                        if all() {
+                            break;
+                        }
+                        SimHost(client.world.clone())
+                            .sleep(Duration::from_secs(1))
+                            .await;
                     }
-                    host.sleep(Duration::from_secs(1)).await;
                 }
             }
         }
     }
-}
-
-/// The machine at the moment after `operations` of the script's; true when it had ended before.
-fn interrupted(script: &Script, seed: u64, operations: u64) -> (Machine, bool) {
-    let mut machine = Machine::new(seed, script.members, SIZE);
-    machine.start();
-    let before = play(machine.client(), machine.disks.clone(), script.before);
-    machine.world.block_on(before);
-    let left = Rc::new(Cell::new(2));
-    for steps in [script.steps, script.beside] {
-        let (playing, left) = (
-            play(machine.client(), machine.disks.clone(), steps),
-            left.clone(),
-        );
-        machine.world.spawn_task(async move {
-            playing.await;
-            left.set(left.get() - 1);
-        });
-    }
-    let begun = machine.operations();
-    let reached = || left.get() == 0 || machine.operations() - begun >= operations;
-    assert!(
-        machine.world.run(2_000_000, reached),
-        "{} stands still",
-        script.name
-    );
-    (machine, left.get() == 0)
 }
 
 /// All sequences of choices, one after the other.
@@ -270,85 +330,141 @@ impl Choices {
     }
 }
 
-/// Starts again, with a crash in the first start if `twice` says after how many operations,
-/// and looks at everything.
-fn recover(machine: &mut Machine, twice: Option<u64>, what: &str) {
-    for disk in &machine.disks {
-        disk.set_faults(Faults::default());
-    }
-    if let Some(operations) = twice {
-        machine.start_cut_short(operations);
-        machine.cut_power();
-    }
-    let started = machine.start_on(&(0..machine.disks.len()).collect::<Vec<_>>(), false);
-    assert!(started.is_ok(), "{what}: {}", started.unwrap_err());
-    machine.check_all(what);
-    let mirror = machine.mirror();
-    let equal = || mirror.status().extents.unequalised_blocks == 0;
-    assert!(machine.world.run(1_000_000, equal), "{what}: never equal");
-    machine.compare_members();
+/// What the enumeration of a script has seen.
+struct Visited {
+    states: HashSet<u64>,
+    rng: Rng,
+    samples: usize,
+    name: String,
 }
 
-fn samples() -> usize {
-    let text = std::env::var("CRASH_SAMPLES").ok();
-    text.and_then(|text| text.parse().ok()).unwrap_or(6)
-}
-
-/// Crashes in `script` after every operation; returns the states visited.
-fn enumerate(script: &Script) -> HashSet<u64> {
-    let mut states = HashSet::new();
-    let mut rng = Rng::new(1);
-    for operations in 0.. {
-        let (mut choices, mut done, mut few) = (Choices::default(), 0, true);
-        loop {
-            let (mut machine, ended) = interrupted(script, operations, operations);
-            if few {
-                machine.cut_power_choosing(&mut |of| choices.choose(of));
-                few = done > 0 || choices.ways() <= samples();
+impl Visited {
+    /// Every way in which the machine may crash now.
+    fn crash(&mut self, machine: &Machine, bench: &Bench, operations: u64) {
+        let mut killed = machine.fork(bench.all_disks(), self.rng.bits());
+        killed.kill_daemon();
+        self.visit(killed, bench, &format!("killed after {operations}"));
+        let mut choices = Choices::default();
+        for way in 0.. {
+            let mut fork = machine.fork(bench.all_disks(), self.rng.bits());
+            let last = if choices.ways() <= self.samples {
+                fork.cut_power_choosing(&mut |of| choices.choose(of));
+                !choices.advance()
             } else {
-                machine.cut_power_choosing(&mut |of| rng.index(of));
-            }
-            let state = machine
-                .disks
-                .iter()
-                .fold(operations, |all, disk| all.rotate_left(9) ^ disk.digest());
-            if states.insert(state) {
-                let what = format!("{}, crash after {operations}, way {done}", script.name);
-                let twice = rng.one_in(3).then(|| rng.below(60));
-                recover(&mut machine, twice, &what);
-            }
-            done += 1;
-            let more = !few || choices.advance();
-            if !more || done >= samples() {
-                if ended {
-                    return states;
+                match way {
+                    0 => fork.cut_power_choosing(&mut |of| of - 1),
+                    1 => fork.cut_power_choosing(&mut |of| of.saturating_sub(2)),
+                    _ => fork.cut_power_choosing(&mut |of| self.rng.index(of)),
                 }
-                break;
+                way >= self.samples
+            };
+            self.visit(fork, bench, &format!("crash after {operations}, way {way}"));
+            if last {
+                return;
             }
         }
     }
-    states
+
+    fn visit(&mut self, mut machine: Machine, bench: &Bench, what: &str) {
+        machine.settle_slots(bench.slots());
+        let digests = machine.disks.iter().map(SimDisk::digest);
+        let state = digests.fold(0_u64, |all, digest| all.rotate_left(9) ^ digest);
+        if !self.states.insert(state) {
+            return;
+        }
+        let what = format!("{}, {what}", self.name);
+        let twice = self.rng.one_in(3).then(|| self.rng.below(60));
+        if let Some(operations) = twice {
+            machine.start_cut_short(operations);
+            machine.cut_power();
+        }
+        let all: Vec<usize> = (0..machine.disks.len()).collect();
+        let started = machine.start_on(&all, false);
+        assert!(started.is_ok(), "{what}: {}", started.unwrap_err());
+        machine.check_all(&what);
+        bring_all_back(&mut machine);
+        machine.check_all(&what);
+        let mirror = machine.mirror();
+        let equal = || mirror.status().extents.unequalised_blocks == 0;
+        assert!(machine.run_coarsely(equal), "{what}: never equal");
+        machine.compare_members();
+    }
 }
 
+/// Crashes after every operation of `script`.
+fn enumerate(script: &Script, schedule: u64, samples: usize) -> HashSet<u64> {
+    let mut visited = Visited {
+        states: HashSet::new(),
+        rng: Rng::new(schedule ^ 0xc7a5),
+        samples,
+        name: format!("{} (schedule {schedule})", script.name),
+    };
+    let mut machine = Machine::new(schedule, script.members, SIZE);
+    if script.plain {
+        machine.disks.iter().for_each(SimDisk::without_cheap_zeroes);
+    }
+    machine.start();
+    let bench = Rc::new(Bench::of(&machine));
+    machine
+        .world
+        .block_on(client_of(&machine, &bench, script.before));
+    let left = Rc::new(Cell::new(2));
+    for steps in [script.steps, script.beside] {
+        let (playing, left) = (client_of(&machine, &bench, steps), left.clone());
+        machine.world.spawn_task(async move {
+            playing.await;
+            left.set(left.get() - 1);
+        });
+    }
+    let mut operations = machine.operations();
+    let begun = operations;
+    visited.crash(&machine, &bench, 0);
+    while left.get() > 0 {
+        let moved = || machine.operations() != operations || left.get() == 0;
+        let going_on = machine.world.run(2_000_000, moved);
+        assert!(going_on, "{} stands still", visited.name);
+        if machine.operations() != operations {
+            operations = machine.operations();
+            visited.crash(&machine, &bench, operations - begun);
+        }
+    }
+    for disk in bench.all_disks() {
+        disk.set_faults(Faults::default());
+    }
+    visited.states
+}
+
+fn number(name: &str, default: u64) -> u64 {
+    let text = std::env::var(name).ok();
+    text.and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// `CRASH_SAMPLES` ways at each operation (default 6), for `CRASH_SCHEDULES` interleavings of
+/// each script (default 1).
 #[test]
 fn after_every_operation() {
-    let threads: Vec<_> = (0..2)
-        .map(|half| {
-            std::thread::spawn(move || {
-                let own = SCRIPTS.iter().skip(half).step_by(2);
-                own.map(|script| {
-                    let states = enumerate(script).len();
-                    eprintln!("{states:8} states: {}", script.name);
-                    states
-                })
-                .sum::<usize>()
-            })
-        })
+    let samples = number("CRASH_SAMPLES", 6) as usize;
+    let schedules = 0..number("CRASH_SCHEDULES", 1);
+    let work: Vec<_> = schedules
+        .flat_map(|schedule| SCRIPTS.iter().map(move |script| (script, schedule)))
         .collect();
-    let visited: usize = threads
-        .into_iter()
-        .map(|thread| thread.join().unwrap())
-        .sum();
-    eprintln!("{visited:8} states visited");
+    let (next, all) = (Mutex::new(work.into_iter()), Mutex::new(HashSet::new()));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                loop {
+                    let Some((script, schedule)) = next.lock().unwrap().next() else {
+                        return;
+                    };
+                    let states = enumerate(script, schedule, samples);
+                    eprintln!("{:8} states: {}", states.len(), script.name);
+                    all.lock().unwrap().extend(states);
+                }
+            });
+        }
+    });
+    let visited = all.into_inner().unwrap().len();
+    eprintln!("{visited:8} distinct states visited");
     assert!(visited > SCRIPTS.len() * 10, "the scripts do nothing");
 }

@@ -5,7 +5,7 @@ use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
-use mirror::{Candidate, Errno, Host, Mirror, Span, StartError, StartOptions};
+use mirror::{Candidate, Disk as _, Errno, Host, Mirror, Span, StartError, StartOptions};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -78,6 +78,37 @@ impl Machine {
         };
         machine.connect();
         machine
+    }
+
+    /// This machine and `disks` in another course of events, for a crash: nobody runs there.
+    pub(crate) fn fork(&self, disks: Vec<SimDisk>, seed: u64) -> Self {
+        let fork = Self {
+            world: World::new(seed),
+            disks: disks.iter().map(SimDisk::fork).collect(),
+            oracle: Rc::new(RefCell::new(self.oracle.borrow().clone())),
+            mirror: None,
+            next_version: Rc::new(Cell::new(self.next_version.get())),
+            data_offset: self.data_offset,
+        };
+        fork.disks
+            .iter()
+            .for_each(|disk| disk.set_faults(mirror::sim::Faults::default()));
+        fork
+    }
+
+    /// After a crash: of the disks beyond the first `slots`, those that the mirror knows take
+    /// their slots, and all are opened anew, without faults.
+    pub(crate) fn settle_slots(&mut self, slots: usize) {
+        let newer: Vec<SimDisk> = self.disks.drain(slots..).collect();
+        for newer in newer {
+            if let Some(slot) = self.slot_of(&newer) {
+                self.disks[slot] = newer;
+            }
+        }
+        for disk in &mut self.disks {
+            disk.heal_all();
+            *disk = disk.reopen();
+        }
     }
 
     fn connect(&self) {
@@ -240,7 +271,7 @@ impl Machine {
     /// there is one.
     pub(crate) fn is_recorded_lost(&self, slot: usize, outages: &BTreeSet<usize>) -> bool {
         let members = self.mirror().status().members;
-        let mut alive = (0..self.disks.len()).filter(|other| {
+        let mut alive = (0..members.len()).filter(|other| {
             members[*other].state == MemberState::InSync && !outages.contains(other)
         });
         let records = |other: usize| {
@@ -297,6 +328,22 @@ impl Machine {
         let mirror = self.mirror();
         self.world
             .block_on(async move { mirror.re_add(path, disk, full, false).await })
+    }
+
+    /// A new disk for whichever slot is free.
+    pub(crate) fn add_new(&mut self, path: &str) -> Result<String, mirror::ControlError> {
+        let (mirror, name) = (self.mirror(), path.to_owned());
+        let new = SimDisk::new(self.disks[0].geometry().size_bytes, 0x5c);
+        self.world.connect(&new);
+        let (adding, disk) = (mirror.clone(), new.clone());
+        let added = self
+            .world
+            .block_on(async move { adding.add(name, disk, false, false).await })?;
+        let members = mirror.status().members;
+        if let Some(slot) = members.iter().position(|m| m.path == path) {
+            self.disks[slot] = new;
+        }
+        Ok(added)
     }
 
     /// After everything is written back: all in-sync members hold the same in every sector

@@ -31,7 +31,7 @@ pub(crate) struct Issued {
 }
 
 /// The oracle of a device.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(crate) struct Oracle {
     time: u64,
     /// When the reads under way began.
@@ -49,7 +49,7 @@ const EXTENT: u64 = 8192;
 const DENSE: u64 = 640;
 
 fn is_watched(sector: u64) -> bool {
-    sector % EXTENT < DENSE || sector % EXTENT % 509 == 0
+    sector % EXTENT < DENSE || (sector % EXTENT).is_multiple_of(509)
 }
 
 /// Fills a sector with content `version`.

@@ -21,7 +21,7 @@ pub(crate) struct Played {
 
 /// What the operator's task shares with the player.
 #[derive(Default)]
-struct Bench {
+pub(crate) struct Bench {
     /// The disk of each slot.
     disks: RefCell<Vec<SimDisk>>,
     /// New disks that may or may not have taken a slot by now.
@@ -31,6 +31,26 @@ struct Bench {
     requests: Cell<u64>,
     actions: Cell<u64>,
     ended: Cell<usize>,
+}
+
+impl Bench {
+    pub(crate) fn of(machine: &Machine) -> Self {
+        let bench = Self::default();
+        bench.disks.replace(machine.disks.clone());
+        bench
+    }
+
+    /// How many slots there are.
+    pub(crate) fn slots(&self) -> usize {
+        self.disks.borrow().len()
+    }
+
+    /// The disk of each slot, and after them those that may have taken a slot by now.
+    pub(crate) fn all_disks(&self) -> Vec<SimDisk> {
+        let mut all = self.disks.borrow().clone();
+        all.extend(self.joining.borrow().iter().cloned());
+        all
+    }
 }
 
 /// Draws the history of `seed` and plays it. The script is complete only afterwards, also when
@@ -71,8 +91,7 @@ fn build(script: &Script) -> Machine {
 fn play_life(machine: &mut Machine, life: &Life, played: &mut Played) {
     start(machine, life.without);
     machine.check_all("after the start");
-    let bench = Rc::new(Bench::default());
-    bench.disks.replace(machine.disks.clone());
+    let bench = Rc::new(Bench::of(machine));
     for requests in life.clients.clone() {
         let (client, bench) = (machine.client(), bench.clone());
         machine.world.spawn_task(async move {
@@ -129,14 +148,12 @@ fn start(machine: &mut Machine, without: Option<u8>) {
 }
 
 fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
-    machine.disks.clone_from(&bench.disks.borrow());
+    machine.disks = bench.all_disks();
     // A member whose cache is gone and whose loss is not recorded takes what nobody had flushed
     // along; with a crash on top that is a power cut for the reader.
     let outages = bench.outages.borrow().clone();
     let unrecorded = |slot: &usize| !machine.is_recorded_lost(*slot, &outages);
     let caches_lost = outages.iter().any(unrecorded);
-    let slots = machine.disks.len();
-    machine.disks.extend(bench.joining.take());
     match end {
         End::Stop if finished => drop(machine.stop()),
         End::Stop | End::KillDaemon => machine.kill_daemon(),
@@ -145,20 +162,10 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
     if caches_lost {
         machine.oracle.borrow_mut().crash(true);
     }
-    let newer: Vec<SimDisk> = machine.disks.drain(slots..).collect();
-    for newer in newer {
-        // A join was cut short: the new disk counts if the others know it.
-        if let Some(slot) = machine.slot_of(&newer) {
-            machine.disks[slot] = newer;
-        }
-    }
-    for disk in &mut machine.disks {
-        disk.heal_all();
-        *disk = disk.reopen();
-    }
+    machine.settle_slots(bench.slots());
 }
 
-async fn ask(client: &Client, request: Request) -> Result<(), Errno> {
+pub(crate) async fn ask(client: &Client, request: Request) -> Result<(), Errno> {
     let bytes = |sectors: u64| (sectors * 512) as usize;
     match request {
         Request::Read(first, sectors) => client.read(first * 512, bytes(sectors)).await,
@@ -192,7 +199,7 @@ fn faults(fault: Fault) -> Faults {
     faults
 }
 
-async fn act(client: &Client, bench: &Bench, action: Action) {
+pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
     tracing::trace!("operator: {action:?}");
     let disk = |slot: u8| bench.disks.borrow()[usize::from(slot)].clone();
     let world = &client.world;
@@ -316,25 +323,36 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
 /// In the end all members come back, hold the same, and what they hold is legal.
 fn finish(machine: &mut Machine, played: &mut Played) {
     start(machine, None);
+    bring_all_back(machine);
+    machine.check_all("in the end");
+    let mirror = machine.mirror();
+    let equal = || mirror.status().extents.unequalised_blocks == 0;
+    assert!(machine.run_coarsely(equal), "R5: never all equal");
+    machine.compare_members();
+    played.steps += machine.world.steps();
+}
+
+/// Every member is in-sync again, by full resync or as a new disk where nothing else helps.
+pub(crate) fn bring_all_back(machine: &mut Machine) {
     let mirror = machine.mirror();
     let of = |slot: usize| mirror.status().members[slot].state;
     let slots = 0..machine.disks.len();
     // Members come back by themselves too, one at a time, so an attempt may find one busy.
-    for _ in 0..8 {
+    for attempt in 0..8 {
         let settled = || slots.clone().all(|slot| of(slot) != MemberState::Resyncing);
         assert!(machine.run_coarsely(settled), "a resync stands still");
         for slot in slots
             .clone()
             .filter(|&slot| of(slot) != MemberState::InSync)
         {
-            let back = machine.re_add_disk(path(slot), machine.disks[slot].clone(), true);
+            let disk = machine.disks[slot].clone();
+            let mut back = machine.re_add_disk(path(slot), disk, true);
+            if back.is_err() && attempt > 4 {
+                // A replacement that the mirror knows and that does not know it yet.
+                back = machine.add_new(&format!("last {attempt}"));
+            }
             tracing::trace!("bringing slot {slot} back: {back:?}");
         }
     }
     machine.wait_in_sync();
-    machine.check_all("in the end");
-    let equal = || mirror.status().extents.unequalised_blocks == 0;
-    assert!(machine.run_coarsely(equal), "R5: never all equal");
-    machine.compare_members();
-    played.steps += machine.world.steps();
 }

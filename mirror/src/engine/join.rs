@@ -78,6 +78,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         full: bool,
         dry_run: bool,
     ) -> Result<String, ControlError> {
+        self.bring_back(path, disk, full, dry_run, true).await
+    }
+
+    /// [`Mirror::re_add`], for the operator or by itself. Only the operator undoes what the
+    /// operator has done: a member that was taken out meanwhile stays out.
+    pub(super) async fn bring_back(
+        self: &Rc<Self>,
+        path: String,
+        disk: D,
+        full: bool,
+        dry_run: bool,
+        by_operator: bool,
+    ) -> Result<String, ControlError> {
         let _joining = self.joining.enter().await;
         self.owes_nothing(&path)?;
         let surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
@@ -95,6 +108,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 "{path} would come back by {} resync: {reason}",
                 kind.word()
             ));
+        }
+        if by_operator {
+            self.slots.borrow_mut()[usize::from(slot)].held_out = false;
         }
         let (member, write_count) = (superblock.member, superblock.write_count);
         let epoch = superblock.epoch.id;
@@ -295,6 +311,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let _turn = self.membership.enter().await;
         if self.stopping.get() {
             return Err(failed("the mirror is stopping".to_owned()));
+        }
+        if !joiner.new && self.slots.borrow()[usize::from(slot)].held_out {
+            return Err(refuse(format!(
+                "{} has been taken out meanwhile",
+                joiner.path
+            )));
         }
         let base = self.write_maps_to(&joiner).await.map_err(|errno| {
             failed(format!(

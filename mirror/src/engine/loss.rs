@@ -413,7 +413,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let flushed = self.flush_inside().await;
             tracing::debug!("flush before taking out slot {slot}: {flushed:?}");
         }
+        self.slots.borrow_mut()[usize::from(slot)].held_out = true;
         if !self.begin_loss_as(slot, becomes, why) {
+            self.slots.borrow_mut()[usize::from(slot)].held_out = false;
             return Err(ControlError::new(
                 ErrorKind::Refused,
                 format!(
@@ -426,6 +428,31 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             ControlError::new(
                 ErrorKind::Failed,
                 format!("the loss could not be recorded on the remaining members: {errno}; writes are refused until it is"),
+            )
+        })?;
+        self.record_held_out(slot, becomes).await
+    }
+
+    /// A member that had been missing before it was failed stays out at the next start too.
+    async fn record_held_out(&self, slot: u8, becomes: SlotState) -> Result<(), ControlError> {
+        let state = |config: &Superblock| config.slots[usize::from(slot)].state;
+        let missing = matches!(
+            state(&self.config.borrow()),
+            SlotState::Missing | SlotState::Stale
+        );
+        if !missing || becomes != SlotState::Faulty {
+            return Ok(());
+        }
+        let recorded = self.round(|config| {
+            let record = &mut config.slots[usize::from(slot)];
+            if matches!(record.state, SlotState::Missing | SlotState::Stale) {
+                record.state = becomes;
+            }
+        });
+        recorded.await.map_err(|errno| {
+            ControlError::new(
+                ErrorKind::Failed,
+                format!("it could not be recorded on any in-sync member: {errno}"),
             )
         })
     }

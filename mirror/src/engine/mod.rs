@@ -144,6 +144,8 @@ struct Slot<D> {
     path: String,
     /// Why it is not in-sync, for people.
     reason: Option<String>,
+    /// The operator took it out in this run: it does not come back by itself.
+    held_out: bool,
     /// The newest commit that is durable on it for certain.
     position: Stamp,
     /// The last epoch that its superblock durably holds.
@@ -163,6 +165,7 @@ impl<D> Slot<D> {
             disk: None,
             path,
             reason: None,
+            held_out: false,
             position: Stamp {
                 ordinal: 0,
                 sequence: 0,

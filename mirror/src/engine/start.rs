@@ -430,7 +430,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             for (path, disk) in returning {
                 let resynced = || mirror.resync.borrow().is_none().then_some(());
                 mirror.changed.until(resynced).await;
-                if let Err(error) = mirror.re_add(path.clone(), disk, false, false).await {
+                let back = mirror.bring_back(path.clone(), disk, false, false, false);
+                if let Err(error) = back.await {
                     tracing::warn!("{path} could not return by itself: {error}");
                 }
             }

@@ -144,7 +144,8 @@ impl SimDisk {
     }
 
     /// The same disk in another course of events: with its cache, and with the operations
-    /// under way, which nobody there waits for.
+    /// under way that change it, which nobody there waits for. Until those are over there,
+    /// nothing may go on here: they share their buffers.
     #[must_use]
     pub fn fork(&self) -> Self {
         let fork = Self::holding(self.0.size_bytes, self.0.durable.borrow().clone());
@@ -157,7 +158,8 @@ impl SimDisk {
         fork.0.cheap_zeroes.set(self.0.cheap_zeroes.get());
         fork.0.faults.set(self.0.faults.get());
         for pending in self.0.pending.borrow().iter() {
-            if pending.opening == self.0.outages.get() {
+            let reads = matches!(pending.request, DiskRequest::Read { .. });
+            if pending.opening == self.0.outages.get() && !reads {
                 drop(fork.submit(pending.request.clone()));
             }
         }
