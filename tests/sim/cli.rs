@@ -9,6 +9,7 @@
 // The tests (main.rs) are made of the same files: each of the two leaves something unused.
 #![allow(dead_code)]
 
+mod invariants;
 mod machine;
 mod oracle;
 mod play;

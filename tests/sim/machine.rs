@@ -1,5 +1,6 @@
 //! A mirror on simulated disks, with the steps that tests put together.
 
+use crate::invariants::Rules;
 use crate::oracle::{Oracle, Version, fill};
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
@@ -16,12 +17,23 @@ pub(crate) type SimMirror = Mirror<SimHost, SimDisk>;
 /// Garbage that a disk held before it became a member.
 pub(crate) const GARBAGE: u8 = 0xa7;
 
+/// The superblock that a disk holds now.
+pub(crate) fn superblock_on(disk: &SimDisk) -> Option<Superblock> {
+    let mut copies = [[0; COPY_BYTES], [0; COPY_BYTES]];
+    disk.read_now(COPY_A_OFFSET, &mut copies[0]);
+    disk.read_now(COPY_B_OFFSET, &mut copies[1]);
+    let loaded = Superblock::load(&copies[0], &copies[1]);
+    loaded.ok().map(|loaded| loaded.superblock)
+}
+
 /// Disks, the machine that runs the daemon, and what readers may see.
 pub(crate) struct Machine {
     pub(crate) world: Rc<World>,
     pub(crate) disks: Vec<SimDisk>,
     pub(crate) oracle: Rc<RefCell<Oracle>>,
     pub(crate) mirror: Option<Rc<SimMirror>>,
+    /// Watches the disks while the mirror runs.
+    pub(crate) rules: Option<Rc<Rules>>,
     next_version: Rc<Cell<Version>>,
     pub(crate) data_offset: u64,
 }
@@ -73,6 +85,7 @@ impl Machine {
             disks,
             oracle: Rc::default(),
             mirror: None,
+            rules: None,
             next_version: Rc::new(Cell::new(1)),
             data_offset: plan.data_offset,
         };
@@ -87,6 +100,7 @@ impl Machine {
             disks: disks.iter().map(SimDisk::fork).collect(),
             oracle: Rc::new(RefCell::new(self.oracle.borrow().clone())),
             mirror: None,
+            rules: None,
             next_version: Rc::new(Cell::new(self.next_version.get())),
             data_offset: self.data_offset,
         };
@@ -120,10 +134,15 @@ impl Machine {
     /// Starts the mirror on the disks in `slots`.
     pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
         let candidates = self.candidates(slots);
+        let disks: Vec<SimDisk> = slots.iter().map(|&slot| self.disks[slot].clone()).collect();
+        self.rules = Rules::watching(&disks);
         let host = Rc::new(SimHost(self.world.clone()));
-        let mirror = self
-            .world
-            .block_on(SimMirror::start(host, candidates, options(force)))?;
+        let start = SimMirror::start(host, candidates, options(force));
+        let mirror = self.world.block_on(start)?;
+        Rules::r12_hot_means_missed(&mirror.status());
+        if !force {
+            Rules::r15_no_start_on_what_may_be_old(&disks);
+        }
         self.mirror = Some(mirror);
         Ok(())
     }
@@ -210,6 +229,8 @@ impl Machine {
 
     fn replace_machine(&mut self) {
         self.mirror = None;
+        self.rules = None;
+        self.disks.iter().for_each(|disk| disk.observe(None));
         self.world.crash();
         let seed = self.world.choose(mirror::sim::Rng::bits);
         self.world = World::new(seed);
@@ -224,6 +245,7 @@ impl Machine {
             oracle: self.oracle.clone(),
             next_version: self.next_version.clone(),
             data_offset: self.data_offset,
+            rules: self.rules.clone(),
         }
     }
 
@@ -257,16 +279,6 @@ impl Machine {
         (0..400_000).any(|_| done() || !self.world.run(50, || false) && done())
     }
 
-    /// The superblock that a disk holds now.
-    fn superblock_on(disk: &SimDisk) -> Option<Superblock> {
-        let mut copies = [[0; COPY_BYTES], [0; COPY_BYTES]];
-        disk.read_now(COPY_A_OFFSET, &mut copies[0]);
-        disk.read_now(COPY_B_OFFSET, &mut copies[1]);
-        Superblock::load(&copies[0], &copies[1])
-            .ok()
-            .map(|loaded| loaded.superblock)
-    }
-
     /// Whether every in-sync member with its power on has recorded that `slot` is lost, and
     /// there is one.
     pub(crate) fn is_recorded_lost(&self, slot: usize, outages: &BTreeSet<usize>) -> bool {
@@ -275,7 +287,7 @@ impl Machine {
             members[*other].state == MemberState::InSync && !outages.contains(other)
         });
         let records = |other: usize| {
-            Self::superblock_on(&self.disks[other])
+            superblock_on(&self.disks[other])
                 .is_some_and(|superblock| !superblock.slots[slot].state.is_receiving())
         };
         alive.clone().next().is_some() && alive.all(records)
@@ -283,8 +295,8 @@ impl Machine {
 
     /// The slot that the newest superblock gives to what is on `disk`.
     pub(crate) fn slot_of(&self, disk: &SimDisk) -> Option<usize> {
-        let member = Self::superblock_on(disk)?.member;
-        let all = self.disks.iter().filter_map(Self::superblock_on);
+        let member = superblock_on(disk)?.member;
+        let all = self.disks.iter().filter_map(superblock_on);
         let newest = all.max_by_key(|superblock| superblock.event_count)?;
         newest
             .slots
@@ -391,6 +403,7 @@ pub(crate) struct Client {
     next_version: Rc<Cell<Version>>,
     /// Where a member's data begins.
     pub(crate) data_offset: u64,
+    pub(crate) rules: Option<Rc<Rules>>,
 }
 
 impl Client {
@@ -422,6 +435,10 @@ impl Client {
         tracing::trace!("write {version} answered {result:?}");
         if result.is_ok() {
             self.oracle.borrow_mut().acknowledge(&issued, fua);
+            if let Some(rules) = &self.rules {
+                rules.r2_loss_before_answer(first, version);
+                rules.r2_loss_before_answer(first + len as u64 / 512 - 1, version);
+            }
         }
         result
     }
@@ -454,9 +471,13 @@ impl Client {
 
     pub(crate) async fn flush(&self) -> Result<(), Errno> {
         let begun = self.oracle.borrow_mut().begin_flush();
+        let before = self.rules.as_ref().map(|rules| rules.before_flush());
         let result = self.mirror.flush().await;
         if result.is_ok() {
             self.oracle.borrow_mut().flushed(begun);
+            if let (Some(rules), Some(before)) = (&self.rules, before) {
+                rules.r7_flushed(&before);
+            }
         }
         result
     }

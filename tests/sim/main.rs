@@ -14,6 +14,7 @@ mod cases;
 mod crashes;
 mod double_faults;
 mod histories;
+mod invariants;
 mod machine;
 mod oracle;
 mod play;

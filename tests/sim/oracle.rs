@@ -61,7 +61,7 @@ pub(crate) fn fill(bytes: &mut [u8], sector: u64, version: Version) {
 }
 
 /// Which version of `sector` these bytes are, if they are one.
-fn version_of(sector: u64, bytes: &[u8]) -> Option<Version> {
+pub(crate) fn version_of(sector: u64, bytes: &[u8]) -> Option<Version> {
     let pairs = bytes.as_chunks::<16>().0;
     let (first, rest) = pairs.split_first()?;
     if rest.iter().any(|pair| pair != first) {

@@ -1,5 +1,6 @@
 //! Plays a script, and in the end brings everything back, compares the members and reads all.
 
+use crate::invariants::Rules;
 use crate::machine::{Client, Machine, path};
 use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
 use mirror::control::{MemberRef, MemberState};
@@ -238,6 +239,10 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
             sleep(client, seconds).await;
             if take_out(client, slot).await {
                 world.connect(&image);
+                if let Some(rules) = client.rules.clone() {
+                    rules.forget(&disk(slot));
+                    rules.watch(&image);
+                }
                 bench.disks.borrow_mut()[usize::from(slot)] = image;
                 bring_back(client, bench, usize::from(slot)).await;
             }
@@ -277,6 +282,9 @@ async fn replace(client: &Client, bench: &Bench, slot: u8) {
     let size = bench.disks.borrow()[slot].geometry().size_bytes;
     let new = SimDisk::new(size, 0x5c);
     client.world.connect(&new);
+    if let Some(rules) = client.rules.clone() {
+        rules.watch(&new);
+    }
     bench.joining.borrow_mut().push(new.clone());
     let name = format!("new {}", bench.actions.get());
     let added = client
@@ -302,6 +310,10 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
         return;
     }
     let disk = bench.disks.borrow()[slot].reopen();
+    if let Some(rules) = client.rules.clone() {
+        rules.watch(&disk);
+    }
+    let before = client.mirror.status();
     let by_delta = client.mirror.re_add(path(slot), disk.clone(), false, false);
     let mut back = by_delta.await;
     if back
@@ -315,6 +327,7 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
     }
     tracing::trace!("bringing slot {slot} back: {back:?}");
     if back.is_ok() {
+        Rules::r14_a_return_is_an_epoch(&before, &client.mirror.status());
         bench.outages.borrow_mut().remove(&slot);
         bench.disks.borrow_mut()[slot] = disk;
     }

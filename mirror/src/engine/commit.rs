@@ -8,10 +8,11 @@
 //! runs at a time, so that a later image of a page never meets an earlier one on a disk.
 //!
 //! A commit gives its pages a new sequence, makes their images from memory, and writes both
-//! copies to every receiving member at once with FUA. The copies of one page may both be torn
+//! copies to every receiving member at once with FUA; a large one does so in steps. The copies of one page may both be torn
 //! by a power cut; each sector then holds its old or its new content, and the caller has not
 //! gone on.
 
+use super::fan_out::Outcomes;
 use super::maps::{Page, page_offset};
 use super::wait::WaitList;
 use super::{FanOut, Mirror, Receiver, Running, View, front, length};
@@ -110,6 +111,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Writes all dirty pages. On failure they stay dirty.
     async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
+        // One sequence for all steps: that of a page written twice is no lie, because nobody is
+        // answered before the last step, and R16 counts commits.
         let stamp = {
             let mut maps = self.maps.borrow_mut();
             maps.stamp.sequence += 1;
@@ -186,7 +189,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         // A member is judged by all its writes together: it has the commit or it has not.
         let mut lacking = [None; crate::layout::SLOTS_MAX];
         for fan_out in under_way {
-            for outcome in fan_out.await.iter() {
+            let outcomes = fan_out.await;
+            self.lose_stalled(&outcomes, "a map commit");
+            for outcome in outcomes.iter() {
                 if let Err(errno) = outcome.result {
                     lacking[usize::from(outcome.slot)] = Some(errno);
                 }
@@ -195,8 +200,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.judge_lacking(view, &lacking, "a map commit")
     }
 
+    /// Loses whoever has given no answer within the deadline, at once: whether the other
+    /// members succeed in the end or not, what it owes must not strike a later write (R13). A
+    /// request that is given up has succeeded on another in-sync member, so one remains.
+    pub(super) fn lose_stalled(&self, outcomes: &Outcomes, what: &str) {
+        for outcome in outcomes.iter() {
+            if outcome.result == Err(Errno::TIMED_OUT) {
+                let reason = format!("{what} got no answer within the deadline");
+                self.begin_loss(outcome.slot, &reason);
+            }
+        }
+    }
+
     /// Loses the members that lack something another in-sync member has; when all in-sync
-    /// members lack it, nobody is lost and the error is returned (R8).
+    /// members lack it, none of them is lost and the error is returned (R8).
     pub(super) fn judge_lacking(
         &self,
         view: &View<D>,

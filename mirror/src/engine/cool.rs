@@ -77,10 +77,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         // the commit of another.
         let _turn = self.cooling.enter().await;
         let extents: Vec<Extent> = {
-            let hot = &self.maps.borrow().hot;
+            let maps = self.maps.borrow();
             extents
                 .into_iter()
-                .filter(|&extent| hot.is_coolable(extent))
+                .filter(|&extent| maps.hot.is_coolable(extent) && maps.is_hot(extent))
                 .collect()
         };
         if extents.is_empty() {

@@ -64,7 +64,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Makes all in-sync copies of `blocks` (of one extent) equal, in steps under one lock.
     async fn equalise(&self, blocks: Range<u64>) -> Result<(), Errno> {
-        let _lock = self.locks.lock(self.block_bytes(&blocks)).await;
+        let range = self.block_bytes(&blocks);
+        let _lock = self.locks.lock(range.clone()).await;
+        if !self.is_hot(&range) {
+            // After a discard that could not be recorded (R1).
+            self.heat(&range).await?;
+        }
         let mut at = blocks.start;
         while at < blocks.end {
             let step = at..(at + STEP_BLOCKS).min(blocks.end);

@@ -36,7 +36,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let cold: Vec<Extent> = {
                 let maps = self.maps.borrow();
                 extents(range)
-                    .filter(|&extent| !maps.hot.contains(extent))
+                    .filter(|&extent| !maps.is_hot(extent))
                     .collect()
             };
             if cold.is_empty() {
@@ -61,7 +61,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 let mut maps = self.maps.borrow_mut();
                 for extent in &cold {
                     maps.preparing.remove(extent);
-                    if result.is_ok() && !maps.hot.contains(*extent) {
+                    if result.is_err() {
+                        continue;
+                    }
+                    maps.unrecorded.remove(extent);
+                    if !maps.hot.contains(*extent) {
                         maps.hot.insert(*extent, self.coarse_now.get());
                     }
                 }
@@ -234,11 +238,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 *lacks = lacks.or(Some(Errno::NO_DEVICE));
             }
         }
-        for outcome in fan_out.await.iter() {
+        let outcomes = fan_out.await;
+        self.lose_stalled(&outcomes, "zeroing an extent");
+        for outcome in outcomes.iter() {
             lacking[usize::from(outcome.slot)] = outcome.result.err();
-            if outcome.result == Err(Errno::TIMED_OUT) {
-                self.begin_loss(outcome.slot, "zeroes got no answer within the deadline");
-            }
         }
     }
 }

@@ -244,7 +244,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     fan_out.push(receiver.slot, true, receiver.disk.submit(write));
                 }
             }
-            for outcome in fan_out.await.iter() {
+            let outcomes = fan_out.await;
+            self.lose_stalled(&outcomes, "a superblock update");
+            for outcome in outcomes.iter() {
                 if let Err(errno) = outcome.result {
                     lacking[usize::from(outcome.slot)] = Some(errno);
                 }

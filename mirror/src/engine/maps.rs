@@ -67,6 +67,9 @@ pub(super) struct Maps {
     pub(super) hot: HotExtents,
     /// Extents on their way from hot to cool: no longer in `hot`, still hot on disk.
     pub(super) cooling: HashSet<Extent>,
+    /// Extents in `hot` that the disks may call otherwise, after a commit that failed: they
+    /// are recorded before the next write (R1).
+    pub(super) unrecorded: HashSet<Extent>,
     /// Extents being zeroed and made hot by some write.
     pub(super) preparing: HashSet<Extent>,
     /// Blocks whose flush failed everywhere and that were not written anew (R7).
@@ -94,6 +97,7 @@ impl Maps {
             missed: (0..slots.min(SLOTS_MAX)).map(missed).collect(),
             hot: HotExtents::new(HOT_CAP_BYTES),
             cooling: HashSet::new(),
+            unrecorded: HashSet::new(),
             preparing: HashSet::new(),
             suspect: MissedMap::new(blocks),
             dirty: BTreeSet::new(),
@@ -230,9 +234,15 @@ impl Maps {
         }
     }
 
+    /// Whether `extent` is durably hot.
+    pub(super) fn is_hot(&self, extent: Extent) -> bool {
+        self.hot.contains(extent)
+            && (self.unrecorded.is_empty() || !self.unrecorded.contains(&extent))
+    }
+
     /// Whether every extent in `extents` is durably hot.
     pub(super) fn all_hot(&self, mut extents: impl Iterator<Item = Extent>) -> bool {
-        extents.all(|extent| self.hot.contains(extent))
+        extents.all(|extent| self.is_hot(extent))
     }
 
     /// Whether reads of `extent` are answered from the disks.

@@ -139,6 +139,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             for outcome in outcomes.iter().filter(|outcome| !outcome.in_sync) {
                 maps.miss(outcome.slot, blocks.clone());
             }
+            drop(maps);
+            self.lose_stalled(outcomes, "a write");
             return Err(errno);
         }
         for outcome in outcomes.iter() {

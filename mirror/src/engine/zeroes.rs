@@ -90,6 +90,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     maps.hot.remove(extent);
                 }
                 maps.cooling.remove(&extent);
+                maps.unrecorded.remove(&extent);
                 maps.set_state(extent, ExtentState::Discarded);
             }
         }
@@ -116,6 +117,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 maps.miss(slot, extent.blocks());
             }
             maps.hot.insert(extent, now);
+            maps.unrecorded.insert(extent);
             // What was known of its unflushed blocks is gone: assume the worst.
             maps.hot.set_unequalised_all(extent);
             maps.hot.begin_write(extent, now);

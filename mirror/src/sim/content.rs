@@ -1,7 +1,7 @@
 //! What simulated disks hold: runs of sectors, so that zeroing or discarding an extent of 8,192
 //! sectors is one step.
 
-use super::SECTOR;
+use super::{Rng, SECTOR};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
@@ -49,6 +49,22 @@ impl Content {
 /// Bytes of so many sectors, which a test has in memory.
 fn len(sectors: u64) -> usize {
     usize::try_from(sectors * SECTOR).unwrap_or(usize::MAX)
+}
+
+/// The sectors of `len` bytes at `offset`.
+pub(super) fn sectors(offset: u64, len: u64) -> Range<u64> {
+    offset / SECTOR..(offset + len) / SECTOR
+}
+
+/// All, nothing, or a part.
+pub(super) fn some_of(sectors: &Range<u64>, rng: &mut Rng) -> Range<u64> {
+    let len = sectors.end - sectors.start;
+    match rng.below(4) {
+        0 => sectors.clone(),
+        1 => 0..0,
+        2 => sectors.start..sectors.start + rng.below(len),
+        _ => sectors.start + rng.below(len)..sectors.end,
+    }
 }
 
 /// A run of sectors and what it holds.
@@ -167,7 +183,6 @@ impl Sectors {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::sim::Rng;
 
     /// Many puts give what a flat array gives, and the digest knows the content alone.
     #[test]

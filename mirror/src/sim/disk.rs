@@ -6,7 +6,7 @@
 //! power, whatever a later flush says; a disk can hang, or vanish and come back. A discarded
 //! range reads as arbitrary bytes.
 
-use super::content::{Content, Run, Sectors};
+use super::content::{Content, Run, Sectors, sectors, some_of};
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry};
 use std::cell::{Cell, RefCell};
@@ -30,6 +30,14 @@ pub struct Faults {
     pub hang: bool,
     /// The device is gone: everything fails with ENODEV.
     pub gone: bool,
+}
+
+/// Sees every operation of a disk.
+pub trait Observer {
+    /// The disk has been given `request`.
+    fn submitted(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>);
+    /// The disk has completed `request` well.
+    fn completed(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>);
 }
 
 struct Pending {
@@ -59,6 +67,9 @@ struct Inner {
     pending: RefCell<Vec<Pending>>,
     faults: Cell<Faults>,
     bad_sectors: RefCell<BTreeSet<u64>>,
+    /// Sectors that a failed flush gave up and that were not written since.
+    given_up: RefCell<Vec<(u64, Run)>>,
+    observer: RefCell<Option<Rc<dyn Observer>>>,
     next_number: Cell<u64>,
     /// Whether write-zeroes is one operation.
     cheap_zeroes: Cell<bool>,
@@ -114,6 +125,8 @@ impl SimDisk {
                 pending: RefCell::default(),
                 faults: Cell::default(),
                 bad_sectors: RefCell::default(),
+                given_up: RefCell::default(),
+                observer: RefCell::default(),
                 next_number: Cell::new(0),
                 cheap_zeroes: Cell::new(true),
                 operations: Cell::new(0),
@@ -154,6 +167,8 @@ impl SimDisk {
         fork.0
             .bad_sectors
             .replace(self.0.bad_sectors.borrow().clone());
+        let given_up = self.0.given_up.borrow().clone();
+        fork.0.given_up.replace(given_up);
         fork.0.next_number.set(self.0.next_number.get());
         fork.0.cheap_zeroes.set(self.0.cheap_zeroes.get());
         fork.0.faults.set(self.0.faults.get());
@@ -202,6 +217,69 @@ impl SimDisk {
     #[must_use]
     pub fn digest(&self) -> u64 {
         self.0.durable.borrow().digest()
+    }
+
+    /// Tells `observer` of everything from now on.
+    pub fn observe(&self, observer: Option<Rc<dyn Observer>>) {
+        self.0.observer.replace(observer);
+    }
+
+    fn observer(&self) -> Option<Rc<dyn Observer>> {
+        self.0.observer.borrow().clone()
+    }
+
+    /// Whether both are openings of one disk.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Rc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// The bytes that a power cut leaves in any case, if no sector of them is in the cache,
+    /// given up, or under way.
+    #[must_use]
+    pub fn settled(&self, offset: u64, len: u64) -> Option<Vec<u8>> {
+        let range = sectors(offset, len);
+        let (cache, given_up) = (self.0.cache.borrow(), self.0.given_up.borrow());
+        let mut loose = cache.iter().chain(given_up.iter());
+        if loose.any(|(_, run)| run.part(&range).is_some()) || self.is_under_way(offset, len) {
+            return None;
+        }
+        let mut out = vec![0; usize::try_from(len).ok()?];
+        self.0.durable.borrow().read(range.start, &mut out);
+        Some(out)
+    }
+
+    /// Whether an operation under way changes part of this range.
+    #[must_use]
+    pub fn is_under_way(&self, offset: u64, len: u64) -> bool {
+        let range = offset..offset + len;
+        let pending = self.0.pending.borrow();
+        let mut alive = pending.iter().filter(|p| p.opening == self.0.outages.get());
+        alive.any(|pending| match &pending.request {
+            DiskRequest::Write { offset, span, .. } => {
+                *offset < range.end && range.start < offset + span.len as u64
+            }
+            DiskRequest::WriteZeroes { offset, len } | DiskRequest::Discard { offset, len } => {
+                *offset < range.end && range.start < offset + len
+            }
+            DiskRequest::Read { .. } | DiskRequest::Flush => false,
+        })
+    }
+
+    /// The number that the next cached write gets.
+    #[must_use]
+    pub fn next_number(&self) -> u64 {
+        self.0.next_number.get()
+    }
+
+    /// Whether nothing from `offset` on that was cached before `number` had been reached is in
+    /// the cache still.
+    #[must_use]
+    pub fn is_flushed(&self, offset: u64, number: u64) -> bool {
+        let beyond = offset / SECTOR..u64::MAX;
+        let cache = self.0.cache.borrow();
+        let mut cached = cache.iter();
+        !cached.any(|(of, run)| *of < number && run.part(&beyond).is_some())
     }
 
     /// Operations completed so far.
@@ -266,6 +344,7 @@ impl SimDisk {
             }
         }
         self.0.visible.borrow_mut().clone_from(&durable);
+        self.0.given_up.borrow_mut().clear();
     }
 
     /// The daemon is gone but the disk lives on: what it had taken it finishes.
@@ -293,6 +372,9 @@ impl SimDisk {
     }
 
     fn answer(&self, pending: &Pending, result: Result<(), Errno>) {
+        if let (Ok(()), Some(observer)) = (result, self.observer()) {
+            observer.completed(self, &pending.request);
+        }
         release(&pending.request);
         self.0.operations.set(self.0.operations.get() + 1);
         let waker = {
@@ -385,6 +467,10 @@ impl SimDisk {
             .collect();
         for (number, sectors) in given_up {
             let mut own: Vec<_> = cache.extract_if(.., |(of, _)| *of == number).collect();
+            let lost = own
+                .iter()
+                .filter_map(|(of, run)| Some((*of, run.part(&sectors)?)));
+            self.0.given_up.borrow_mut().extend(lost);
             Run::subtract(&mut own, &sectors);
             cache.extend(own);
         }
@@ -417,25 +503,11 @@ impl SimDisk {
     }
 
     fn heal(&self, sectors: &Range<u64>) {
+        Run::subtract(&mut self.0.given_up.borrow_mut(), sectors);
         let mut bad = self.0.bad_sectors.borrow_mut();
         if !bad.is_empty() {
             bad.retain(|sector| !sectors.contains(sector));
         }
-    }
-}
-
-fn sectors(offset: u64, len: u64) -> Range<u64> {
-    offset / SECTOR..(offset + len) / SECTOR
-}
-
-/// All, nothing, or a part.
-fn some_of(sectors: &Range<u64>, rng: &mut Rng) -> Range<u64> {
-    let len = sectors.end - sectors.start;
-    match rng.below(4) {
-        0 => sectors.clone(),
-        1 => 0..0,
-        2 => sectors.start..sectors.start + rng.below(len),
-        _ => sectors.start + rng.below(len)..sectors.end,
     }
 }
 
@@ -493,6 +565,9 @@ impl Disk for SimDisk {
             end <= self.0.size_bytes,
             "a request beyond the end of the disk"
         );
+        if let Some(observer) = self.observer() {
+            observer.submitted(self, &request);
+        }
         if let Some((buffer, device_writes)) = span_of(&request) {
             buffer.begin(device_writes);
         }

@@ -11,7 +11,7 @@
 mod content;
 mod disk;
 
-pub use disk::{Faults, SimDisk, SimOp};
+pub use disk::{Faults, Observer, SimDisk, SimOp};
 
 use crate::host::{Buffer, Host};
 use std::cell::{Cell, RefCell};

@@ -1,0 +1,438 @@
+//! The rules as code, looked at beside the engine: at every operation that a disk is given or
+//! completes, at every answer, and at every start.
+//!
+//! | rule | where |
+//! |---|---|
+//! | R1 | [`Rules::r1_intent_first`] |
+//! | R2 | [`Rules::r2_loss_before_answer`] |
+//! | R3 | [`Rules::r3_equal_when_cool`] |
+//! | R4 | [`Rules::r4_copied_before_cleared`] |
+//! | R5 | the oracle (`oracle.rs`): two reads never disagree; and `compare_members` |
+//! | R6, R13 | [`Rules::r6_r13_one_change_at_a_time`]; the simulated buffers panic when one is used twice |
+//! | R7 | [`Rules::r7_flushed`]; the oracle after each power cut |
+//! | R8 | [`Rules::r8_somebody_is_in_sync`] |
+//! | R9 | the player (`play.rs`): nothing stands still |
+//! | R10 | `mirror/src/assemble_histories.rs`, every history |
+//! | R11 | [`Rules::r11_zeroed_before_use`]; the oracle, on disks full of garbage |
+//! | R12 | [`Rules::r12_hot_means_missed`] |
+//! | R14 | [`Rules::r14_a_return_is_an_epoch`] |
+//! | R15 | [`Rules::r15_no_start_on_what_may_be_old`] |
+//! | R16 | the player's `OlderImage`, and `assemble_histories.rs` |
+//! | R17 | the fuzz targets; here whatever a power cut tears |
+
+use crate::machine::superblock_on;
+use crate::oracle::version_of;
+use dirty_map::{Address, Extent, ExtentState, Kind, SECTOR_BYTES, Stamp, StateMap};
+use mirror::control::{MemberState, Status};
+use mirror::layout::{Layout, RegionKind};
+use mirror::sim::{Observer, SimBuffer, SimDisk};
+use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, SlotState, Superblock};
+use mirror::{DiskRequest, Span};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+const EXTENT_BYTES: u64 = 4 << 20;
+/// What is compared of an extent: where the oracle watches every sector.
+const WATCHED_BYTES: u64 = 640 * 512;
+const BLOCK_BYTES: u64 = 4096;
+/// Cleared bits of one map sector that are looked at.
+const CLEARED_MAX: usize = 64;
+
+/// What a member's superblock and maps said last.
+struct Known {
+    disk: SimDisk,
+    superblock: Option<Superblock>,
+    states: Vec<ExtentState>,
+    /// Newest sector seen of each map, by map, slot and index.
+    sectors: HashMap<(u8, u8, u32), (Stamp, Vec<u8>)>,
+}
+
+/// A map sector that was not known: map, slot, index, payload before and now.
+type News = (RegionKind, u8, u32, Option<Vec<u8>>, Vec<u8>);
+
+/// Watches the disks of one machine.
+pub(crate) struct Rules {
+    known: RefCell<Vec<Known>>,
+    layout: Layout,
+    tag: u32,
+}
+
+/// A moment from which on a flush promises what was cached before.
+pub(crate) struct BeforeFlush(Vec<(SimDisk, u64)>);
+
+impl Rules {
+    /// Watches `disks`, at least one of which holds a superblock.
+    pub(crate) fn watching(disks: &[SimDisk]) -> Option<Rc<Self>> {
+        let superblock = disks.iter().find_map(superblock_on)?;
+        let rules = Rc::new(Self {
+            known: RefCell::default(),
+            layout: superblock.layout.clone(),
+            tag: superblock.tag(),
+        });
+        for disk in disks {
+            rules.clone().watch(disk);
+        }
+        Some(rules)
+    }
+
+    /// Watches one more disk, or one that was opened anew.
+    pub(crate) fn watch(self: Rc<Self>, disk: &SimDisk) {
+        self.forget(disk);
+        let extents = self.layout.size_bytes.div_ceil(EXTENT_BYTES);
+        let mut known = Known {
+            disk: disk.clone(),
+            superblock: superblock_on(disk),
+            states: vec![ExtentState::Unwritten; extents as usize],
+            sectors: HashMap::new(),
+        };
+        for region in &self.layout.regions {
+            let maps = [RegionKind::State, RegionKind::Missed];
+            if maps.contains(&region.kind) {
+                for copy in [region.copy_a, region.copy_b] {
+                    let mut bytes = vec![0; region.len as usize];
+                    disk.read_now(copy, &mut bytes);
+                    drop(self.learn(&mut known, copy, &bytes));
+                }
+            }
+        }
+        self.known.borrow_mut().push(known);
+        disk.observe(Some(self));
+    }
+
+    /// Watches a disk no more: another one has its place.
+    pub(crate) fn forget(&self, disk: &SimDisk) {
+        disk.observe(None);
+        self.known
+            .borrow_mut()
+            .retain(|known| !known.disk.is_same(disk));
+    }
+
+    /// Map sectors in `bytes` at `offset` that are newer than what was known: address, payload
+    /// before, payload now.
+    fn learn(&self, known: &mut Known, offset: u64, bytes: &[u8]) -> Vec<News> {
+        let mut news = Vec::new();
+        let region = self.layout.regions.iter().find_map(|region| {
+            let mut copies = [region.copy_a, region.copy_b].into_iter();
+            let start = copies.find(|start| (*start..start + region.len).contains(&offset))?;
+            Some((region, start))
+        });
+        let Some((region, start)) = region else {
+            return news;
+        };
+        let kind = match region.kind {
+            RegionKind::State => Kind::State,
+            RegionKind::Missed => Kind::Missed,
+            RegionKind::Summary | RegionKind::Position | RegionKind::Checksums => return news,
+        };
+        for (index, sector) in ((offset - start) / 512..).zip(bytes.as_chunks::<SECTOR_BYTES>().0) {
+            let address = Address {
+                kind,
+                slot: region.slot,
+                index: index as u32,
+            };
+            let Ok((stamp, payload)) = dirty_map::decode(sector, address, self.tag) else {
+                continue;
+            };
+            let key = (kind as u8, region.slot, address.index);
+            let before = known.sectors.get(&key);
+            if before.is_some_and(|(old, _)| *old > stamp) {
+                continue;
+            }
+            let before = known.sectors.insert(key, (stamp, payload.to_vec()));
+            let before = before.map(|(_, payload)| payload);
+            news.push((
+                region.kind,
+                region.slot,
+                address.index,
+                before,
+                payload.to_vec(),
+            ));
+            // The first sector holds the states of all extents of so small a mirror.
+            if kind == Kind::State && index == 0 {
+                let mut map = StateMap::new(known.states.len() as u32);
+                map.load_payload(address.index, payload);
+                known.states = (0..known.states.len() as u32)
+                    .map(|extent| map.get(Extent(extent)))
+                    .collect();
+            }
+        }
+        news
+    }
+
+    /// The newest configuration that any of the disks holds.
+    fn newest(known: &[Known]) -> Option<Superblock> {
+        let superblocks = known.iter().filter_map(|known| known.superblock.as_ref());
+        superblocks
+            .max_by_key(|superblock| superblock.event_count)
+            .cloned()
+    }
+
+    /// The watched member in `slot` of `config`, if its power has not gone.
+    fn member<'a>(known: &'a [Known], config: &Superblock, slot: usize) -> Option<&'a Known> {
+        let uuid = config.slots.get(slot)?.member?;
+        known.iter().find(|known| {
+            let own = known.superblock.as_ref();
+            own.is_some_and(|own| own.member == uuid) && !known.disk.is_dead()
+        })
+    }
+
+    /// The watched members that the newest configuration calls in-sync.
+    fn in_sync(known: &[Known]) -> Vec<&Known> {
+        let Some(config) = Self::newest(known) else {
+            return Vec::new();
+        };
+        let slots = config.slots.iter().enumerate();
+        slots
+            .filter(|(_, slot)| slot.state == SlotState::InSync)
+            .filter_map(|(slot, _)| Self::member(known, &config, slot))
+            .collect()
+    }
+
+    /// What a power cut leaves of the watched part of an extent, if that is certain.
+    fn settled(&self, disk: &SimDisk, extent: usize) -> Option<Vec<u8>> {
+        let begin = extent as u64 * EXTENT_BYTES;
+        let len = WATCHED_BYTES.min(self.layout.size_bytes - begin);
+        disk.settled(self.layout.data_offset + begin, len)
+    }
+
+    /// R1: an in-sync member's own map says durably that an extent is hot before data reaches
+    /// it. Zeroes may come first: that is how an extent becomes usable.
+    fn r1_intent_first(&self, known: &Known, offset: u64, span: &Span<SimBuffer>) {
+        let in_sync = known.superblock.as_ref().is_some_and(|superblock| {
+            let own = superblock.slots.get(usize::from(superblock.own_slot));
+            own.is_some_and(|own| own.state == SlotState::InSync)
+        });
+        if !in_sync || span.read(|bytes| bytes.iter().all(|byte| *byte == 0)) {
+            return;
+        }
+        let first = (offset - self.layout.data_offset) / EXTENT_BYTES;
+        let last = (offset - self.layout.data_offset + span.len as u64 - 1) / EXTENT_BYTES;
+        for extent in first..=last {
+            let state = known.states[extent as usize];
+            assert_eq!(state, ExtentState::Hot, "R1: data for extent {extent}");
+        }
+    }
+
+    /// R2: when a write is answered well, every member that its superblocks call in-sync has it.
+    pub(crate) fn r2_loss_before_answer(&self, sector: u64, version: u64) {
+        let known = self.known.borrow();
+        for member in Self::in_sync(&known) {
+            let mut bytes = [0; 512];
+            let at = self.layout.data_offset + sector * 512;
+            member.disk.read_now(at, &mut bytes);
+            // A later change may have overtaken it: zeroes, or a version with a higher number.
+            let found = version_of(sector, &bytes);
+            assert!(
+                found.is_some_and(|found| found == 0 || found >= version),
+                "R2: write {version} of sector {sector} is answered, and a member in-sync holds {found:?}"
+            );
+        }
+    }
+
+    /// R3: the copies of an extent that becomes cool are durable and equal.
+    fn r3_equal_when_cool(&self, known: &[Known], extent: usize) {
+        let mut first: Option<Vec<u8>> = None;
+        for member in Self::in_sync(known) {
+            let found = self.settled(&member.disk, extent);
+            assert!(
+                found.is_some(),
+                "R3: extent {extent} is cool and not durable"
+            );
+            if let (Some(first), Some(found)) = (&first, &found) {
+                assert!(
+                    first == found,
+                    "R3: extent {extent} is cool and its copies differ"
+                );
+            }
+            first = first.or(found);
+        }
+    }
+
+    /// R4: the missed bit of a block is cleared when the copy is durable.
+    fn r4_copied_before_cleared(&self, known: &[Known], source: &Known, slot: u8, block: u64) {
+        let Some(superblock) = &source.superblock else {
+            return;
+        };
+        let resyncing = superblock.slots[usize::from(slot)].state == SlotState::Resyncing;
+        let extent = block * BLOCK_BYTES / EXTENT_BYTES;
+        let state = source.states.get(extent as usize);
+        let used = matches!(state, Some(ExtentState::Hot | ExtentState::Cool));
+        if !resyncing || !used {
+            return;
+        }
+        let Some(target) = Self::member(known, superblock, usize::from(slot)) else {
+            return;
+        };
+        let at = self.layout.data_offset + block * BLOCK_BYTES;
+        let Some(have) = target.disk.settled(at, BLOCK_BYTES) else {
+            return;
+        };
+        // One of them may be failing, and its loss not be recorded yet: any one that fits will do.
+        let sources = Self::in_sync(known);
+        let copies = sources
+            .iter()
+            .map(|known| known.disk.settled(at, BLOCK_BYTES));
+        let Some(wanted) = copies.collect::<Option<Vec<_>>>() else {
+            return;
+        };
+        assert!(
+            wanted.is_empty() || wanted.contains(&have),
+            "R4: block {block} is not missed by slot {slot} any more"
+        );
+    }
+
+    /// R6 and R13: a range has one change under way at a time on each disk.
+    fn r6_r13_one_change_at_a_time(disk: &SimDisk, offset: u64, len: u64) {
+        assert!(
+            !disk.is_under_way(offset, len),
+            "R6, R13: {len} bytes at {offset} are being changed already"
+        );
+    }
+
+    /// A flush begins.
+    pub(crate) fn before_flush(&self) -> BeforeFlush {
+        let known = self.known.borrow();
+        let number = |known: &&Known| (known.disk.clone(), known.disk.next_number());
+        BeforeFlush(Self::in_sync(&known).iter().map(number).collect())
+    }
+
+    /// R7: when it is answered well, every in-sync member has flushed.
+    pub(crate) fn r7_flushed(&self, before: &BeforeFlush) {
+        let known = self.known.borrow();
+        for member in Self::in_sync(&known) {
+            let begun = before.0.iter().find(|(disk, _)| disk.is_same(&member.disk));
+            if let Some((disk, number)) = begun {
+                assert!(
+                    disk.is_flushed(self.layout.data_offset, *number),
+                    "R7: a flush is answered, and a member in-sync has not flushed"
+                );
+            }
+        }
+    }
+
+    /// R8: no superblock calls nobody in-sync.
+    fn r8_somebody_is_in_sync(superblock: &Superblock) {
+        let mut states = superblock.slots.iter().map(|slot| slot.state);
+        assert!(
+            states.any(|state| state == SlotState::InSync),
+            "R8: a superblock calls nobody in-sync"
+        );
+    }
+
+    /// R11: the data of an extent that becomes usable is zero, durably.
+    fn r11_zeroed_before_use(&self, known: &[Known], disk: &SimDisk, extent: usize) {
+        if !Self::in_sync(known)
+            .iter()
+            .any(|member| member.disk.is_same(disk))
+        {
+            return;
+        }
+        let found = self.settled(disk, extent);
+        let zero = found.is_some_and(|bytes| bytes.iter().all(|byte| *byte == 0));
+        assert!(
+            zero,
+            "R11: extent {extent} becomes hot and is not durably zero"
+        );
+    }
+
+    /// R12: after a start every block of every hot extent is missed for absent members.
+    pub(crate) fn r12_hot_means_missed(status: &Status) {
+        for member in &status.members {
+            let away = !matches!(member.state, MemberState::InSync | MemberState::Resyncing);
+            if member.uuid.is_some() && away {
+                assert!(
+                    member.missed_bytes >= status.extents.hot * EXTENT_BYTES,
+                    "R12: slot {} has fewer missed blocks than the hot extents hold",
+                    member.slot
+                );
+            }
+        }
+    }
+
+    /// R14: a member's return begins an epoch.
+    pub(crate) fn r14_a_return_is_an_epoch(before: &Status, after: &Status) {
+        assert_ne!(before.epoch, after.epoch, "R14: a return in the same epoch");
+    }
+
+    /// R15: whom the newest superblock present calls in-sync has been there.
+    pub(crate) fn r15_no_start_on_what_may_be_old(disks: &[SimDisk]) {
+        let present: Vec<Superblock> = disks.iter().filter_map(superblock_on).collect();
+        let newest = present
+            .iter()
+            .max_by_key(|superblock| superblock.event_count);
+        for slot in newest.into_iter().flat_map(|newest| &newest.slots) {
+            if slot.state == SlotState::InSync {
+                assert!(
+                    present.iter().any(|own| Some(own.member) == slot.member),
+                    "R15: started without a member that the newest superblock calls in-sync"
+                );
+            }
+        }
+    }
+}
+
+impl Observer for Rules {
+    fn submitted(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>) {
+        let all = self.known.borrow();
+        let Some(known) = all.iter().find(|known| known.disk.is_same(disk)) else {
+            return;
+        };
+        match request {
+            DiskRequest::Write { offset, span, .. } => {
+                Self::r6_r13_one_change_at_a_time(disk, *offset, span.len as u64);
+                if *offset >= self.layout.data_offset {
+                    self.r1_intent_first(known, *offset, span);
+                }
+            }
+            DiskRequest::WriteZeroes { offset, len } | DiskRequest::Discard { offset, len } => {
+                Self::r6_r13_one_change_at_a_time(disk, *offset, *len);
+            }
+            DiskRequest::Read { .. } | DiskRequest::Flush => {}
+        }
+    }
+
+    fn completed(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>) {
+        let DiskRequest::Write { offset, span, .. } = request else {
+            return;
+        };
+        if *offset >= self.layout.data_offset {
+            return;
+        }
+        let mut all = self.known.borrow_mut();
+        let Some(at) = all.iter().position(|known| known.disk.is_same(disk)) else {
+            return;
+        };
+        if [COPY_A_OFFSET, COPY_B_OFFSET].contains(offset) {
+            let superblock = span.read(|bytes| Superblock::decode(bytes).ok());
+            superblock.iter().for_each(Self::r8_somebody_is_in_sync);
+            all[at].superblock = superblock;
+            return;
+        }
+        let before = all[at].states.clone();
+        let news = span.read(|bytes| self.learn(&mut all[at], *offset, bytes));
+        let changed = before.iter().zip(all[at].states.clone()).enumerate();
+        for (extent, (before, now)) in changed {
+            match (before, now) {
+                (ExtentState::Hot, ExtentState::Cool) => self.r3_equal_when_cool(&all, extent),
+                // A discarded one may come back with its data: a discard that failed.
+                (ExtentState::Unwritten, ExtentState::Hot) => {
+                    self.r11_zeroed_before_use(&all, disk, extent);
+                }
+                _ => {}
+            }
+        }
+        for (kind, slot, index, before, now) in news {
+            let Some(before) = before.filter(|_| kind == RegionKind::Missed) else {
+                continue;
+            };
+            let first = u64::from(index) * dirty_map::MISSED_PER_SECTOR;
+            let bits = (first..).zip((0..now.len() * 8).map(|bit| (bit / 8, 1_u8 << (bit % 8))));
+            let cleared =
+                bits.filter(|(_, (byte, bit))| before[*byte] & bit != 0 && now[*byte] & bit == 0);
+            for (block, _) in cleared.take(CLEARED_MAX) {
+                self.r4_copied_before_cleared(&all, &all[at], slot, block);
+            }
+        }
+    }
+}
