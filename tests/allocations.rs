@@ -1,7 +1,8 @@
 //! The data path allocates nothing: reads and writes of hot extents, with every allocation
-//! counted, on disks in memory that answer at once.
+//! counted, on disks in memory that answer at once. And a control request has its limit.
 #![allow(clippy::unwrap_used)]
 
+use mirror::control::{MAX_REQUEST_BYTES, Request, decoded_bytes_max, from_line};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::host::{Buffer, Disk, DiskRequest, Geometry};
 use mirror::{Candidate, Errno, Host, Mirror, Span, StartOptions};
@@ -187,4 +188,24 @@ fn reads_and_writes_of_hot_extents_allocate_nothing() {
     // The counter counts: what is not the data path does allocate.
     let other = allocation_counter::measure(|| drop(mirror.status()));
     assert!(other.count_total > 0);
+}
+
+#[test]
+fn a_control_request_of_brackets_takes_bounded_memory() {
+    // The worst there is: two bytes of the line are a vector.
+    let nested = format!("{}0{},", "[".repeat(120), "]".repeat(120));
+    let mut line = r#"{"request":"status","unknown":["#.to_owned();
+    while line.len() + nested.len() < MAX_REQUEST_BYTES {
+        line += &nested;
+    }
+    line += "0]}";
+    let counted = allocation_counter::measure(|| {
+        assert_eq!(
+            from_line::<Request>(line.as_bytes()).unwrap(),
+            Request::Status
+        );
+    });
+    let limit = decoded_bytes_max(line.len()) as u64;
+    assert!(counted.bytes_max <= limit, "{counted:?}");
+    assert!(limit <= 8 << 20, "the limit is {limit} bytes");
 }

@@ -4,6 +4,9 @@
 pub const SECTOR_BYTES: usize = 512;
 /// Bytes of its payload.
 pub const PAYLOAD_BYTES: usize = 480;
+/// Highest sequence that is believed: commits count up by one and never get here, and from one
+/// near the end of the numbers the next would be lower.
+const SEQUENCE_MAX: u64 = 1 << 62;
 const HEADER_BYTES: usize = 32;
 const MAGIC: u16 = 0x4d55;
 const _: () = assert!(HEADER_BYTES + PAYLOAD_BYTES == SECTOR_BYTES);
@@ -50,7 +53,7 @@ pub enum SectorError {
     /// Not a map sector.
     #[error("it is no map sector")]
     BadMagic,
-    /// The checksum does not fit.
+    /// The checksum does not fit, or the sequence makes no sense.
     #[error("the map sector is damaged")]
     Damaged,
     /// A sound sector from elsewhere on this mirror.
@@ -114,6 +117,9 @@ pub fn decode(
         return Err(SectorError::Misplaced);
     }
     let sequence = u64::from(u32_at(24)) | u64::from(u32_at(28)) << 32;
+    if sequence > SEQUENCE_MAX {
+        return Err(SectorError::Damaged);
+    }
     let stamp = Stamp {
         ordinal: u32_at(16),
         sequence,
@@ -178,6 +184,15 @@ mod tests {
             decode(&[1; SECTOR_BYTES], AT, 0xfeed),
             Err(SectorError::BadMagic)
         );
+    }
+
+    #[test]
+    fn a_sequence_that_the_next_commit_would_wrap_is_damage() {
+        for (sequence, sound) in [(SEQUENCE_MAX, true), (u64::MAX, false)] {
+            let stamp = Stamp { sequence, ..STAMP };
+            let bytes = encode(AT, 1, stamp, &[0; PAYLOAD_BYTES]);
+            assert_eq!(decode(&bytes, AT, 1).is_ok(), sound, "{sequence}");
+        }
     }
 
     #[test]

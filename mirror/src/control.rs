@@ -2,14 +2,46 @@
 //! `mirrorctl --json` prints.
 //!
 //! One request a connection on a unix stream socket: the client sends one [`Request`] as a
-//! line of JSON, the daemon answers with one [`Reply`] as a line of JSON and closes. A line is
-//! at most [`MAX_LINE_BYTES`] long. Fields are only ever added; a reader ignores those it does
-//! not know.
+//! line of JSON, the daemon answers with one [`Reply`] as a line of JSON and closes. A request
+//! is at most [`MAX_REQUEST_BYTES`] long and a reply [`MAX_LINE_BYTES`]. Fields are only ever
+//! added; a reader ignores those it does not know.
 
 use serde::{Deserialize, Serialize};
 
-/// The longest line either side accepts, in bytes.
+/// The longest reply that is accepted, in bytes.
 pub const MAX_LINE_BYTES: usize = 1 << 20;
+/// The longest request that is accepted, in bytes: the longest path, every byte of it escaped,
+/// takes 24 KiB. Decoding takes up to a hundred times as much memory ([`decoded_bytes_max`]).
+pub const MAX_REQUEST_BYTES: usize = 64 << 10;
+
+/// Most memory, in bytes, that [`from_line`] takes for a line of `line_bytes` (R17).
+///
+/// Fields may come in any order, so a line is first taken apart as a whole: a few bytes of
+/// nested brackets are then a vector of their own.
+#[must_use]
+pub fn decoded_bytes_max(line_bytes: usize) -> usize {
+    (4 << 10) + 96 * line_bytes
+}
+
+/// Decodes a [`Request`] or a [`Reply`] from its line, with or without the newline.
+///
+/// # Errors
+///
+/// When the line is no such message; the error says where and why.
+pub fn from_line<'line, M: Deserialize<'line>>(line: &'line [u8]) -> serde_json::Result<M> {
+    serde_json::from_slice(line)
+}
+
+/// The line of a [`Request`] or a [`Reply`], newline included.
+///
+/// # Errors
+///
+/// None for these two.
+pub fn to_line(message: &impl Serialize) -> serde_json::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    Ok(line)
+}
 
 /// What `mirrorctl` asks of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod assemble;
+mod bytes;
 pub mod control;
 pub mod create;
 pub mod engine;

@@ -60,6 +60,7 @@
 //! A region record: kind (1: position, 2: state, 3: summary, 4: missed, 5: checksums), slot
 //! (1), zero (6), copy A (8), copy B (8), length (8), extents (8).
 
+use crate::bytes::{Reader, put};
 use crate::layout::{Layout, MIRROR_BYTES_MAX, Region, RegionKind, SLOTS_MAX};
 use dirty_map::Stamp;
 use uuid::Uuid;
@@ -70,6 +71,11 @@ pub const COPY_A_OFFSET: u64 = 4096;
 pub const COPY_B_OFFSET: u64 = 8192;
 /// Length of a copy in bytes.
 pub const COPY_BYTES: usize = 4096;
+/// Most memory, in bytes, that decoding a copy takes (R17).
+pub const DECODED_BYTES_MAX: usize = 16 << 10;
+/// Highest write count and event count that are believed. Both grow by one at a time and never
+/// get here; from one near the end of the numbers the next would be lower (R9).
+const COUNT_MAX: u64 = 1 << 62;
 /// Epochs kept as history; a member further back than that is no longer recognised (and gets a
 /// full resync or a refusal).
 pub const HISTORY_MAX: usize = 48;
@@ -248,35 +254,6 @@ pub struct Loaded {
     pub needs_mending: bool,
 }
 
-struct Reader<'a>(&'a [u8]);
-
-impl Reader<'_> {
-    fn bytes<const N: usize>(&self, at: usize) -> [u8; N] {
-        let mut out = [0; N];
-        out.copy_from_slice(&self.0[at..at + N]);
-        out
-    }
-    fn u8(&self, at: usize) -> u8 {
-        self.0[at]
-    }
-    fn u16(&self, at: usize) -> u16 {
-        u16::from_le_bytes(self.bytes(at))
-    }
-    fn u32(&self, at: usize) -> u32 {
-        u32::from_le_bytes(self.bytes(at))
-    }
-    fn u64(&self, at: usize) -> u64 {
-        u64::from_le_bytes(self.bytes(at))
-    }
-    fn u128(&self, at: usize) -> u128 {
-        u128::from_le_bytes(self.bytes(at))
-    }
-}
-
-fn put<const N: usize>(out: &mut [u8], at: usize, bytes: [u8; N]) {
-    out[at..at + N].copy_from_slice(&bytes);
-}
-
 fn count_u8(len: usize) -> u8 {
     u8::try_from(len).unwrap_or(u8::MAX)
 }
@@ -361,7 +338,7 @@ impl Superblock {
         out
     }
 
-    /// Decodes one copy.
+    /// Decodes one copy, in at most [`DECODED_BYTES_MAX`] of memory.
     ///
     /// # Errors
     ///
@@ -390,6 +367,10 @@ impl Superblock {
         if !(1..=SLOTS_MAX).contains(&slots) || usize::from(own_slot) >= slots {
             return Err(Damaged("the slot numbers make no sense"));
         }
+        let (write_count, event_count) = (read.u64(136), read.u64(160));
+        if write_count.max(event_count) > COUNT_MAX {
+            return Err(Damaged("the counters make no sense"));
+        }
         let logical_block_bytes = read.u32(192);
         if !matches!(logical_block_bytes, 512 | 4096) {
             return Err(Damaged("the logical block size makes no sense"));
@@ -399,9 +380,9 @@ impl Superblock {
             member: Uuid::from_bytes(read.bytes(56)),
             name: decode_text(&bytes[72..72 + NAME_BYTES_MAX])
                 .ok_or(Damaged("the name is not text"))?,
-            write_count: read.u64(136),
+            write_count,
             layout: decode_layout(&read)?,
-            event_count: read.u64(160),
+            event_count,
             epoch: Epoch {
                 id: read.u128(168),
                 ordinal: read.u32(184),

@@ -135,6 +135,19 @@ fn unknown_features_refuse() {
     );
 }
 
+#[test]
+fn counters_that_the_next_update_would_wrap_are_damage() {
+    for at in [136, 160] {
+        for (count, sound) in [(COUNT_MAX, true), (COUNT_MAX + 1, false), (u64::MAX, false)] {
+            let mut bytes = sample().encode();
+            put(&mut bytes, at, count.to_le_bytes());
+            reseal(&mut bytes);
+            let decoded = Superblock::decode(&bytes);
+            assert_eq!(decoded.is_ok(), sound, "{count} at {at}");
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn decoding_never_panics(bytes in proptest::collection::vec(any::<u8>(), COPY_BYTES)) {

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use mirror::control::{MAX_LINE_BYTES, Reply, Request, Status};
+use mirror::control::{MAX_LINE_BYTES, Reply, Request, Status, from_line, to_line};
 
 use crate::failure::{Exit, Failure, words};
 use crate::run_dir::{RunDir, check_name};
@@ -179,9 +179,7 @@ fn exchange(
 ) -> std::io::Result<Reply> {
     stream.set_write_timeout(Some(QUICK))?;
     stream.set_read_timeout(Some(patience))?;
-    let mut line = serde_json::to_vec(request)?;
-    line.push(b'\n');
-    stream.write_all(&line)?;
+    stream.write_all(&to_line(request)?)?;
     let limit = u64::try_from(MAX_LINE_BYTES).unwrap_or(u64::MAX);
     let mut answer = Vec::new();
     BufReader::new(stream.take(limit)).read_until(b'\n', &mut answer)?;
@@ -192,7 +190,7 @@ fn exchange(
             std::io::Error::from(ErrorKind::UnexpectedEof)
         });
     }
-    serde_json::from_slice(&answer).map_err(|e| {
+    from_line(&answer).map_err(|e| {
         std::io::Error::new(
             ErrorKind::InvalidData,
             format!("the answer makes no sense ({e})"),

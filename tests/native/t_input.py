@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 import subprocess
 
 from harness import (BLOCK, BUSY, FAILED, MIB, NOT_FOUND, REFUSED, USAGE, CannotRun, Model, check)
@@ -177,6 +178,31 @@ def names_and_sizes_that_make_no_sense(area):
     area.ctl("fail", "m", "/nowhere", code=NOT_FOUND)
     _expect_any(area, "re-add", "m", paths[0])
     check(area.states() == ["in-sync", "in-sync"], "a refused command did something")
+
+
+def control_requests_that_make_no_sense(area):
+    """Each is answered with an error or cut off, and the daemon goes on."""
+    area.make()
+
+    def ask(line):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(30)
+            client.connect(str(area.run_dir / "m.sock"))
+            try:
+                client.sendall(line)
+                client.shutdown(socket.SHUT_WR)
+                return client.makefile("rb").read()
+            except (BrokenPipeError, ConnectionResetError):
+                return b""
+
+    for line in (b"\n", b"{}\n", b"[" * 1000 + b"\n", b'{"request":"stop"}\n', b"\xff\n"):
+        said = ask(line)
+        check(b'"kind":"usage"' in said, f"{line[:30]} is answered with {said}")
+    padding = b'{"request":"status","unknown":"%s"}\n'
+    check(b'"reply":"status"' in ask(padding % (b"x" * 60_000)), "a long request is not answered")
+    # Decoding takes many times a line's length of memory, so lines have a limit.
+    check(ask(padding % (b"x" * 70_000)) == b"", "a request above the limit is answered")
+    check(area.states() == ["in-sync", "in-sync"], "the daemon does not go on")
 
 
 def destroy_wants_to_be_asked_twice(area):

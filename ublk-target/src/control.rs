@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use mirror::ControlError;
-use mirror::control::{ErrorKind, MAX_LINE_BYTES, Reply, Request};
+use mirror::control::{ErrorKind, MAX_REQUEST_BYTES, Reply, Request, from_line, to_line};
 
 use crate::batch::Batch;
 use crate::daemon::Daemon;
@@ -89,7 +89,7 @@ async fn handle(daemon: &Rc<Daemon>, fd: Rc<OwnedFd>) -> Result<(), StreamError>
                     let _ = rustix::net::shutdown(fd.as_fd(), rustix::net::Shutdown::Read);
                 }
             });
-            let mut inbox = Inbox::new(&daemon.ring, &fd, MAX_LINE_BYTES);
+            let mut inbox = Inbox::new(&daemon.ring, &fd, MAX_REQUEST_BYTES);
             let Some([first]) = inbox.array_or_end::<1>().await? else {
                 tracing::debug!("a control connection ended without a request");
                 return Ok(());
@@ -99,7 +99,7 @@ async fn handle(daemon: &Rc<Daemon>, fd: Rc<OwnedFd>) -> Result<(), StreamError>
             if first != b'\n' {
                 line.extend(inbox.line().await?);
             }
-            match serde_json::from_slice::<Request>(&line) {
+            match from_line::<Request>(&line) {
                 Ok(request) => answer(daemon, request).await,
                 Err(error) => Reply::Error {
                     message: format!("the daemon does not understand the request ({error})"),
@@ -108,8 +108,7 @@ async fn handle(daemon: &Rc<Daemon>, fd: Rc<OwnedFd>) -> Result<(), StreamError>
             }
         }
     };
-    let mut line = serde_json::to_vec(&reply).unwrap_or_default();
-    line.push(b'\n');
+    let line = to_line(&reply).unwrap_or_default();
     let mut batch = Batch::default();
     batch.push_bytes(&line);
     send_all(&daemon.ring, &fd, Rc::new(batch)).await

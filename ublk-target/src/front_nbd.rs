@@ -31,10 +31,7 @@ use mirror::host::{Errno, Span};
 
 use crate::batch::Batch;
 use crate::daemon::Engine;
-use crate::nbd_proto::{
-    self as proto, Command, Export, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES, Next, OPTION_BYTES,
-    REQUEST_BYTES, Request,
-};
+use crate::nbd_proto::{self as proto, Command, Export, MAX_PAYLOAD_BYTES, REQUEST_BYTES, Request};
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
 use crate::stream::{Inbox, StreamError, send_all};
@@ -219,7 +216,7 @@ impl Connection {
     async fn serve(self: &Rc<Self>) -> Result<(), StreamError> {
         let mut inbox = Inbox::new(&self.server.ring, &self.fd, INBOX_BYTES);
         self.limit_handshake();
-        if !self.negotiate(&mut inbox).await? {
+        if !proto::negotiate(&mut inbox, &self.server.export).await? {
             return Ok(());
         }
         self.negotiated.set(true);
@@ -253,39 +250,6 @@ impl Connection {
         });
     }
 
-    /// Returns whether requests follow.
-    async fn negotiate(&self, inbox: &mut Inbox) -> Result<bool, StreamError> {
-        self.send_bytes(&proto::greeting()).await?;
-        let no_zeroes = proto::client_flags(inbox.array().await?)?;
-        loop {
-            let header: [u8; OPTION_BYTES] = inbox.array().await?;
-            let (option, len) = proto::option_header(&header)?;
-            let len = usize::try_from(len).unwrap_or(usize::MAX);
-            let data = if len <= MAX_OPTION_BYTES {
-                Some(inbox.take(len).await?)
-            } else {
-                inbox.skip(len).await?;
-                None
-            };
-            let mut reply = Vec::new();
-            let export = &self.server.export;
-            let next =
-                proto::answer_option(option, data.as_deref(), export, no_zeroes, &mut reply)?;
-            let sent = self.send_bytes(&reply).await;
-            match next {
-                Next::More => sent?,
-                Next::Transmission => return sent.map(|()| true),
-                Next::Close => return Ok(false),
-            }
-        }
-    }
-
-    async fn send_bytes(&self, bytes: &[u8]) -> Result<(), StreamError> {
-        let mut batch = Batch::default();
-        batch.push_bytes(bytes);
-        send_all(&self.server.ring, &self.fd, Rc::new(batch)).await
-    }
-
     /// Takes requests in until the client leaves.
     async fn read_requests(self: &Rc<Self>, inbox: &mut Inbox) -> Result<(), StreamError> {
         loop {
@@ -297,7 +261,7 @@ impl Connection {
                 return Ok(());
             }
             let refusal = proto::refusal(&request, &self.server.export);
-            let len = charge(&request, &self.server.export);
+            let len = proto::payload_bytes(&request, &self.server.export);
             self.wait_for_room(len).await;
             self.requests.set(self.requests.get() + 1);
             self.request_bytes.set(self.request_bytes.get() + len);
@@ -368,7 +332,7 @@ impl Connection {
     }
 
     fn reply(&self, request: &Request, error: u32, payload: Option<Span<IoBuffer>>) {
-        let charged = charge(request, &self.server.export);
+        let charged = proto::payload_bytes(request, &self.server.export);
         let reply = Reply {
             cookie: request.cookie,
             error,
@@ -421,16 +385,6 @@ impl Connection {
             bytes += reply.charged;
         }
         (batch, requests, bytes)
-    }
-}
-
-/// Bytes of memory that a request needs for its data.
-fn charge(request: &Request, export: &Export) -> usize {
-    match request.command {
-        // Also a refused write's data has to be taken in.
-        Command::Write => request.len as usize,
-        Command::Read if proto::refusal(request, export).is_none() => request.len as usize,
-        _ => 0,
     }
 }
 

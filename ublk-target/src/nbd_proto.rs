@@ -3,7 +3,8 @@
 //! Source: "The NBD protocol" (doc/proto.md of the NBD project). All numbers are big-endian.
 //! Fixed newstyle negotiation and simple replies only; structured replies, TLS and metadata
 //! contexts are refused as the specification provides. Decoding gives a value or an error for
-//! any bytes and allocates nothing (R17).
+//! any bytes (R17): a request's header allocates nothing, an option what [`MAX_OPTION_BYTES`]
+//! says and its short answer.
 //!
 //! ```text
 //! server → client  "NBDMAGIC" "IHAVEOPT" handshake flags u16
@@ -15,9 +16,9 @@
 //! ```
 
 /// First eight bytes of a server's greeting.
-pub(crate) const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
+const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
 /// "IHAVEOPT": follows the greeting and begins each option.
-pub(crate) const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
 const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
@@ -27,7 +28,7 @@ pub(crate) const REQUEST_BYTES: usize = 28;
 /// Bytes of a simple reply's header.
 pub(crate) const REPLY_BYTES: usize = 16;
 /// Bytes of an option's header.
-pub(crate) const OPTION_BYTES: usize = 16;
+const OPTION_BYTES: usize = 16;
 /// Longest option data that is read; the longest meaningful one is a name of 4096 bytes.
 pub(crate) const MAX_OPTION_BYTES: usize = 8192;
 /// Longest read or write, announced as the maximum block size.
@@ -105,7 +106,7 @@ fn be64(bytes: &[u8], at: usize) -> Option<u64> {
 }
 
 /// The server's greeting.
-pub(crate) fn greeting() -> [u8; 18] {
+fn greeting() -> [u8; 18] {
     let mut bytes = [0; 18];
     bytes[..8].copy_from_slice(&INIT_MAGIC.to_be_bytes());
     bytes[8..16].copy_from_slice(&OPTION_MAGIC.to_be_bytes());
@@ -114,7 +115,7 @@ pub(crate) fn greeting() -> [u8; 18] {
 }
 
 /// Whether the client does without the 124 zeroes after an export's description.
-pub(crate) fn client_flags(bytes: [u8; 4]) -> Result<bool, ProtocolError> {
+fn client_flags(bytes: [u8; 4]) -> Result<bool, ProtocolError> {
     let flags = u32::from_be_bytes(bytes);
     let known = u32::from(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
     if flags & !known != 0 {
@@ -123,8 +124,54 @@ pub(crate) fn client_flags(bytes: [u8; 4]) -> Result<bool, ProtocolError> {
     Ok(flags & u32::from(FLAG_NO_ZEROES) != 0)
 }
 
+/// A connection, as the negotiation uses it.
+pub(crate) trait Peer {
+    /// What ends the connection.
+    type Error: From<ProtocolError>;
+
+    /// Takes the next `N` bytes.
+    async fn array<const N: usize>(&mut self) -> Result<[u8; N], Self::Error>;
+
+    /// Takes the next `len` bytes.
+    async fn take(&mut self, len: usize) -> Result<Vec<u8>, Self::Error>;
+
+    /// Throws the next `len` bytes away, without memory for them.
+    async fn skip(&mut self, len: usize) -> Result<(), Self::Error>;
+
+    /// Sends all of `bytes`.
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
+}
+
+/// Greets a client and answers its options; returns whether requests follow.
+///
+/// # Errors
+///
+/// When the connection fails, or the client does not speak the protocol.
+pub(crate) async fn negotiate<P: Peer>(peer: &mut P, export: &Export) -> Result<bool, P::Error> {
+    peer.send(&greeting()).await?;
+    let no_zeroes = client_flags(peer.array().await?)?;
+    loop {
+        let (option, len) = option_header(&peer.array().await?)?;
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let data = if len <= MAX_OPTION_BYTES {
+            Some(peer.take(len).await?)
+        } else {
+            peer.skip(len).await?;
+            None
+        };
+        let mut reply = Vec::new();
+        let next = answer_option(option, data.as_deref(), export, no_zeroes, &mut reply)?;
+        let sent = peer.send(&reply).await;
+        match next {
+            Next::More => sent?,
+            Next::Transmission => return sent.map(|()| true),
+            Next::Close => return Ok(false),
+        }
+    }
+}
+
 /// An option's header: its number and the length of its data.
-pub(crate) fn option_header(bytes: &[u8; OPTION_BYTES]) -> Result<(u32, u32), ProtocolError> {
+fn option_header(bytes: &[u8; OPTION_BYTES]) -> Result<(u32, u32), ProtocolError> {
     let magic = be64(bytes, 0).unwrap_or(0);
     if magic != OPTION_MAGIC {
         return Err(ProtocolError::Magic {
@@ -361,6 +408,16 @@ pub(crate) fn refusal(request: &Request, export: &Export) -> Option<u32> {
     None
 }
 
+/// Bytes of memory that a request needs for its data, at most [`MAX_PAYLOAD_BYTES`].
+pub(crate) fn payload_bytes(request: &Request, export: &Export) -> usize {
+    match request.command {
+        // Also a refused write's data has to be taken in.
+        Command::Write => request.len as usize,
+        Command::Read if refusal(request, export).is_none() => request.len as usize,
+        _ => 0,
+    }
+}
+
 const EPERM: u32 = 1;
 const EIO: u32 = 5;
 const ENOMEM: u32 = 12;
@@ -390,4 +447,5 @@ pub(crate) fn reply_header(cookie: u64, error: u32) -> [u8; REPLY_BYTES] {
 }
 
 #[cfg(test)]
+#[path = "nbd_proto/tests.rs"]
 mod tests;

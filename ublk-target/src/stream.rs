@@ -6,7 +6,7 @@ use std::rc::Rc;
 use mirror::host::{Buffer as _, Errno};
 
 use crate::batch::Batch;
-use crate::nbd_proto::ProtocolError;
+use crate::nbd_proto::{Peer, ProtocolError};
 use crate::ring::Ring;
 use crate::sys::{IoBuffer, Prepared};
 
@@ -86,11 +86,6 @@ impl Inbox {
         Ok(Some(array))
     }
 
-    /// The next `N` bytes.
-    pub(crate) async fn array<const N: usize>(&mut self) -> Result<[u8; N], StreamError> {
-        self.array_or_end().await?.ok_or(StreamError::Closed)
-    }
-
     /// Moves bytes that are here into `to`; returns how many.
     fn drain(&mut self, to: &mut [u8]) -> usize {
         let len = to.len().min(self.end - self.start);
@@ -98,37 +93,6 @@ impl Inbox {
             .read(|bytes| to[..len].copy_from_slice(&bytes[self.start..self.start + len]));
         self.start += len;
         len
-    }
-
-    /// The next `len` bytes.
-    pub(crate) async fn take(&mut self, len: usize) -> Result<Vec<u8>, StreamError> {
-        let mut taken = vec![0; len];
-        let mut done = 0;
-        loop {
-            done += self.drain(&mut taken[done..]);
-            if done == len {
-                return Ok(taken);
-            }
-            if !self.receive().await? {
-                return Err(StreamError::Closed);
-            }
-        }
-    }
-
-    /// Throws the next `len` bytes away.
-    pub(crate) async fn skip(&mut self, len: usize) -> Result<(), StreamError> {
-        let mut left = len;
-        loop {
-            let here = left.min(self.end - self.start);
-            self.start += here;
-            left -= here;
-            if left == 0 {
-                return Ok(());
-            }
-            if !self.receive().await? {
-                return Err(StreamError::Closed);
-            }
-        }
     }
 
     /// Fills the first `len` bytes of `target`: what is here is copied, the rest is received
@@ -169,6 +133,49 @@ impl Inbox {
                 return Err(StreamError::Closed);
             }
         }
+    }
+}
+
+impl Peer for Inbox {
+    type Error = StreamError;
+
+    async fn array<const N: usize>(&mut self) -> Result<[u8; N], StreamError> {
+        self.array_or_end().await?.ok_or(StreamError::Closed)
+    }
+
+    async fn take(&mut self, len: usize) -> Result<Vec<u8>, StreamError> {
+        let mut taken = vec![0; len];
+        let mut done = 0;
+        loop {
+            done += self.drain(&mut taken[done..]);
+            if done == len {
+                return Ok(taken);
+            }
+            if !self.receive().await? {
+                return Err(StreamError::Closed);
+            }
+        }
+    }
+
+    async fn skip(&mut self, len: usize) -> Result<(), StreamError> {
+        let mut left = len;
+        loop {
+            let here = left.min(self.end - self.start);
+            self.start += here;
+            left -= here;
+            if left == 0 {
+                return Ok(());
+            }
+            if !self.receive().await? {
+                return Err(StreamError::Closed);
+            }
+        }
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), StreamError> {
+        let mut batch = Batch::default();
+        batch.push_bytes(bytes);
+        send_all(&self.ring, &self.fd, Rc::new(batch)).await
     }
 }
 
