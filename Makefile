@@ -1,4 +1,4 @@
-# Everything a person types here: quickstart, build, test, bench, lint, clean.
+# Everything a person types here: quickstart, build, test, fuzz, bench, lint, clean.
 #
 # Each target installs what it needs first (scripts/deps.sh: quick when it is there; needs root
 # only when something is missing). CARGO_TARGET_DIR is honoured.
@@ -6,16 +6,21 @@
 CARGO ?= cargo
 # The kernel families that `make test` boots.
 KERNELS ?= 6.12 7.2
+# How long `make fuzz`, and `make test` in short, look at each target.
+FUZZ_SECONDS ?= 600
+FUZZ_SHORT_SECONDS ?= 10
+FUZZ_TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)/fuzz
 # What lint and doc leave out of a person's way is an error here.
 export RUSTDOCFLAGS ?= -D warnings
 
-.PHONY: help deps quickstart build test test-unit test-sim test-native test-guest \
-	bench lint fmt clippy doc clean
+.PHONY: help deps quickstart build test test-unit test-sim test-fuzz test-native test-guest \
+	fuzz bench lint fmt clippy doc clean
 
 help:
 	@echo "make quickstart   build, and show the main job on two image files"
 	@echo "make build        release binaries: mirrorctl and the daemon ublk-mirror"
-	@echo "make test         unit, simulator, native and real-kernel tests"
+	@echo "make test         unit, simulator, native and real-kernel tests, some fuzzing"
+	@echo "make fuzz         fuzz each decoder for FUZZ_SECONDS (600)"
 	@echo "make bench        measure, and write tables and a picture to benches/out"
 	@echo "make lint         formatting, clippy, documentation"
 	@echo "make clean        remove what was built (kernels and tools in .cache too)"
@@ -29,7 +34,7 @@ build: deps
 quickstart: build
 	scripts/quickstart.sh
 
-test: test-unit test-sim test-native test-guest
+test: test-unit test-sim test-fuzz test-native test-guest
 
 test-unit: deps
 	@echo "=== unit tests"
@@ -39,6 +44,10 @@ test-sim: deps
 	@echo "=== simulator and style tests"
 	tests/mutations/run.py --check
 	$(CARGO) test -p ublk-mirror-tests --no-fail-fast
+
+test-fuzz: deps
+	@echo "=== fuzz"
+	scripts/fuzz.sh $(FUZZ_SHORT_SECONDS)
 
 test-native: build
 	@echo "=== native tests"
@@ -51,6 +60,9 @@ test-guest: build
 		tests/native/quickstart_in_guest.sh $$kernel || failed=1; \
 	done; test -z "$$failed"
 
+fuzz: deps
+	scripts/fuzz.sh $(FUZZ_SECONDS)
+
 bench: build
 	benches/native/bench.sh
 	benches/guest/host.sh $(KERNELS)
@@ -60,9 +72,11 @@ lint: fmt clippy doc
 
 fmt:
 	$(CARGO) fmt --all --check
+	cd fuzz && $(CARGO) fmt --check
 
 clippy: deps
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --manifest-path fuzz/Cargo.toml --target-dir $(FUZZ_TARGET_DIR) -- -D warnings
 
 doc: deps
 	$(CARGO) doc --workspace --no-deps --document-private-items

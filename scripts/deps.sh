@@ -10,7 +10,7 @@ set -euo pipefail
 # shellcheck source=scripts/private-apt.sh
 . "$(dirname "$0")/private-apt.sh"
 
-build=(gcc libc6-dev libclang-dev make pkg-config)
+build=(g++ gcc libc6-dev libclang-dev make pkg-config)
 tests=(busybox-static dmsetup e2fsprogs fio kmod mdadm openssl procps psmisc python3 python3-venv
     qemu-system-x86 qemu-utils sqlite3 udev util-linux xfsprogs)
 
