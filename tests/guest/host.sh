@@ -23,10 +23,16 @@ for name in "$@"; do
     fi
 done
 
+area=$(mktemp -d "${TMPDIR:-/tmp}/ublk-mirror-logs.XXXXXX") || exit 1
+trap 'rm -rf "$area"' EXIT
 result=0
 if [ $# -eq 0 ] || [ ${#names[@]} -gt 0 ]; then
-    "$here/../../scripts/guest.sh" --family "$family" --timeout 1500 -- \
-        "bash \$PROJECT_DIR/tests/guest/run.sh ${names[*]}" || result=1
+    "$here/../../scripts/guest.sh" --family "$family" --timeout 1500 --rwdir "$area" -- \
+        "LOG_WRITES_DIR=$area bash \$PROJECT_DIR/tests/guest/run.sh ${names[*]}" || result=1
+    # The second half of t_log_writes.sh, which would take an hour inside.
+    if [ -e "$area/trace" ]; then
+        "$here/power_cuts.py" "$area" || result=1
+    fi
 fi
 if [ $crash = yes ]; then
     "$here/crash.sh" --family "$family" || result=1

@@ -68,19 +68,20 @@ enter_guest() {
     modprobe ublk_drv
 }
 
-# make_mirror NAME [create's options] MEMBER... : creates and starts; sets DEV.
+# make_mirror NAME [create's options] [--deadline S] MEMBER... : creates and starts; sets DEV.
 make_mirror() {
-    local name=$1 arguments=()
+    local name=$1 arguments=() start=()
     shift
     while [ $# -gt 0 ]; do
         case $1 in
+        --deadline) start+=("$1" "$2") && shift 2 ;;
         --size | --logical-block) arguments+=("$1" "$2") && shift 2 ;;
         --*) arguments+=("$1") && shift ;;
         *) arguments+=(--member "$1") && shift ;;
         esac
     done
     mirrorctl create "$name" "${arguments[@]}"
-    mirrorctl start "$name" --front ublk
+    mirrorctl start "$name" --front ublk "${start[@]}"
     find_device "$name"
 }
 
@@ -121,6 +122,45 @@ status_is() {
     [ "$(status_of "$1" "$2")" = "$3" ]
 }
 
+# stallable_members MIB : /dev/m0, and STALLABLE, a member that can stop answering.
+stallable_members() {
+    nullb m0 "$1"
+    nullb m1 "$1"
+    dmsetup create test-stall --table "0 $(blockdev --getsz /dev/m1) linear /dev/m1 0"
+    dmsetup mknodes test-stall
+    STALLABLE=/dev/mapper/test-stall
+}
+
+# stall, end_stall : requests to STALLABLE wait in its queue meanwhile.
+stall() { dmsetup suspend --noflush --nolockfs test-stall; }
+end_stall() { dmsetup resume test-stall; }
+
+# return_member NAME : the stalled member comes back once it has answered what it held (R13).
+return_member() {
+    mirrorctl remove "$1" 1
+    wait_for 100 mirrorctl re-add "$1" "$STALLABLE"
+    mirrorctl wait "$1" --timeout 60
+    expect_status "$1" state in-sync
+    expect_status "$1" last-resync.kind delta
+}
+
+# cgroup NAME MEMORY : for run_in NAME COMMAND..., which may use no more memory than that.
+cgroup() {
+    if ! mountpoint -q "$WORK/cgroup"; then
+        mkdir -p "$WORK/cgroup"
+        mount -t cgroup2 none "$WORK/cgroup"
+    fi
+    echo +memory >"$WORK/cgroup/cgroup.subtree_control"
+    mkdir "$WORK/cgroup/test-$1"
+    echo "$2" >"$WORK/cgroup/test-$1/memory.max"
+}
+
+run_in() (
+    echo "$BASHPID" >"$WORK/cgroup/test-$1/cgroup.procs"
+    shift
+    exec "$@"
+)
+
 # no_longer_equalising NAME : after an unclean stop, all copies have been made equal.
 no_longer_equalising() {
     status_is "$1" extents.unequalised-blocks 0
@@ -148,13 +188,25 @@ fio_job() {
 clean_up() {
     set +e
     local mount device entry
-    for mount in $(awk -v work="$WORK/" 'index($2, work) == 1 {print $2}' /proc/mounts | sort -r); do
+    for device in $(dmsetup ls 2>/dev/null | awk '/^test-/ {print $1}'); do
+        dmsetup resume "$device"
+    done
+    for device in $(awk '/^\/dev\/ublkb/ {print $1}' /proc/swaps); do
+        timeout 60 swapoff "$device"
+    done
+    for mount in $(awk -v work="$WORK/" \
+        'index($2, work) == 1 && $3 != "cgroup2" {print $2}' /proc/mounts | sort -r); do
         umount "$mount" || umount -l "$mount"
     done
     for entry in "$UBLK_MIRROR_RUN_DIR"/*.sock; do
         [ -e "$entry" ] && timeout 20 mirrorctl stop "$(basename "$entry" .sock)" --force
     done
     killall -q -KILL ublk-mirror
+    for entry in "$WORK"/cgroup/test-*/; do
+        [ -d "$entry" ] || continue
+        echo 1 >"$entry/cgroup.kill"
+        (wait_for 100 rmdir "$entry" 2>/dev/null)
+    done
     for device in $(dmsetup ls 2>/dev/null | awk '/^test-/ {print $1}'); do
         timeout 20 dmsetup remove --force "$device"
     done
@@ -168,7 +220,7 @@ clean_up() {
     for entry in "$NULLB"/*/; do
         [ -d "$entry" ] && echo 0 >"$entry/power" && rmdir "$entry"
     done
-    find "$WORK" -mindepth 1 -maxdepth 1 ! -name bin ! -name logs -exec rm -rf {} +
+    find "$WORK" -mindepth 1 -maxdepth 1 ! -name bin ! -name logs ! -name cgroup -exec rm -rf {} +
     set -e
 }
 

@@ -23,6 +23,7 @@ use crate::disk::{self, LocalDisk, OpenError};
 use crate::front_nbd::{Listener, NbdServer};
 use crate::front_ublk::{self, UblkFront, users};
 use crate::host::RingHost;
+use crate::log;
 use crate::ready::{Failure, Ready};
 use crate::ring::{self, Ring};
 use crate::rundir::{RunDir, listen_tcp, listen_unix};
@@ -176,6 +177,7 @@ pub(crate) fn run(args: &Args, ready: &Ready) -> Result<(), Failure> {
         FrontKind::Ublk => {
             surroundings::require_io_flusher()?;
             surroundings::lock_memory()?;
+            surroundings::be_spared_when_memory_is_short();
         }
         FrontKind::Nbd => {
             if let Err(error) = surroundings::become_io_flusher() {
@@ -183,6 +185,7 @@ pub(crate) fn run(args: &Args, ready: &Ready) -> Result<(), Failure> {
             }
         }
     }
+    log::start();
     let control_path = run_dir.path("sock");
     let control = listen_unix(&control_path)?;
     let nbd_path = args

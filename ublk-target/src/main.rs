@@ -10,10 +10,11 @@
 //! | `front_ublk` | the ublk front end; hides libublk |
 //! | `control` | the control socket |
 //! | `daemon` | start, life and stop |
+//! | `log` | lines to standard error, by a thread of their own |
 //! | `rundir`, `ready`, `surroundings` | locks and sockets; the start's report; process settings |
 //!
 //! One thread owns the mirror: engine, members and front end run on it as tasks on one ring.
-//! Other threads only do what may block (opening devices, ublk control commands).
+//! Other threads only do what may block (opening devices, ublk control commands, the log).
 
 mod batch;
 mod cli;
@@ -24,6 +25,7 @@ mod executor;
 mod front_nbd;
 mod front_ublk;
 mod host;
+mod log;
 mod nbd_proto;
 mod ready;
 mod ring;
@@ -47,7 +49,7 @@ fn main() -> ExitCode {
         .with_default(LevelFilter::INFO)
         .with_target("libublk", LevelFilter::WARN);
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(|| log::Lines)
         .with_target(false);
     tracing_subscriber::registry()
         .with(lines.with_ansi(false).with_filter(levels))
@@ -64,12 +66,14 @@ fn main() -> ExitCode {
     if let Some(number) = args.ready_fd {
         surroundings::close_inherited(number);
     }
-    match daemon::run(&args, &ready) {
+    let code = match daemon::run(&args, &ready) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             tracing::error!("{}", failure.message);
             ready.failed(&failure);
             ExitCode::FAILURE
         }
-    }
+    };
+    log::flush();
+    code
 }

@@ -119,14 +119,27 @@ pub(crate) fn require_io_flusher() -> Result<(), Failure> {
 
 /// Locks the process's memory: a daemon that is paged out to its own device never comes back.
 pub(crate) fn lock_memory() -> Result<(), Failure> {
-    let flags = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
-    rustix::mm::mlockall(flags).map_err(|errno| {
+    // What is there now is read in at once: the code for a member's loss is first run when a disk
+    // hangs, which may be the one with the program on it. What comes later is locked when it is
+    // first used, because most of a thread's stack never is.
+    let later = MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT;
+    let locked =
+        rustix::mm::mlockall(MlockAllFlags::CURRENT).and_then(|()| rustix::mm::mlockall(later));
+    locked.map_err(|errno| {
         Failure::failed(format!(
             "the kernel refused to lock the daemon's memory ({}); run it as root, with \
              CAP_IPC_LOCK or with an unlimited memory limit (ulimit -l)",
             io::Error::from(errno)
         ))
     })
+}
+
+/// Keeps the kernel from killing the daemon when memory runs out: with its locked buffers it looks
+/// like a good choice, but every process that waits for the device would hang instead.
+pub(crate) fn be_spared_when_memory_is_short() {
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", "-1000") {
+        tracing::warn!("may be killed when memory is short (oom_score_adj: {error})");
+    }
 }
 
 #[cfg(test)]
