@@ -5,7 +5,7 @@ Usage: tests/guest/power_cuts.py LOG_DIR
 
 LOG_DIR holds what t_log_writes.sh left: a log of dm-log-writes for each member, and the kernel's
 trace, whose numbers say what came before what on both. A moment is one at which a FUA write or a
-flush ended on either member. On each member's image then is all that was durable; of what was
+flush ended on either member, or something was promised. On each member's image then is all that was durable; of what was
 under way or in its volatile cache nothing (`strict`), or a lot drawn sector by sector (`lottery`).
 A daemon is started on the images (here, over NBD: hundreds of starts would take hours in an
 emulator), with both members or with one of them, and
@@ -278,7 +278,7 @@ class Recording:
         self.promises = Promises(self.trace, self.size_mib)
 
     def moments(self):
-        """When something became durable, since there has been a mirror."""
+        """When something became durable or was promised, since there has been a mirror."""
         started = self.trace.steps["started"]
         ends = {
             io.completed
@@ -286,7 +286,7 @@ class Recording:
             for io in ios
             if io.flags & (FLUSH | FUA) and started < io.completed < NEVER
         }
-        return sorted(ends)
+        return sorted(ends | {when for when, _, _ in self.trace.promises})
 
     def sample(self, count):
         """The first and the last moment, half of the rest around changes of the members."""
