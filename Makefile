@@ -10,6 +10,10 @@ KERNELS ?= 6.12 7.2
 FUZZ_SECONDS ?= 600
 FUZZ_SHORT_SECONDS ?= 10
 FUZZ_TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)/fuzz
+# What `make test` plays in the simulator; `cargo sim --minutes 60` goes on for an hour.
+HISTORIES ?= 10000
+CRASH_SAMPLES ?= 36
+CRASH_SCHEDULES ?= 4
 # What lint and doc leave out of a person's way is an error here.
 export RUSTDOCFLAGS ?= -D warnings
 
@@ -43,7 +47,9 @@ test-unit: deps
 test-sim: deps
 	@echo "=== simulator and style tests"
 	tests/mutations/run.py --check
-	$(CARGO) test -p ublk-mirror-tests --no-fail-fast
+	CRASH_SAMPLES=$(CRASH_SAMPLES) CRASH_SCHEDULES=$(CRASH_SCHEDULES) \
+		$(CARGO) test -p ublk-mirror-tests --no-fail-fast -- --nocapture
+	$(CARGO) sim --histories $(HISTORIES) && echo "ok histories" || { echo "not ok histories"; false; }
 
 test-fuzz: deps
 	@echo "=== fuzz"
