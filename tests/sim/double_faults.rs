@@ -19,7 +19,7 @@ fn plain_machine(seed: u64) -> Machine {
     m
 }
 
-fn faults(m: &Machine, faults: Faults) {
+pub(crate) fn faults(m: &Machine, faults: Faults) {
     for disk in &m.disks {
         disk.set_faults(faults);
     }

@@ -17,6 +17,7 @@ mod histories;
 mod invariants;
 mod machine;
 mod oracle;
+mod others;
 mod play;
 mod races;
 mod runner;
