@@ -12,7 +12,8 @@ project=$(cd "$(dirname "$0")/.." && pwd)
 venv=$project/.cache/venv
 stamp=$venv/virtme-ng-$version
 
-if [ ! -e "$stamp" ] || ! "$venv/bin/python3" -c 'import virtme' 2>/dev/null; then
+# Its commands name the folder they were made in: after a move they do not run.
+if [ ! -e "$stamp" ] || ! "$venv/bin/vng" --version >/dev/null 2>&1; then
     rm -rf "$venv"
     python3 -m venv "$venv" >&2
     "$venv/bin/pip" install -q "virtme-ng==$version" >&2
