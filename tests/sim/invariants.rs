@@ -100,6 +100,13 @@ impl Rules {
         disk.observe(Some(self));
     }
 
+    /// Watches nothing any more. The disks and this hold each other until then.
+    pub(crate) fn end(&self) {
+        for known in self.known.take() {
+            known.disk.observe(None);
+        }
+    }
+
     /// Watches a disk no more: another one has its place.
     pub(crate) fn forget(&self, disk: &SimDisk) {
         disk.observe(None);

@@ -135,6 +135,7 @@ impl Machine {
     pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
         let candidates = self.candidates(slots);
         let disks: Vec<SimDisk> = slots.iter().map(|&slot| self.disks[slot].clone()).collect();
+        self.end_rules();
         self.rules = Rules::watching(&disks);
         let host = Rc::new(SimHost(self.world.clone()));
         let start = SimMirror::start(host, candidates, options(force));
@@ -227,10 +228,15 @@ impl Machine {
         self.replace_machine();
     }
 
+    fn end_rules(&mut self) {
+        if let Some(rules) = self.rules.take() {
+            rules.end();
+        }
+    }
+
     fn replace_machine(&mut self) {
         self.mirror = None;
-        self.rules = None;
-        self.disks.iter().for_each(|disk| disk.observe(None));
+        self.end_rules();
         self.world.crash();
         let seed = self.world.choose(mirror::sim::Rng::bits);
         self.world = World::new(seed);
@@ -391,6 +397,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         // Tasks hold the mirror, which holds the machine: nobody else would let go.
         self.world.crash();
+        self.end_rules();
     }
 }
 
