@@ -30,7 +30,8 @@
 //! | 32 | 480 | payload |
 //!
 //! The payload holds 1920 extent states (2 bits each, lowest bits first), or 3840 missed bits,
-//! or 3840 summary bits; that of a position sector is zero.
+//! or 3840 summary bits. That of a position sector begins with the newest epoch that was known to
+//! be effective when it was written (16 bytes, zero for none); the rest is zero.
 #![forbid(unsafe_code)]
 
 mod hot;

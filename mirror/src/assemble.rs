@@ -11,8 +11,14 @@
 //! A round may have been cut off: some members hold the new epoch, others do not, and nothing
 //! was answered under it. That is believed only on evidence, namely a present member that the
 //! new epoch names in-sync, that comes from the epoch before, was not resynced since, and does
-//! not know the new one. Such an epoch counts as its parent when it is compared, and is
-//! completed when it turns out to be the newest.
+//! not know the new one. Such an epoch counts as the one before when it is compared (as one
+//! further back when several rounds were cut off in turn), and is completed when it turns out
+//! to be the newest.
+//!
+//! An older image of a member looks just like that evidence. Two things tell them apart. Map
+//! commits name the newest effective epoch in the position page: what a position page names was
+//! effective, whoever does not know it. And every start with a slot that is not in-sync draws an
+//! epoch, so that two runs from the same superblock never pass for one.
 //!
 //! # Who may start alone (R15)
 //!
@@ -22,10 +28,24 @@
 //! # Who is an older copy (R16)
 //!
 //! Map commits reach all receiving members one after the other, so a member's position lags by
-//! at most [`COMMITS_IN_FLIGHT_MAX`]. An in-sync member further behind is a restored backup or
-//! a clone, whatever its superblock says.
+//! at most [`COMMITS_IN_FLIGHT_MAX`]. An in-sync member further behind another, or behind one
+//! that is resyncing, is a restored backup or a clone, whatever its superblock says.
+//!
+//! A member that returns further *ahead* than it can have been when its loss was recorded went
+//! on without those who recorded it: they are the older copy, and no missed map says what the
+//! two hold differently. Only a join that was cut off while it wrote the member's maps looks
+//! the same; the join has made the loss block-exact before, and the epoch in the position page
+//! is one that came after the loss.
+//!
+//! # What cannot be told
+//!
+//! When every member that is here has been put back to one earlier moment, the superblocks are
+//! those of a legal past, and the start goes on from there. Nothing on these disks could say
+//! otherwise; that would take a witness which was not put back with them (the members that are
+//! absent are such witnesses, and are refused when they return).
 
-use crate::superblock::{SlotState, Superblock};
+use crate::records;
+use crate::superblock::{Loss, SlotRecord, SlotState, Superblock};
 use dirty_map::Stamp;
 
 /// How far positions of in-sync members may lie apart: one commit runs at a time, and one
@@ -41,6 +61,8 @@ pub struct Seen {
     pub superblock: Superblock,
     /// The newest stamp found on its maps.
     pub position: Stamp,
+    /// The epoch that its position page names as effective; 0 when it names none.
+    pub effective: u128,
 }
 
 /// What is to be done with a member.
@@ -63,6 +85,20 @@ pub enum Verdict {
         /// Why and what to do, as a sentence.
         reason: String,
     },
+}
+
+impl Verdict {
+    /// Why a member does not come back by itself and what to do, as a sentence.
+    #[must_use]
+    pub fn refusal(&self) -> Option<String> {
+        match self {
+            Self::InSync | Self::Delta { .. } => None,
+            Self::Full { reason } => Some(format!(
+                "{reason}; only a full resync can bring it back: use --full"
+            )),
+            Self::Refused { reason } => Some(reason.clone()),
+        }
+    }
 }
 
 /// How to start.
@@ -121,7 +157,9 @@ pub enum Refusal {
         second: String,
     },
     /// No usable copy.
-    #[error("no member holds a complete copy: {0}")]
+    #[error(
+        "no member that is here holds a complete copy: {0}. Attach the members that are missing; to go on with what an older copy holds, start with it alone and --force"
+    )]
     NoSource(String),
 }
 
@@ -142,16 +180,16 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
     no_member_twice(seen)?;
     let newest = newest(seen)?;
     let config = &seen[newest].superblock;
-    let ahead = in_sync_position(seen, config);
+    let ahead = furthest(seen, config);
     let mut verdicts = Vec::with_capacity(seen.len());
     let mut lost = Vec::new();
     for member in seen {
         let verdict = judge(config, member, seen, ahead);
         let slot = member.superblock.own_slot;
-        if let Verdict::Full { reason } | Verdict::Refused { reason } = &verdict
+        if let Some(reason) = verdict.refusal()
             && names_in_sync(config, &member.superblock)
         {
-            lost.push((slot, reason.clone()));
+            lost.push((slot, reason));
         }
         verdicts.push(verdict);
     }
@@ -196,7 +234,7 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
     }
     let Some(record) = config.slots.get(usize::from(superblock.own_slot)) else {
         return refused(format!(
-            "{} names a slot that the mirror does not have",
+            "{} names a slot that the mirror does not have; use `add --force` to make it a new disk of this one",
             member.path
         ));
     };
@@ -206,15 +244,13 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
             superblock.own_slot, member.path
         ));
     }
-    let epoch = if ineffective(superblock, std::iter::once(config)) {
-        parent(superblock)
-    } else {
-        superblock.epoch.id
-    };
     let Some(loss) = record.loss else {
         return full(format!("no loss of {} is on record", member.path));
     };
-    if !config.descends_from(epoch) && epoch != loss.epoch {
+    let epoch = line(superblock).nth(cut_off_without(config, member));
+    let epoch = epoch.unwrap_or(superblock.epoch.id);
+    let known = |epoch| config.descends_from(epoch) || epoch == loss.epoch;
+    if !known(epoch) || foreign_maps(member).is_some_and(|epoch| !known(epoch)) {
         return refused(format!(
             "split brain: {} went on without this mirror ({}), which is at {}; re-add it with --full to drop its changes",
             member.path,
@@ -228,26 +264,51 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
             member.path
         ));
     }
-    // Sequences never fall from one epoch to the next, so along one history they alone tell.
+    if superblock.own_record().full && !record.full {
+        return full(format!("a full resync of {} was cut off", member.path));
+    }
+    match judge_position(config, record, loss, member) {
+        Verdict::Delta { own_hot } => Verdict::Delta {
+            own_hot: own_hot || epoch != loss.epoch,
+        },
+        verdict => verdict,
+    }
+}
+
+/// The part of [`judge_return`] that is about positions (R16). Sequences never fall from one
+/// epoch to the next, so along one history they alone tell.
+fn judge_position(config: &Superblock, record: &SlotRecord, loss: Loss, member: &Seen) -> Verdict {
+    let (path, at) = (&member.path, member.position.sequence);
     let needed = loss.position.sequence.max(record.base.sequence);
-    if member.position.sequence < needed {
+    if at < needed {
         return full(format!(
-            "{} is older than the copy that was lost (position {} before {needed})",
-            member.path, member.position.sequence
+            "{path} is older than the copy that was lost (position {at} before {needed})"
         ));
     }
-    let exact = loss.block_exact && member.position == loss.position && epoch == loss.epoch;
+    // A loss that is not block-exact was recorded at a start, where its position is already
+    // that of the furthest member less the commits that may have been in flight.
+    let slack = if loss.block_exact { 1 } else { 2 } * COMMITS_IN_FLIGHT_MAX;
+    let joined = member.position == record.base;
+    let joining = loss.block_exact && age(config, member.effective) < age(config, loss.epoch);
+    if at > loss.position.sequence + slack && !joined && !joining {
+        return full(format!(
+            "{path} went on after this mirror had lost it (position {at}, lost at {needed})"
+        ));
+    }
+    let exact = loss.block_exact && member.position == loss.position;
     Verdict::Delta { own_hot: !exact }
 }
 
 fn judge(config: &Superblock, member: &Seen, seen: &[Seen], ahead: Option<Stamp>) -> Verdict {
     let superblock = &member.superblock;
     if !names_in_sync(config, superblock) {
-        return judge_return(config, member);
+        let mut config = config.clone();
+        if let Some(ahead) = ahead {
+            records::end_resyncs(&mut config, ahead);
+        }
+        return judge_return(&config, member);
     }
-    let completes = superblock.epoch.id == parent(config)
-        && ineffective(config, seen.iter().map(|s| &s.superblock));
-    if superblock.epoch.id != config.epoch.id && !completes {
+    if !epochs_in_sync(config, seen).contains(&superblock.epoch.id) {
         return full(format!(
             "{} is an older copy: its superblock stands at {}, the mirror's at {}",
             member.path,
@@ -265,14 +326,25 @@ fn judge(config: &Superblock, member: &Seen, seen: &[Seen], ahead: Option<Stamp>
     Verdict::InSync
 }
 
-/// The furthest position among members that the configuration names in-sync and that stand at
-/// its epoch or the one before.
-fn in_sync_position(seen: &[Seen], config: &Superblock) -> Option<Stamp> {
-    seen.iter()
-        .filter(|s| names_in_sync(config, &s.superblock))
-        .filter(|s| [config.epoch.id, parent(config)].contains(&s.superblock.epoch.id))
+/// The furthest position among members that received what the in-sync ones did: those that the
+/// configuration names in-sync or that are resyncing, and that stand where these may stand.
+fn furthest(seen: &[Seen], config: &Superblock) -> Option<Stamp> {
+    let epochs = epochs_in_sync(config, seen);
+    let received = |s: &&Seen| {
+        let resyncing = s.superblock.own_record().state == SlotState::Resyncing;
+        epochs.contains(&s.superblock.epoch.id)
+            && (resyncing || names_in_sync(config, &s.superblock))
+    };
+    let received = seen.iter().filter(received);
+    received
         .map(|s| s.position)
         .max_by_key(|position| position.sequence)
+}
+
+/// Where in-sync members may stand: at the configuration's epoch, and when that was cut off, at
+/// those back to the one it counts as.
+fn epochs_in_sync(config: &Superblock, seen: &[Seen]) -> Vec<u128> {
+    line(config).take(cut_off(config, seen) + 1).collect()
 }
 
 fn names_in_sync(config: &Superblock, member: &Superblock) -> bool {
@@ -284,66 +356,117 @@ fn names_in_sync(config: &Superblock, member: &Superblock) -> bool {
         })
 }
 
-fn parent(superblock: &Superblock) -> u128 {
-    superblock
-        .history
-        .first()
-        .map_or(superblock.epoch.id, |epoch| epoch.id)
+/// The epoch of a superblock and those before it.
+fn line(superblock: &Superblock) -> impl Iterator<Item = u128> {
+    let history = superblock.history.iter().map(|epoch| epoch.id);
+    std::iter::once(superblock.epoch.id).chain(history)
 }
 
-/// Whether there is evidence that `superblock`'s epoch never became effective (R10).
-fn ineffective<'a>(
+/// How many epochs a superblock counts back because their rounds were cut off, as far as the
+/// members present tell (R10).
+fn cut_off(superblock: &Superblock, seen: &[Seen]) -> usize {
+    let witnesses = seen
+        .iter()
+        .map(|s| (&s.superblock, s.superblock.own_record()));
+    count_back(superblock, seen, witnesses)
+}
+
+/// The same for a former member of a mirror whose in-sync members all know `config`.
+fn cut_off_without(config: &Superblock, member: &Seen) -> usize {
+    let in_sync = config.slots.iter().filter(|r| r.state == SlotState::InSync);
+    let witnesses = in_sync.map(|record| (config, record));
+    count_back(&member.superblock, std::slice::from_ref(member), witnesses)
+}
+
+/// A witness is a member that should have the epoch and does not, with its slot's record. Of
+/// several rounds that were cut off one after the other it may have none; but when it lacks an
+/// epoch that was effective, it is an older copy and proves nothing.
+fn count_back<'a>(
     superblock: &Superblock,
-    mut others: impl Iterator<Item = &'a Superblock>,
-) -> bool {
-    let Some(before) = superblock.history.first() else {
-        return false;
+    proofs: &[Seen],
+    witnesses: impl Iterator<Item = (&'a Superblock, &'a SlotRecord)>,
+) -> usize {
+    let effective =
+        line(superblock).position(|epoch| proofs.iter().any(|seen| proves(seen, epoch)));
+    let known = |(other, record): (&Superblock, &SlotRecord)| {
+        let mut slots = superblock.slots.iter();
+        let in_sync = slots.any(|r| r.state == SlotState::InSync && r.member == record.member);
+        let resynced_since = record.base.ordinal >= superblock.epoch.ordinal;
+        if !in_sync || resynced_since {
+            return None;
+        }
+        line(superblock).position(|epoch| other.descends_from(epoch))
     };
-    others.any(|other| {
-        let resynced_since = other.own_record().base.ordinal >= superblock.epoch.ordinal;
-        other.member != superblock.member
-            && names_in_sync(superblock, other)
-            && !resynced_since
-            && other.descends_from(before.id)
-            && !other.descends_from(superblock.epoch.id)
-    })
+    witnesses
+        .filter_map(known)
+        .filter(|&back| back <= effective.unwrap_or(1))
+        .max()
+        .unwrap_or(0)
+}
+
+/// Whether a member shows that an epoch was effective: its maps name it, or its superblock has
+/// it and it is not in-sync (a round reaches such members last).
+fn proves(member: &Seen, epoch: u128) -> bool {
+    let last = member.superblock.own_record().state != SlotState::InSync;
+    member.effective == epoch || last && member.superblock.epoch.id == epoch
+}
+
+/// The epoch that a member's maps come from, when its superblock does not know it: a join was
+/// cut off.
+fn foreign_maps(member: &Seen) -> Option<u128> {
+    let foreign = member.effective != 0 && !member.superblock.descends_from(member.effective);
+    foreign.then_some(member.effective)
+}
+
+/// The epochs of a member that the newest one must know.
+fn to_be_known(member: &Seen, seen: &[Seen]) -> Vec<u128> {
+    let epoch = line(&member.superblock).nth(cut_off(&member.superblock, seen));
+    epoch.into_iter().chain(foreign_maps(member)).collect()
+}
+
+/// Whether all of another member's `epochs` are behind `superblock`. Of one that was lost long
+/// ago the slot's record remembers what the history has forgotten.
+fn knows(superblock: &Superblock, other: &Superblock, epochs: &[u128]) -> bool {
+    let record = superblock.slots.get(usize::from(other.own_slot));
+    let lost_at = record
+        .filter(|record| record.member == Some(other.member))
+        .and_then(|record| record.loss)
+        .map(|loss| loss.epoch);
+    epochs
+        .iter()
+        .all(|&epoch| superblock.descends_from(epoch) || lost_at == Some(epoch))
 }
 
 fn newest(seen: &[Seen]) -> Result<usize, Refusal> {
-    let counts_as: Vec<u128> = seen
-        .iter()
-        .map(|s| {
-            let cut_off = ineffective(&s.superblock, seen.iter().map(|o| &o.superblock));
-            if cut_off {
-                parent(&s.superblock)
-            } else {
-                s.superblock.epoch.id
-            }
-        })
-        .collect();
+    let epochs: Vec<Vec<u128>> = seen.iter().map(|s| to_be_known(s, seen)).collect();
+    let knows = |a: usize, b: usize| knows(&seen[a].superblock, &seen[b].superblock, &epochs[b]);
     let newest = (0..seen.len())
-        .filter(|&i| {
-            counts_as
-                .iter()
-                .all(|&epoch| seen[i].superblock.descends_from(epoch))
-        })
+        .filter(|&i| (0..seen.len()).all(|other| knows(i, other)))
         .max_by_key(|&i| {
+            let superblock = &seen[i].superblock;
+            let behind = seen
+                .iter()
+                .filter(|s| superblock.descends_from(s.superblock.epoch.id));
+            // Of two epochs that were cut off side by side either will do, but not by the order
+            // in which the members were found. Events count within one epoch only.
             (
-                seen[i].superblock.event_count,
-                seen[i].superblock.write_count,
+                behind.count(),
+                superblock.epoch.id,
+                superblock.event_count,
+                superblock.write_count,
             )
         });
-    newest.ok_or_else(|| split_brain(seen, &counts_as))
+    newest.ok_or_else(|| {
+        let pairs = (0..seen.len()).flat_map(|a| (0..seen.len()).map(move |b| (a, b)));
+        let apart = pairs.filter(|(a, b)| a != b);
+        let apart = apart
+            .into_iter()
+            .find(|&(a, b)| !knows(a, b) && !knows(b, a));
+        split_brain(seen, apart.unwrap_or((0, seen.len() - 1)))
+    })
 }
 
-fn split_brain(seen: &[Seen], counts_as: &[u128]) -> Refusal {
-    let pair = (0..seen.len())
-        .flat_map(|a| (0..seen.len()).map(move |b| (a, b)))
-        .find(|&(a, b)| {
-            !seen[a].superblock.descends_from(counts_as[b])
-                && !seen[b].superblock.descends_from(counts_as[a])
-        });
-    let (a, b) = pair.unwrap_or((0, seen.len() - 1));
+fn split_brain(seen: &[Seen], (a, b): (usize, usize)) -> Refusal {
     let (first, second) = (&seen[a], &seen[b]);
     let common = first
         .superblock
@@ -425,8 +548,3 @@ fn history(superblock: &Superblock) -> String {
 #[cfg(test)]
 #[path = "assemble_tests.rs"]
 mod tests;
-
-#[cfg(test)]
-#[path = "assemble_histories.rs"]
-#[allow(clippy::unwrap_used, clippy::print_stderr)]
-mod histories;

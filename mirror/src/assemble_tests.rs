@@ -1,8 +1,7 @@
 //! The table of cases: what is on the disks, and what must be decided.
 #![allow(clippy::unwrap_used)]
 use super::*;
-use crate::superblock::{Epoch, Loss, SlotRecord};
-use crate::superblock::{LastStop, Superblock};
+use crate::superblock::{Epoch, LastStop};
 use uuid::Uuid;
 
 /// A superblock of slot `own` with `states` of all slots, at the last of `epochs` (oldest
@@ -64,6 +63,7 @@ fn seen(superblock: Superblock, sequence: u64) -> Seen {
             ordinal: 0,
             sequence,
         },
+        effective: 0,
     }
 }
 
@@ -149,13 +149,24 @@ fn members_lost_one_after_the_other_do_not_win_with_nearly_equal_events() {
     let all = [InSync; 3];
     let c = superblock(2, &[1], &all, 5);
     let b = superblock(1, &[1, 2], &[InSync, InSync, Faulty], 6);
-    let a = superblock(0, &[1, 2, 3], &[InSync, Faulty, Faulty], 7);
+    let mut a = superblock(0, &[1, 2, 3], &[InSync, Faulty, Faulty], 7);
+    a.slots[1].loss.as_mut().unwrap().position.sequence = 60;
     assert_eq!(
         decide(&[seen(b.clone(), 60), seen(c.clone(), 50)], false),
         "may be old"
     );
     let back = decide(&[seen(a, 70), seen(b, 60), seen(c, 50)], false);
     assert!(back.starts_with("in-sync delta"), "{back}");
+}
+
+#[test]
+fn a_member_lost_longer_ago_than_the_history_reaches_is_recognised() {
+    let epochs: Vec<u128> = (1..60).collect();
+    let mut a = superblock(0, &epochs, &FIRST, 60);
+    a.history.truncate(crate::superblock::HISTORY_MAX);
+    a.slots[1].loss.as_mut().unwrap().epoch = 1;
+    let b = superblock(1, &[1], &BOTH, 1);
+    assert_eq!(decide(&[seen(a, 90), seen(b, 50)], false), "in-sync delta");
 }
 
 #[test]

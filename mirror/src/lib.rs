@@ -22,8 +22,11 @@ mod bytes;
 pub mod control;
 pub mod create;
 pub mod engine;
+#[cfg(test)]
+mod histories;
 pub mod host;
 pub mod layout;
+mod records;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod superblock;

@@ -98,7 +98,7 @@ const END: usize = HISTORY_AT + HISTORY_MAX * HISTORY_BYTES;
 const _: () = assert!(REGIONS_AT == 1952 && HISTORY_AT == 2912 && END == 3872);
 const _: () = assert!(END <= COPY_BYTES);
 
-/// Identity of a set of members that receive writes.
+/// Identity of a set of members that receive writes, while degraded also of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch {
     /// Random identity.

@@ -37,6 +37,8 @@ pub(super) struct Commits {
     served: Cell<u64>,
     /// Requests whose commit failed on every in-sync member.
     failed: RefCell<Vec<(u64, u64)>>,
+    /// The last commit failed on every in-sync member.
+    failing: Cell<bool>,
     waiting: WaitList,
     kick: WaitList,
 }
@@ -115,6 +117,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         // answered before the last step, and R16 counts commits.
         let stamp = {
             let mut maps = self.maps.borrow_mut();
+            if maps.dirty.is_empty() {
+                // A sequence that no member gets to hold would only look like a commit that
+                // one of them lacks (R16).
+                return Ok(());
+            }
             maps.stamp.sequence += 1;
             maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
             maps.stamp
@@ -144,7 +151,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             });
             let view = self.view();
-            if let Err(errno) = self.write_pages(&view, &pages, buffer).await {
+            let written = match self.try_in_sync(&view, &pages, buffer).await {
+                Ok(()) => self.write_pages(&view, &pages, buffer).await,
+                failed => failed,
+            };
+            self.commits.failing.set(written.is_err());
+            if let Err(errno) = written {
                 self.maps.borrow_mut().dirty.extend(pages);
                 return Err(errno);
             }
@@ -157,6 +169,29 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             self.count(|counts| counts.map_commits += 1);
         }
+    }
+
+    /// After a failure the in-sync members go first: were a resyncing one to get commit after
+    /// commit that they fail to take, it would look as if they had been put back (R16).
+    async fn try_in_sync(
+        &self,
+        view: &View<D>,
+        pages: &[Page],
+        buffer: &H::Buffer,
+    ) -> Result<(), Errno> {
+        if !self.commits.failing.get() || view.receivers.iter().all(|r| r.in_sync) {
+            return Ok(());
+        }
+        let in_sync = View {
+            receivers: view
+                .receivers
+                .iter()
+                .filter(|r| r.in_sync)
+                .cloned()
+                .collect(),
+            absent: Vec::new(),
+        };
+        self.write_pages(&in_sync, pages, buffer).await
     }
 
     /// Writes page images to both copies on every member of `view`; members that fail while

@@ -9,7 +9,9 @@
 //!    which are the only other record of it.
 //! 3. The gate closes and drains, so that the set of receiving members changes between
 //!    requests (R1).
-//! 4. The member gets every map as the in-sync members have it, and a flush.
+//! 4. A loss that was not recorded block-exactly is, by a round: with step 2 durable it is
+//!    known exactly. A former member that gets a full resync is marked so in its superblock.
+//!    Then the member gets every map as the in-sync members have it, and a flush.
 //! 5. A round with a new epoch: in-sync members first, then the member, whose superblock now
 //!    says *resyncing*. The slot's base becomes the position of step 4: an older image of this
 //!    member would need bits that are cleared from now on.
@@ -21,12 +23,13 @@
 use super::maps::{Page, page_offset, pages_of};
 use super::member_io::{self, MemberError, Surveyed, own_hot_extents, survey};
 use super::{Mirror, PIECE_BYTES, Running, Slot, length};
-use crate::assemble::{Verdict, judge_return};
+use crate::assemble::{Seen, Verdict, judge_return};
 use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
 use crate::create::{blank_maps, hint, random_uuid};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind};
-use crate::superblock::{Loss, SlotRecord, SlotState, Superblock, SuperblockError};
+use crate::records;
+use crate::superblock::{SlotState, Superblock, SuperblockError};
 use crate::{ControlError, create};
 use dirty_map::{Extent, Stamp};
 use std::rc::Rc;
@@ -38,16 +41,27 @@ struct Joiner<D> {
     path: String,
     disk: Rc<D>,
     member: Uuid,
-    /// Its superblock's present update counter.
-    write_count: u64,
-    /// The epoch that its superblock holds now.
-    epoch: u128,
+    /// What is on it, if it was a member.
+    was: Option<Seen>,
     kind: ResyncKind,
     reason: String,
     /// Extents that join its missed map (R12).
     own_hot: Vec<Extent>,
+}
+
+impl<D> Joiner<D> {
     /// It was never a member of this mirror.
-    new: bool,
+    fn is_new(&self) -> bool {
+        self.was.is_none()
+    }
+
+    /// The update counter that its superblock has before the round.
+    fn write_count(&self) -> u64 {
+        let marked = u64::from(self.kind == ResyncKind::Full);
+        self.was
+            .as_ref()
+            .map_or(0, |was| was.superblock.write_count + marked)
+    }
 }
 
 fn refuse(message: String) -> ControlError {
@@ -112,20 +126,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if by_operator {
             self.slots.borrow_mut()[usize::from(slot)].held_out = false;
         }
-        let (member, write_count) = (superblock.member, superblock.write_count);
-        let epoch = superblock.epoch.id;
+        let member = superblock.member;
         let disk = Rc::new(disk);
         self.join(Joiner {
             slot,
             path,
             disk,
             member,
-            write_count,
-            epoch,
+            was: Some(surveyed.seen),
             kind,
             reason,
             own_hot,
-            new: false,
         })
         .await
     }
@@ -141,7 +152,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let superblock = &surveyed.seen.superblock;
         let record = config.slots.get(usize::from(superblock.own_slot));
         let in_config = record.and_then(|r| r.member) == Some(superblock.member);
-        match judge_return(&config, &surveyed.seen) {
+        let verdict = judge_return(&config, &surveyed.seen);
+        let refusal = verdict.refusal().unwrap_or_default();
+        match verdict {
             Verdict::InSync => Err(refuse(format!("{} is in-sync already", surveyed.seen.path))),
             Verdict::Delta { own_hot: false } => {
                 let reason = "its loss was recorded block-exactly".to_owned();
@@ -156,13 +169,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 Ok((ResyncKind::Delta, reason, own_hot))
             }
             Verdict::Full { reason } if full => Ok((ResyncKind::Full, reason, Vec::new())),
-            Verdict::Full { reason } => Err(refuse(format!(
-                "{reason}; only a full resync can bring it back: use --full"
-            ))),
             Verdict::Refused { reason } if full && in_config => {
                 Ok((ResyncKind::Full, reason, Vec::new()))
             }
-            Verdict::Refused { reason } => Err(refuse(reason)),
+            Verdict::Full { .. } | Verdict::Refused { .. } => Err(refuse(refusal)),
         }
     }
 
@@ -216,12 +226,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             path,
             disk: Rc::new(disk),
             member: random_uuid(self.host.random()),
-            write_count: 0,
-            epoch: 0,
+            was: None,
             kind: ResyncKind::Full,
             reason: "it is a new disk".to_owned(),
             own_hot: Vec::new(),
-            new: true,
         };
         self.join(joiner).await
     }
@@ -312,20 +320,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.stopping.get() {
             return Err(failed("the mirror is stopping".to_owned()));
         }
-        if !joiner.new && self.slots.borrow()[usize::from(slot)].held_out {
+        if !joiner.is_new() && self.slots.borrow()[usize::from(slot)].held_out {
             return Err(refuse(format!(
                 "{} has been taken out meanwhile",
                 joiner.path
             )));
         }
-        let base = self.write_maps_to(&joiner).await.map_err(|errno| {
-            failed(format!(
-                "{} failed while its maps were written: {errno}",
-                joiner.path
-            ))
-        })?;
+        let base = self.prepare_joiner(&joiner).await?;
         self.join_round(&joiner, base).await?;
-        let message = if joiner.new {
+        let message = if joiner.is_new() {
             let path = &joiner.path;
             format!("{path} (slot {slot}) joined as a new disk and is resyncing (full)")
         } else {
@@ -357,6 +360,32 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(message)
     }
 
+    /// Step 4; returns the position that the member has then.
+    async fn prepare_joiner(&self, joiner: &Joiner<D>) -> Result<Stamp, ControlError> {
+        self.make_exact(joiner).await.map_err(|errno| {
+            failed(format!(
+                "what the member lacks could not be recorded on the in-sync members: {errno}"
+            ))
+        })?;
+        self.write_maps_to(joiner).await.map_err(|errno| {
+            failed(format!(
+                "{} failed while its maps were written: {errno}",
+                joiner.path
+            ))
+        })
+    }
+
+    /// With its own hot extents durable in its missed map (step 2), that map says exactly what
+    /// a former member lacks.
+    async fn make_exact(&self, joiner: &Joiner<D>) -> Result<(), Errno> {
+        let delta = joiner.kind == ResyncKind::Delta;
+        let Some(was) = joiner.was.as_ref().filter(|_| delta) else {
+            return Ok(());
+        };
+        self.round_inside(|config| records::exact(config, joiner.slot, was.position))
+            .await
+    }
+
     /// The round that makes the joiner a receiving member.
     async fn join_round(&self, joiner: &Joiner<D>, base: Stamp) -> Result<(), ControlError> {
         let slot = joiner.slot;
@@ -368,35 +397,22 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 running: Running::Resyncing,
                 disk: Some(joiner.disk.clone()),
                 position: base,
-                write_count: joiner.write_count,
-                epoch: joiner.epoch,
+                write_count: joiner.write_count(),
+                epoch: joiner.was.as_ref().map_or(0, |was| was.superblock.epoch.id),
                 ..Slot::absent(joiner.path.clone())
             };
         }
         self.refresh_view();
-        let epoch = self.host.random();
+        let join = records::Join {
+            slot,
+            member: joiner.member,
+            address: hint(&joiner.path),
+            new: joiner.is_new(),
+            full: joiner.kind == ResyncKind::Full,
+            base,
+        };
         let round = self.round_inside(|config| {
-            let record = &mut config.slots[usize::from(slot)];
-            if joiner.new {
-                // Lacking everything since this join is all there is to know of it: a restart
-                // goes on from its missed map.
-                let loss = Loss {
-                    epoch,
-                    position: base,
-                    block_exact: false,
-                };
-                *record = SlotRecord {
-                    loss: Some(loss),
-                    ..SlotRecord::empty()
-                };
-            }
-            record.member = Some(joiner.member);
-            record.state = SlotState::Resyncing;
-            record.base = base;
-            record.full = joiner.kind == ResyncKind::Full;
-            record.zeroed &= joiner.kind == ResyncKind::Delta;
-            record.address = hint(&joiner.path);
-            config.begin_epoch(epoch);
+            records::join(config, &join, self.host.random());
         });
         let failure = match round.await {
             Err(errno) => Some(format!("the join could not be recorded: {errno}")),
@@ -424,7 +440,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.stamp
         };
         let config = self.config.borrow().clone();
-        if joiner.new {
+        if joiner.kind == ResyncKind::Full {
+            self.mark_full(joiner).await?;
+        }
+        if joiner.is_new() {
             let config = Superblock {
                 member: joiner.member,
                 ..config.clone()
@@ -461,6 +480,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         member_io::flush(&*self.host, &*joiner.disk).await?;
         Ok(stamp)
+    }
+
+    /// Makes the former member's own superblock say that a full resync has begun. What its maps
+    /// say of how far it has come is about to be overwritten, and was wrong or too old: without
+    /// this a crash here could let it return by delta.
+    async fn mark_full(&self, joiner: &Joiner<D>) -> Result<(), Errno> {
+        let Some(was) = &joiner.was else {
+            return Ok(());
+        };
+        let mut own = was.superblock.clone();
+        own.write_count = joiner.write_count();
+        own.slots[usize::from(own.own_slot)].full = true;
+        member_io::store_superblock(&*self.host, &*joiner.disk, &own).await
     }
 
     /// Every page that says something: position, states, summaries, and the missed pages that

@@ -25,6 +25,7 @@ use crate::control::ErrorKind;
 use crate::control::MemberRef;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
+use crate::records;
 use crate::superblock::{
     COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Epoch, Loss, SlotState, Superblock,
 };
@@ -128,6 +129,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if next == *self.config.borrow() && self.all_hold_the_epoch() {
                 // A second flush that failed everywhere has nothing new to record.
                 self.flush_recorded(&next);
+                self.maps.borrow_mut().effective = next.epoch.id;
                 return Ok(());
             }
             next.event_count = events + 1;
@@ -178,20 +180,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let slots = self.slots.borrow();
         for &slot in losing {
-            let (state, record) = (
-                &slots[usize::from(slot)],
-                &mut next.slots[usize::from(slot)],
-            );
+            let state = &slots[usize::from(slot)];
             let Running::Losing { becomes } = state.running else {
                 continue;
             };
-            record.state = becomes;
-            record.address = crate::create::hint(&state.path);
-            record.loss = Some(Loss {
+            next.slots[usize::from(slot)].address = crate::create::hint(&state.path);
+            let loss = Loss {
                 epoch: state.epoch,
                 position: state.position,
                 block_exact: true,
-            });
+            };
+            records::loss(next, slot, becomes, loss);
         }
         if next.epoch == before {
             // The change of this round may have begun one already: one is enough.
@@ -292,6 +291,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     fn round_effective(&self, losing: &[u8], next: Superblock) {
         self.flush_recorded(&next);
+        self.maps.borrow_mut().effective = next.epoch.id;
         *self.config.borrow_mut() = next;
         for &slot in losing {
             self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;

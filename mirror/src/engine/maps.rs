@@ -19,6 +19,8 @@ use std::ops::Range;
 
 /// Bytes of memory that the state of hot extents may take.
 const HOT_CAP_BYTES: usize = 256 << 20;
+/// Bytes of an epoch in the payload of a position sector.
+pub(super) const EPOCH_BYTES: usize = size_of::<u128>();
 /// Missed blocks in a page of a missed map.
 const MISSED_PER_PAGE: u64 = MISSED_PER_SECTOR * SECTORS_PER_PAGE;
 
@@ -78,6 +80,8 @@ pub(super) struct Maps {
     pub(super) dirty: BTreeSet<Page>,
     /// Stamp of the last commit begun.
     pub(super) stamp: Stamp,
+    /// The newest epoch known to be effective, for the position page (R10); 0 for none.
+    pub(super) effective: u128,
     tag: u32,
 }
 
@@ -105,6 +109,7 @@ impl Maps {
                 ordinal: 0,
                 sequence: 0,
             },
+            effective: 0,
             tag,
         }
     }
@@ -222,6 +227,9 @@ impl Maps {
                 }
                 (RegionKind::Summary, Some(m)) if index < m.summary.sectors() => {
                     m.summary.write_payload(index, &mut payload);
+                }
+                (RegionKind::Position, _) => {
+                    payload[..EPOCH_BYTES].copy_from_slice(&self.effective.to_le_bytes());
                 }
                 _ => {}
             }

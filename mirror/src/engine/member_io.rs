@@ -1,5 +1,6 @@
 //! Superblocks and map pages of one member, outside the data path.
 
+use super::maps::EPOCH_BYTES;
 use super::{front, length};
 use crate::assemble::Seen;
 use crate::host::{Disk, DiskRequest, Errno, Host};
@@ -158,14 +159,23 @@ pub(super) async fn load_superblock<H: Host, D: Disk<Buffer = H::Buffer>>(
         return Err(MemberError::TooSmall { have, need });
     }
     if loaded.needs_mending {
-        // One after the other: at every moment one copy is whole.
-        let bytes = loaded.superblock.encode();
-        for offset in [COPY_A_OFFSET, COPY_B_OFFSET] {
-            write_bytes(host, disk, offset, &bytes).await?;
-            flush(host, disk).await?;
-        }
+        store_superblock(host, disk, &loaded.superblock).await?;
     }
     Ok(loaded.superblock)
+}
+
+/// Writes both copies, one after the other: at every moment one is whole.
+pub(super) async fn store_superblock<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    disk: &D,
+    superblock: &Superblock,
+) -> Result<(), Errno> {
+    let bytes = superblock.encode();
+    for offset in [COPY_A_OFFSET, COPY_B_OFFSET] {
+        write_bytes(host, disk, offset, &bytes).await?;
+        flush(host, disk).await?;
+    }
+    Ok(())
 }
 
 /// What a member's maps say, sector by sector.
@@ -299,13 +309,22 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
         .ok_or(missing)?;
     let states = read_region(host, disk, &superblock, state_region).await;
     let positions = read_region(host, disk, &superblock, position_region).await;
-    let position = states.newest.max(positions.newest);
     let seen = Seen {
         path: path.to_owned(),
         superblock,
-        position,
+        position: states.newest.max(positions.newest),
+        effective: effective_epoch(&positions),
     };
     Ok(Surveyed { seen, states })
+}
+
+/// The epoch that a member's position page names, 0 for none.
+fn effective_epoch(positions: &RegionImage) -> u128 {
+    let newest = positions.sectors.iter().flatten();
+    newest
+        .max_by_key(|(stamp, _)| *stamp)
+        .and_then(|(_, payload)| payload.get(..EPOCH_BYTES)?.try_into().ok())
+        .map_or(0, u128::from_le_bytes)
 }
 
 /// The extents that a member's own map calls hot; a damaged sector counts as hot throughout.

@@ -13,7 +13,7 @@
 use super::{Mirror, PIECE_BYTES, Receiver, Running, front, length};
 use crate::control::ResyncStatus;
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host};
-use crate::superblock::SlotState;
+use crate::records;
 use dirty_map::{BLOCK_BYTES, Block, Extent};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -250,9 +250,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return false;
         }
         let round = self.round_inside(|config| {
-            let record = &mut config.slots[usize::from(slot)];
-            record.state = SlotState::InSync;
-            record.full = false;
+            records::resynced(config, slot);
         });
         if round.await.is_err() || self.resync_target(slot).is_none() {
             return false;

@@ -10,20 +10,22 @@
 //!    unless forced, then its extents are hot; its blocks are missed.
 //! 4. Hot extents become un-equalised and unflushed, and missed for every slot that is not
 //!    in-sync (R12).
-//! 5. One commit makes all of that durable, including sectors that differed; a round records
-//!    the start and the members lost by it. Only now anything is answered.
+//! 5. One commit makes all of that durable, including sectors that differed; members that were
+//!    found to be older copies are marked as such (R15); a round records the start and the
+//!    members lost by it. Only now anything is answered.
 //! 6. Background tasks begin; members that can return by delta are joined.
 
 use super::maps::{Maps, Page, pages_of};
-use super::member_io::{RegionImage, Surveyed, read_pages, read_region, survey};
+use super::member_io::{self, RegionImage, Surveyed, read_pages, read_region, survey};
 use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
 use crate::ControlError;
-use crate::assemble::{AssembleOptions, COMMITS_IN_FLIGHT_MAX, Plan, Refusal, Verdict, assemble};
+use crate::assemble::{AssembleOptions, Plan, Refusal, Seen, Verdict, assemble};
 use crate::control::{ErrorKind, IoCounts};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE};
-use crate::superblock::{LastStop, Loss, SlotState, Superblock};
-use dirty_map::{Extent, ExtentState, STATES_PER_SECTOR, Stamp};
+use crate::records;
+use crate::superblock::{LastStop, SlotState, Superblock};
+use dirty_map::{Extent, ExtentState, STATES_PER_SECTOR};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
@@ -67,13 +69,6 @@ struct Present<D> {
     path: String,
     disk: Rc<D>,
     surveyed: Surveyed,
-}
-
-/// A lost slot's record-to-be.
-struct StartLoss {
-    slot: u8,
-    state: SlotState,
-    loss: Loss,
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -169,6 +164,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 let Some(slot) = slots.get_mut(usize::from(superblock.own_slot)) else {
                     continue;
                 };
+                let config = self.config.borrow();
+                if config.slots[usize::from(superblock.own_slot)].member != Some(superblock.member)
+                {
+                    // A replaced disk, found beside the one that has its slot now.
+                    let why = verdict.refusal().unwrap_or_default();
+                    tracing::warn!("{} is left out: {why}", member.path);
+                    continue;
+                }
                 match verdict {
                     Verdict::InSync => {
                         *slot = Slot {
@@ -181,8 +184,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                         };
                     }
                     Verdict::Delta { .. } => {}
-                    Verdict::Full { reason } | Verdict::Refused { reason } => {
-                        slot.reason = Some(reason.clone());
+                    Verdict::Full { .. } | Verdict::Refused { .. } => {
+                        slot.reason = verdict.refusal();
                         slot.path.clone_from(&member.path);
                     }
                 }
@@ -199,11 +202,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .filter(|(_, v)| **v == Verdict::InSync)
             .map(|(p, _)| p)
             .collect();
-        let newest = present.iter().map(|p| p.surveyed.seen.position).max();
-        self.maps.borrow_mut().stamp = newest.unwrap_or(Stamp {
-            ordinal: 0,
-            sequence: 0,
-        });
+        let highest = in_sync.iter().map(|p| p.surveyed.seen.position.sequence);
+        let proven = in_sync.iter().map(|p| &p.surveyed.seen);
+        let proven = proven.max_by_key(|seen| seen.position);
+        {
+            let mut maps = self.maps.borrow_mut();
+            // Not above those left out: that would make older copies look as new as they are,
+            // should this start be cut off before its epoch tells them apart.
+            maps.stamp.sequence = highest.max().unwrap_or(0);
+            // The epoch that this start completes or draws is not effective yet.
+            maps.effective = proven.map_or(0, |seen| seen.effective);
+        }
         let states: Vec<&RegionImage> = in_sync.iter().map(|p| &p.surveyed.states).collect();
         self.load_states(&states)?;
         let lost: Vec<u8> = plan.lost.iter().map(|(slot, _)| *slot).collect();
@@ -378,27 +387,29 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             )
         };
         self.commit().await.map_err(failed)?;
-        let losses = start_losses(&self.config.borrow(), present, plan);
+        let seen: Vec<Seen> = present.iter().map(|p| p.surveyed.seen.clone()).collect();
+        for (at, superblock) in records::disown(&seen, plan) {
+            let Present { path, disk, .. } = &present[at];
+            if let Err(errno) = member_io::store_superblock(&*self.host, &**disk, &superblock).await
+            {
+                tracing::warn!("{path} could not be marked as an older copy: {errno}");
+            }
+        }
         for (slot, reason) in &plan.lost {
             tracing::warn!("slot {slot} does not start in-sync: {reason}");
             self.slots.borrow_mut()[usize::from(*slot)].reason = Some(reason.clone());
         }
-        let epoch = self.host.random();
-        let forced = self.options.force && !losses.is_empty();
         let round = self.round(|config| {
             config.last_stop = LastStop::Unclean;
-            if losses.is_empty() {
-                return;
-            }
-            config.forced = forced;
-            for loss in &losses {
-                let record = &mut config.slots[usize::from(loss.slot)];
-                record.state = loss.state;
-                record.loss = Some(loss.loss);
-            }
-            config.begin_epoch(epoch);
+            records::start(config, &seen, plan, self.options.force, self.host.random());
         });
         round.await.map_err(failed)?;
+        {
+            // Maps of members that return are overwritten, with newer stamps than they have.
+            let stamp = &mut self.maps.borrow_mut().stamp;
+            let highest = seen.iter().map(|seen| seen.position.sequence);
+            stamp.sequence = highest.fold(stamp.sequence, u64::max);
+        }
         self.spawn(Self::run_losses);
         self.spawn(Self::run_ticks);
         self.spawn(Self::run_equalise);
@@ -504,45 +515,6 @@ async fn survey_all<H: Host, D: Disk<Buffer = H::Buffer>>(
         ));
     }
     Ok(present)
-}
-
-/// What the records of slots say that were in-sync and do not start so.
-fn start_losses<D>(config: &Superblock, present: &[Present<D>], plan: &Plan) -> Vec<StartLoss> {
-    let ahead = present
-        .iter()
-        .zip(&plan.verdicts)
-        .filter(|(_, v)| **v == Verdict::InSync);
-    let ahead = ahead.map(|(p, _)| p.surveyed.seen.position).max();
-    let ahead = ahead.unwrap_or(Stamp {
-        ordinal: 0,
-        sequence: 0,
-    });
-    let records = plan.lost.iter().map(|(slot, _)| {
-        let here = present
-            .iter()
-            .any(|p| p.surveyed.seen.superblock.own_slot == *slot);
-        // An absent one may have missed the commits that were in flight; one that is here was
-        // found to be older than that and must not come back by delta.
-        let slack = if here { 0 } else { COMMITS_IN_FLIGHT_MAX };
-        let position = Stamp {
-            sequence: ahead.sequence.saturating_sub(slack),
-            ..ahead
-        };
-        StartLoss {
-            slot: *slot,
-            state: if here {
-                SlotState::Stale
-            } else {
-                SlotState::Missing
-            },
-            loss: Loss {
-                epoch: config.epoch.id,
-                position,
-                block_exact: false,
-            },
-        }
-    });
-    records.collect()
 }
 
 /// The newest content of a sector over several members.

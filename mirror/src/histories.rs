@@ -1,0 +1,224 @@
+//! Every history of two and of three members up to some length: losses, returns, older images,
+//! replacements, crashes inside rounds, joins, resyncs and starts, and starts of any subset of
+//! the members with and without force. No stale or divergent copy ever serves, no delta leaves
+//! anything out, nobody is refused without reason, and every refusal says what to do.
+//!
+//! Histories that lead to the same world have the same continuations, so the worlds are
+//! explored once each, breadth first, and the histories are counted along the way. Two worlds
+//! are the same when they differ only in names: of epochs, of members, of slots (the order of
+//! members decides nothing, which every start checks), of sequences that lie equally far apart,
+//! and of events counted in different epochs.
+//!
+//! `ASSEMBLY_LENGTH=N` sets the length for both.
+
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "a test")]
+
+mod join;
+mod key;
+mod model;
+mod start;
+
+use join::Stop;
+use key::key;
+use model::{Image, Slots, Violation, World};
+use std::collections::HashMap;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    Lose(usize),
+    /// In one round, which was tried again because the second failed in it.
+    LoseTwo(usize, usize),
+    /// The slot that is lost, and who holds the new superblock.
+    CrashInRound(usize, Slots),
+    Return(usize),
+    CrashInReturn(usize, Stop),
+    Replace(usize),
+    CrashInReplace(usize, Stop),
+    OlderImage(usize, Image),
+    /// With a write and a commit that reached one member only.
+    Crash(Option<usize>),
+    /// Members present, one bit a slot.
+    Start(Slots),
+    CrashInStart(Slots, usize),
+    Force(Slots),
+    CrashInForce(Slots, usize),
+}
+use Action::*;
+
+fn act(world: &mut World, action: Action) -> Result<bool, Violation> {
+    match action {
+        Lose(slot) => Ok(world.lose_one(slot, None)),
+        LoseTwo(first, second) => Ok(world.lose_two(first, second)),
+        CrashInRound(slot, reached) => Ok(world.lose_one(slot, Some(reached))),
+        Return(slot) => world.join(slot, false, Stop::Done),
+        CrashInReturn(slot, stop) => world.join(slot, false, stop),
+        Replace(slot) => world.join(slot, true, Stop::Done),
+        CrashInReplace(slot, stop) => world.join(slot, true, stop),
+        OlderImage(slot, image) => Ok(world.older_image(slot, image)),
+        Crash(reached) => Ok(world.crash(reached)),
+        Start(present) => start(world, present, false, None),
+        CrashInStart(present, reached) => start(world, present, false, Some(reached)),
+        Force(present) => start(world, present, true, None),
+        CrashInForce(present, reached) => start(world, present, true, Some(reached)),
+    }
+}
+
+fn start(
+    world: &mut World,
+    present: Slots,
+    force: bool,
+    cut_off: Option<usize>,
+) -> Result<bool, Violation> {
+    let decision = world.decide(present)?;
+    let decision = decision.filter(|decision| decision.forced == force);
+    Ok(decision.is_some_and(|decision| world.begin(&decision, cut_off)))
+}
+
+/// All but starts.
+fn actions(members: usize) -> Vec<Action> {
+    let mut all = vec![Crash(None)];
+    for slot in 0..members {
+        let sets = 1..model::one(members);
+        all.extend([Lose(slot), Return(slot), Replace(slot), Crash(Some(slot))]);
+        all.extend([Image::Begun, Image::Changed].map(|image| OlderImage(slot, image)));
+        all.extend((0..members).map(|second| LoseTwo(slot, second)));
+        all.extend(sets.clone().map(|reached| CrashInRound(slot, reached)));
+        let rounds = sets.flat_map(|r| [Stop::Exact(r), Stop::Round(r), Stop::Finish(r)]);
+        let stops = [Stop::Maps, Stop::Joined].into_iter();
+        let stops = stops.chain([false, true].map(Stop::Resync)).chain(rounds);
+        all.extend(stops.flat_map(|stop| [CrashInReturn(slot, stop), CrashInReplace(slot, stop)]));
+    }
+    all
+}
+
+/// Every world that one more action leads to.
+fn after(world: &World, actions: &[Action]) -> Result<Vec<(Action, World)>, (Action, Violation)> {
+    let mut found = Vec::new();
+    let stopped = world.running.is_none();
+    for &action in actions {
+        if stopped && !matches!(action, OlderImage(..)) {
+            continue;
+        }
+        let mut next = world.clone();
+        if act(&mut next, action).map_err(|violation| (action, violation))? {
+            found.push((action, next));
+        }
+    }
+    for present in (1..model::one(world.members)).filter(|_| stopped) {
+        let decision = world.decide(present);
+        let Some(decision) = decision.map_err(|violation| (Start(present), violation))? else {
+            continue;
+        };
+        for cut_off in std::iter::once(None).chain((0..world.members).map(Some)) {
+            let mut next = world.clone();
+            if next.begin(&decision, cut_off) {
+                let action = match (decision.forced, cut_off) {
+                    (false, None) => Start(present),
+                    (false, Some(reached)) => CrashInStart(present, reached),
+                    (true, None) => Force(present),
+                    (true, Some(reached)) => CrashInForce(present, reached),
+                };
+                found.push((action, next));
+            }
+        }
+    }
+    for (_, next) in &mut found {
+        next.tidy();
+    }
+    Ok(found)
+}
+
+/// Worlds by the order in which they were reached.
+#[derive(Default)]
+struct Explored {
+    /// From which one each was reached, and how; none for the first.
+    from: Vec<Option<(u32, Action)>>,
+    /// For each that was looked at, the worlds that one more action leads to.
+    after: Vec<Vec<u32>>,
+    histories: u64,
+}
+
+impl Explored {
+    fn path(&self, mut at: u32) -> Vec<Action> {
+        let mut path = Vec::new();
+        while let Some((from, action)) = self.from[at as usize] {
+            path.push(action);
+            at = from;
+        }
+        path.reverse();
+        path
+    }
+
+    /// How many histories there are up to `length` actions.
+    fn count(&mut self, length: usize) {
+        let mut ending = vec![0; self.from.len()];
+        (ending[0], self.histories) = (1, 1);
+        for _ in 0..length {
+            let mut longer = vec![0; self.from.len()];
+            for (after, count) in self.after.iter().zip(&ending) {
+                for &next in after {
+                    longer[next as usize] += count;
+                }
+            }
+            ending = longer;
+            self.histories += ending.iter().sum::<u64>();
+        }
+    }
+}
+
+fn explore(members: usize, length: usize) -> Explored {
+    let actions = actions(members);
+    let first = World::new(members);
+    let mut known = HashMap::from([(key(&first), 0)]);
+    let mut explored = Explored::default();
+    explored.from.push(None);
+    let mut frontier = vec![first];
+    for left in (0..length).rev() {
+        let mut reached = Vec::new();
+        for world in frontier {
+            let at = u32::try_from(explored.after.len()).unwrap();
+            let found = after(&world, &actions).unwrap_or_else(|(action, violation)| {
+                panic!("{violation}, after {:?}, {action:?}", explored.path(at))
+            });
+            let mut numbers = Vec::with_capacity(found.len());
+            for (action, next) in found {
+                let new = u32::try_from(explored.from.len()).unwrap();
+                let number = *known.entry(key(&next)).or_insert(new);
+                if number == new {
+                    explored.from.push(Some((at, action)));
+                    if left > 0 {
+                        reached.push(next);
+                    }
+                }
+                numbers.push(number);
+            }
+            explored.after.push(numbers);
+        }
+        frontier = reached;
+    }
+    explored.count(length);
+    explored
+}
+
+fn explore_all(members: usize, length: usize) {
+    let length = std::env::var("ASSEMBLY_LENGTH").map_or(length, |text| text.parse().unwrap());
+    let explored = explore(members, length);
+    eprintln!(
+        "{members} members, up to {length} actions: {} worlds, {} histories",
+        explored.from.len(),
+        explored.histories
+    );
+    assert!(explored.histories > 1000);
+}
+
+#[test]
+fn all_histories_of_two_members() {
+    explore_all(2, 7);
+}
+
+#[test]
+fn all_histories_of_three_members() {
+    explore_all(3, 5);
+}
+
+mod traces;
