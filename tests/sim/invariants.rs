@@ -12,12 +12,12 @@
 //! | R7 | [`Rules::r7_flushed`]; the oracle after each power cut |
 //! | R8 | [`Rules::r8_somebody_is_in_sync`] |
 //! | R9 | the player (`play.rs`): nothing stands still |
-//! | R10 | `mirror/src/assemble_histories.rs`, every history |
+//! | R10 | `mirror/src/histories.rs`, every history |
 //! | R11 | [`Rules::r11_zeroed_before_use`]; the oracle, on disks full of garbage |
 //! | R12 | [`Rules::r12_hot_means_missed`] |
 //! | R14 | [`Rules::r14_a_return_is_an_epoch`] |
 //! | R15 | [`Rules::r15_no_start_on_what_may_be_old`] |
-//! | R16 | the player's `OlderImage`, and `assemble_histories.rs` |
+//! | R16 | the player's `OlderImage`, and `mirror/src/histories.rs` |
 //! | R17 | the fuzz targets; here whatever a power cut tears |
 
 use crate::machine::superblock_on;

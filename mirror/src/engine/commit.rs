@@ -150,8 +150,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     maps.encode_page(*page, stamp, image);
                 }
             });
+            let tried = self.try_in_sync(&pages, buffer).await;
             let view = self.view();
-            let written = match self.try_in_sync(&view, &pages, buffer).await {
+            let written = match tried {
                 Ok(()) => self.write_pages(&view, &pages, buffer).await,
                 failed => failed,
             };
@@ -173,12 +174,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// After a failure the in-sync members go first: were a resyncing one to get commit after
     /// commit that they fail to take, it would look as if they had been put back (R16).
-    async fn try_in_sync(
-        &self,
-        view: &View<D>,
-        pages: &[Page],
-        buffer: &H::Buffer,
-    ) -> Result<(), Errno> {
+    async fn try_in_sync(&self, pages: &[Page], buffer: &H::Buffer) -> Result<(), Errno> {
+        let view = self.view();
         if !self.commits.failing.get() || view.receivers.iter().all(|r| r.in_sync) {
             return Ok(());
         }

@@ -193,8 +193,9 @@ impl World {
         // Of each map sector the newest counts; a hot write that anyone has survives (R5).
         self.mark(hot, hot);
         let everywhere = holds | self.bit(memory, HOLDS);
-        if forced {
-            // The rest is given up by the operator, also when a crash cuts this start off.
+        if forced || put_back {
+            // The rest is given up: by the operator, or because nobody here knows of it. Also
+            // when a crash cuts this start off, since the next one goes on from it.
             let given_up = |write: &&mut u64| **write & holds == 0;
             let lost = self.writes.iter_mut().filter(given_up);
             lost.for_each(|write| *write &= !ACKNOWLEDGED);
