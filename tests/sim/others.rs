@@ -189,7 +189,8 @@ fn zfs_5806_dirty_state_of_an_absent_disk_is_cleared() {
     }
 }
 
-/// SPDK: the repair of a bad sector overwrites a newer write.
+/// SPDK: the repair of a bad sector overwrites a newer write. In every other history the disks
+/// are bad in different places of what is read.
 #[test]
 fn spdk_read_repair_overwrites_a_newer_write() {
     for seed in seeds(60) {
@@ -197,8 +198,10 @@ fn spdk_read_repair_overwrites_a_newer_write() {
         machine.start();
         wr(&machine, 0, 65536);
         let bad = (seed % 2) as usize;
+        let other = if seed % 4 < 2 { bad } else { 1 - bad };
         machine.disks[bad].spoil(machine.data_offset + 8192);
-        machine.disks[bad].spoil(machine.data_offset + 16384);
+        machine.disks[other].spoil(machine.data_offset + 16384);
+        machine.disks[other].spoil(machine.data_offset + 8192 + 512);
         for _ in 0..3 {
             let (reader, writer) = (machine.client(), machine.client());
             machine

@@ -3,13 +3,15 @@
 //! Unwritten and discarded extents read as zeroes (R11). Everything else is read from one
 //! in-sync member: the one with the least in flight. Blocks that may differ between members are
 //! equalised first (R5). When a member cannot read, another one answers, and the bad copy is
-//! rewritten under the range lock and read back.
+//! rewritten under the range lock and read back. When none of them can read all of a range, its
+//! halves are read each for itself, down to single sectors: what is bad on one member is good on
+//! another.
 
 use super::fan_out::Limited;
 use super::heat::extents;
 use super::write::intersect;
-use super::{Mirror, Receiver, front, length};
-use crate::host::{Disk, DiskRequest, Errno, Host, Span};
+use super::{Mirror, front, length};
+use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use dirty_map::{BLOCK_BYTES, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
@@ -109,8 +111,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         )
     }
 
-    /// Reads a range of written, equal extents from the best member, failing over. `None` when
-    /// the bytes are in `span`; else the span they are in.
+    /// Reads a range of written, equal extents, failing over. `None` when the bytes are in
+    /// `span`; else the span they are in.
     ///
     /// Counts as a read under way from its first step, which follows the caller's look at the
     /// extents' states without a wait: a discard destroys nothing before the read has ended.
@@ -120,6 +122,68 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         span: Span<H::Buffer>,
     ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let _reading = self.reads.begin();
+        match self.read_whole(range, span.clone(), None).await {
+            Err(errno) if self.in_sync_members() > 1 => {
+                self.read_in_halves(range, span, errno).await
+            }
+            result => result,
+        }
+    }
+
+    /// Reads a range of which no member can read all.
+    async fn read_in_halves(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        mut span: Span<H::Buffer>,
+        errno: Errno,
+    ) -> Result<Option<Span<H::Buffer>>, Errno> {
+        let mut moved = false;
+        let mut left = vec![(range.clone(), errno)];
+        while let Some((part, errno)) = left.pop() {
+            for half in self.halves(&part).ok_or(errno)? {
+                let within = length(half.start - range.start);
+                let piece = span.slice(within, length(half.end - half.start));
+                let read = if span.buffer.in_use() {
+                    Err(Errno::TIMED_OUT)
+                } else {
+                    self.read_whole(&half, piece, None).await
+                };
+                match read {
+                    Ok(None) => {}
+                    Err(errno) if !span.buffer.in_use() => left.push((half, errno)),
+                    Ok(Some(_)) | Err(_) => {
+                        // A stalled member, lost by now, has the buffer (R6): all of it again,
+                        // into another one.
+                        (span, moved) = (self.fresh_span(span.len), true);
+                        left = vec![(range.clone(), Errno::IO)];
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(moved.then_some(span))
+    }
+
+    /// The halves of a range, whole sectors each; `None` for a single sector.
+    fn halves(&self, range: &Range<u64>) -> Option<[Range<u64>; 2]> {
+        let sector = u64::from(self.logical_block_bytes);
+        let sectors = (range.end - range.start) / sector;
+        let middle = range.start + sectors / 2 * sector;
+        (sectors > 1).then_some([range.start..middle, middle..range.end])
+    }
+
+    fn in_sync_members(&self) -> usize {
+        self.view().receivers.iter().filter(|r| r.in_sync).count()
+    }
+
+    /// Reads a range from one member, the best that is not `except`; from another one when that
+    /// fails. `None` when the bytes are in `span`; else the span they are in.
+    async fn read_whole(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: Span<H::Buffer>,
+        except: Option<u8>,
+    ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let (mut span, mut moved) = (span, false);
         let mut failed: Vec<u8> = Vec::new();
         let mut last_error = Errno::IO;
@@ -128,7 +192,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let candidates = view
                 .receivers
                 .iter()
-                .filter(|r| r.in_sync && !failed.contains(&r.slot));
+                .filter(|r| r.in_sync && Some(r.slot) != except && !failed.contains(&r.slot));
             let Some(member) = candidates.min_by_key(|r| r.disk.in_flight()) else {
                 return Err(last_error);
             };
@@ -224,38 +288,36 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Copies `range` onto the in-sync member in `slot` from another one. `Ok(false)` when
-    /// there is nothing to copy from or nobody to copy to.
-    async fn rewrite_copy(&self, slot: u8, range: &Range<u64>) -> Result<bool, Errno> {
-        let len = length(range.end - range.start);
-        let span = self.fresh_span(len);
-        let view = self.view();
-        let find = |wanted: &dyn Fn(&&Receiver<D>) -> bool| {
-            view.receivers
-                .iter()
-                .filter(|r| r.in_sync)
-                .find(wanted)
-                .cloned()
-        };
-        let (Some(source), Some(target)) = (find(&|r| r.slot != slot), find(&|r| r.slot == slot))
-        else {
-            return Ok(false);
-        };
-        let offset = self.data_offset + range.start;
-        let read = DiskRequest::Read {
-            offset,
-            span: span.clone(),
-        };
-        if self.to_one(&source, read.clone()).await.is_err() {
-            return Ok(false);
+    /// Copies `range` onto the in-sync member in `slot` from others, as far as they can read
+    /// it. `Ok(false)` when nothing could be copied.
+    async fn rewrite_copy(self: &Rc<Self>, slot: u8, range: &Range<u64>) -> Result<bool, Errno> {
+        let mut copied = false;
+        let mut left = vec![range.clone()];
+        while let Some(part) = left.pop() {
+            let own = self.fresh_span(length(part.end - part.start));
+            let span = match self.read_whole(&part, own.clone(), Some(slot)).await {
+                Ok(moved) => moved.unwrap_or(own),
+                Err(_) => {
+                    left.extend(self.halves(&part).into_iter().flatten());
+                    continue;
+                }
+            };
+            let view = self.view();
+            let mut in_sync = view.receivers.iter().filter(|r| r.in_sync);
+            let Some(target) = in_sync.find(|r| r.slot == slot) else {
+                return Ok(false);
+            };
+            let offset = self.data_offset + part.start;
+            let write = DiskRequest::Write {
+                offset,
+                span: span.clone(),
+                fua: true,
+            };
+            self.to_one(target, write).await?;
+            self.to_one(target, DiskRequest::Read { offset, span })
+                .await?;
+            copied = true;
         }
-        let write = DiskRequest::Write {
-            offset,
-            span: span.clone(),
-            fua: true,
-        };
-        self.to_one(&target, write).await?;
-        self.to_one(&target, read).await?;
-        Ok(true)
+        Ok(copied)
     }
 }
