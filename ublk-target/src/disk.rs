@@ -20,6 +20,9 @@
 //!
 //! Where the device cannot, [`Geometry::cheap_zeroes`] says so, and write-zeroes answers
 //! `EOPNOTSUPP` rather than moving data behind the engine's back.
+//!
+//! The discard command is left to a thread that may block. The kernel would first try it without,
+//! and a device that must block, as most of device-mapper's, answers that with `EOPNOTSUPP`.
 
 use std::cell::Cell;
 use std::future::Future;

@@ -434,7 +434,7 @@ impl Prepared {
         }
     }
 
-    /// A block device's discard command (BLOCK_URING_CMD_DISCARD, Linux 6.12).
+    /// A block device's discard command (BLOCK_URING_CMD_DISCARD, Linux 6.12), free to block.
     pub(crate) fn discard(fd: &Rc<OwnedFd>, offset: u64, len: u64) -> Self {
         const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
         let mut command = [0_u8; 16];
@@ -447,7 +447,7 @@ impl Prepared {
         let raw = unsafe { &mut *(&raw mut entry).cast::<[u8; 64]>() };
         raw[16..24].copy_from_slice(&offset.to_ne_bytes());
         Self {
-            entry,
+            entry: entry.flags(squeue::Flags::ASYNC),
             keep: Keep::File { _fd: Rc::clone(fd) },
         }
     }
