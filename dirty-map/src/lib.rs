@@ -31,7 +31,8 @@
 //!
 //! The payload holds 1920 extent states (2 bits each, lowest bits first), or 3840 missed bits,
 //! or 3840 summary bits. That of a position sector begins with the newest epoch that was known to
-//! be effective when it was written (16 bytes, zero for none); the rest is zero.
+//! be effective when it was written (16 bytes, zero for none) and the sequence of the newest commit
+//! that every receiving member was known to hold then (8 bytes, zero for none); the rest is zero.
 #![forbid(unsafe_code)]
 
 mod hot;

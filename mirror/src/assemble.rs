@@ -27,12 +27,12 @@
 //!
 //! # Who is an older copy (R16)
 //!
-//! Map commits reach all receiving members one after the other, so a member's position lags by
-//! at most [`COMMITS_IN_FLIGHT_MAX`]. An in-sync member further behind another, or behind one
-//! that is resyncing, is a restored backup or a clone, whatever its superblock says.
+//! Each map commit names the newest one before it that every receiving member holds. An in-sync
+//! member that lacks a commit so named, by another one or by one that is resyncing, is a restored
+//! backup or a clone, whatever its superblock says.
 //!
-//! A member that returns further *ahead* than it can have been when its loss was recorded went
-//! on without those who recorded it: they are the older copy, and no missed map says what the
+//! A member that returns and names a commit as held by all that those who recorded its loss did
+//! not hold then went on without them: they are the older copy, and no missed map says what the
 //! two hold differently. Only a join that was cut off while it wrote the member's maps looks
 //! the same; the join has made the loss block-exact before, and the epoch in the position page
 //! is one that came after the loss.
@@ -44,13 +44,10 @@
 //! otherwise; that would take a witness which was not put back with them (the members that are
 //! absent are such witnesses, and are refused when they return).
 
+use crate::epochs::{Stand, age, cut_off, cut_off_without, history, line, short};
 use crate::records;
 use crate::superblock::{Loss, SlotRecord, SlotState, Superblock};
 use dirty_map::Stamp;
-
-/// How far positions of in-sync members may lie apart: one commit runs at a time, and one
-/// more may have ended on some members only.
-pub const COMMITS_IN_FLIGHT_MAX: u64 = 2;
 
 /// A member whose superblock and maps were read in this start.
 #[derive(Clone, Debug)]
@@ -61,8 +58,12 @@ pub struct Seen {
     pub superblock: Superblock,
     /// The newest stamp found on its maps.
     pub position: Stamp,
+    /// Its position page is damaged in both copies: it may have come further than its position.
+    pub damaged: bool,
     /// The epoch that its position page names as effective; 0 when it names none.
     pub effective: u128,
+    /// The commit that its position page names as held by all receiving members; 0 for none.
+    pub completed: u64,
 }
 
 /// What is to be done with a member.
@@ -179,12 +180,19 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
     same_mirror(seen)?;
     no_member_twice(seen)?;
     let newest = newest(seen)?;
-    let config = &seen[newest].superblock;
-    let ahead = furthest(seen, config);
+    let mut config = seen[newest].superblock.clone();
+    let serves = |s: &Seen| !left_out(&s.superblock) && names_in_sync(&config, &s.superblock);
+    if options.force && left_out(&config) && !config.own_record().full && !seen.iter().any(serves) {
+        // With nothing else here one copy that was left out may serve after all, if its maps
+        // have not been overwritten since.
+        config.slots[usize::from(config.own_slot)].state = SlotState::InSync;
+    }
+    let config = &config;
+    let reached = reached(seen, config);
     let mut verdicts = Vec::with_capacity(seen.len());
     let mut lost = Vec::new();
     for member in seen {
-        let verdict = judge(config, member, seen, ahead);
+        let verdict = judge(config, member, seen, reached);
         let slot = member.superblock.own_slot;
         if let Some(reason) = verdict.refusal()
             && names_in_sync(config, &member.superblock)
@@ -247,10 +255,11 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
     let Some(loss) = record.loss else {
         return full(format!("no loss of {} is on record", member.path));
     };
-    let epoch = line(superblock).nth(cut_off_without(config, member));
-    let epoch = epoch.unwrap_or(superblock.epoch.id);
-    let known = |epoch| config.descends_from(epoch) || epoch == loss.epoch;
-    if !known(epoch) || foreign_maps(member).is_some_and(|epoch| !known(epoch)) {
+    let stands = Stand::all_of(member, cut_off_without(config, member));
+    if !stands
+        .clone()
+        .all(|stand| stand.is_known(config, Some(loss.epoch)))
+    {
         return refused(format!(
             "split brain: {} went on without this mirror ({}), which is at {}; re-add it with --full to drop its changes",
             member.path,
@@ -258,11 +267,25 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
             history(config)
         ));
     }
-    if epoch != loss.epoch && age(config, epoch) > age(config, loss.epoch) {
+    let known = |stand: &Stand| config.descends_from(stand.epoch) || stand.epoch == loss.epoch;
+    if !stands.clone().all(|stand| known(&stand)) {
+        return full(format!(
+            "{} was joining longer ago than the mirror's history reaches",
+            member.path
+        ));
+    }
+    let epoch = stands.map(|stand| stand.epoch).next();
+    let epoch = epoch.unwrap_or(superblock.epoch.id);
+    // A loss that is not block-exact was recorded at a start, by members that may not have known
+    // of a round that was cut off: the positions tell.
+    if loss.block_exact && epoch != loss.epoch && age(config, epoch) > age(config, loss.epoch) {
         return full(format!(
             "{} is an older copy than the one that was lost",
             member.path
         ));
+    }
+    if left_out(superblock) {
+        return full(left_out_before(member));
     }
     if superblock.own_record().full && !record.full {
         return full(format!("a full resync of {} was cut off", member.path));
@@ -279,34 +302,38 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
 /// epoch to the next, so along one history they alone tell.
 fn judge_position(config: &Superblock, record: &SlotRecord, loss: Loss, member: &Seen) -> Verdict {
     let (path, at) = (&member.path, member.position.sequence);
-    let needed = loss.position.sequence.max(record.base.sequence);
+    let needed = if loss.block_exact {
+        loss.position.sequence.max(record.base.sequence)
+    } else {
+        record.base.sequence
+    };
     if at < needed {
         return full(format!(
             "{path} is older than the copy that was lost (position {at} before {needed})"
         ));
     }
-    // A loss that is not block-exact was recorded at a start, where its position is already
-    // that of the furthest member less the commits that may have been in flight.
-    let slack = if loss.block_exact { 1 } else { 2 } * COMMITS_IN_FLIGHT_MAX;
     let joined = member.position == record.base;
     let joining = loss.block_exact && age(config, member.effective) < age(config, loss.epoch);
-    if at > loss.position.sequence + slack && !joined && !joining {
+    let without = member.completed;
+    if without > loss.position.sequence && !joined && !joining {
         return full(format!(
-            "{path} went on after this mirror had lost it (position {at}, lost at {needed})"
+            "{path} went on after this mirror had lost it (to position {without}, lost at {})",
+            loss.position.sequence
         ));
     }
     let exact = loss.block_exact && member.position == loss.position;
     Verdict::Delta { own_hot: !exact }
 }
 
-fn judge(config: &Superblock, member: &Seen, seen: &[Seen], ahead: Option<Stamp>) -> Verdict {
+fn judge(config: &Superblock, member: &Seen, seen: &[Seen], reached: Reached) -> Verdict {
     let superblock = &member.superblock;
     if !names_in_sync(config, superblock) {
         let mut config = config.clone();
-        if let Some(ahead) = ahead {
-            records::end_resyncs(&mut config, ahead);
-        }
+        records::end_resyncs(&mut config, reached);
         return judge_return(&config, member);
+    }
+    if left_out(superblock) && superblock.member != config.member {
+        return full(left_out_before(member));
     }
     if !epochs_in_sync(config, seen).contains(&superblock.epoch.id) {
         return full(format!(
@@ -316,8 +343,8 @@ fn judge(config: &Superblock, member: &Seen, seen: &[Seen], ahead: Option<Stamp>
             history(config)
         ));
     }
-    let behind = ahead.map_or(0, |a| a.sequence.saturating_sub(member.position.sequence));
-    if behind > COMMITS_IN_FLIGHT_MAX {
+    let behind = reached.completed.saturating_sub(member.position.sequence);
+    if behind > 0 && !member.damaged {
         return full(format!(
             "{} is an older copy (a restored backup or a clone): its maps are {behind} commits behind",
             member.path
@@ -326,25 +353,52 @@ fn judge(config: &Superblock, member: &Seen, seen: &[Seen], ahead: Option<Stamp>
     Verdict::InSync
 }
 
-/// The furthest position among members that received what the in-sync ones did: those that the
-/// configuration names in-sync or that are resyncing, and that stand where these may stand.
-fn furthest(seen: &[Seen], config: &Superblock) -> Option<Stamp> {
+/// How far the commits of those have come that were receiving.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reached {
+    /// The newest commit that all of them hold.
+    pub(crate) completed: u64,
+    /// The newest one that an in-sync member holds.
+    pub(crate) ahead: Stamp,
+}
+
+/// By what those say that received what the in-sync ones did: those that the configuration names
+/// in-sync or that are resyncing, and that stand where these may stand.
+pub(crate) fn reached(seen: &[Seen], config: &Superblock) -> Reached {
     let epochs = epochs_in_sync(config, seen);
-    let received = |s: &&Seen| {
-        let resyncing = s.superblock.own_record().state == SlotState::Resyncing;
-        epochs.contains(&s.superblock.epoch.id)
-            && (resyncing || names_in_sync(config, &s.superblock))
-    };
-    let received = seen.iter().filter(received);
-    received
-        .map(|s| s.position)
-        .max_by_key(|position| position.sequence)
+    let here = seen
+        .iter()
+        .filter(|s| epochs.contains(&s.superblock.epoch.id));
+    let in_sync = |s: &&Seen| names_in_sync(config, &s.superblock);
+    let resyncing = |s: &Seen| s.superblock.own_record().state == SlotState::Resyncing;
+    let received = here.clone().filter(|s| resyncing(s) || in_sync(s));
+    let completed = received.map(|s| s.completed).max().unwrap_or(0);
+    let ahead = here.filter(in_sync).map(|s| s.position);
+    let mut ahead = ahead.max_by_key(|p| p.sequence).unwrap_or(Stamp {
+        ordinal: 0,
+        sequence: 0,
+    });
+    ahead.sequence = ahead.sequence.max(completed);
+    Reached { completed, ahead }
 }
 
 /// Where in-sync members may stand: at the configuration's epoch, and when that was cut off, at
 /// those back to the one it counts as.
 fn epochs_in_sync(config: &Superblock, seen: &[Seen]) -> Vec<u128> {
     line(config).take(cut_off(config, seen) + 1).collect()
+}
+
+/// Whether a start has left the member out as an older copy (`records::disown`): a member's own
+/// superblock never calls it stale otherwise.
+pub(crate) fn left_out(superblock: &Superblock) -> bool {
+    superblock.own_record().state == SlotState::Stale
+}
+
+fn left_out_before(member: &Seen) -> String {
+    format!(
+        "{} was found to be an older copy at an earlier start",
+        member.path
+    )
 }
 
 fn names_in_sync(config: &Superblock, member: &Superblock) -> bool {
@@ -356,90 +410,22 @@ fn names_in_sync(config: &Superblock, member: &Superblock) -> bool {
         })
 }
 
-/// The epoch of a superblock and those before it.
-fn line(superblock: &Superblock) -> impl Iterator<Item = u128> {
-    let history = superblock.history.iter().map(|epoch| epoch.id);
-    std::iter::once(superblock.epoch.id).chain(history)
-}
-
-/// How many epochs a superblock counts back because their rounds were cut off, as far as the
-/// members present tell (R10).
-fn cut_off(superblock: &Superblock, seen: &[Seen]) -> usize {
-    let witnesses = seen
-        .iter()
-        .map(|s| (&s.superblock, s.superblock.own_record()));
-    count_back(superblock, seen, witnesses)
-}
-
-/// The same for a former member of a mirror whose in-sync members all know `config`.
-fn cut_off_without(config: &Superblock, member: &Seen) -> usize {
-    let in_sync = config.slots.iter().filter(|r| r.state == SlotState::InSync);
-    let witnesses = in_sync.map(|record| (config, record));
-    count_back(&member.superblock, std::slice::from_ref(member), witnesses)
-}
-
-/// A witness is a member that should have the epoch and does not, with its slot's record. Of
-/// several rounds that were cut off one after the other it may have none; but when it lacks an
-/// epoch that was effective, it is an older copy and proves nothing.
-fn count_back<'a>(
-    superblock: &Superblock,
-    proofs: &[Seen],
-    witnesses: impl Iterator<Item = (&'a Superblock, &'a SlotRecord)>,
-) -> usize {
-    let effective =
-        line(superblock).position(|epoch| proofs.iter().any(|seen| proves(seen, epoch)));
-    let known = |(other, record): (&Superblock, &SlotRecord)| {
-        let mut slots = superblock.slots.iter();
-        let in_sync = slots.any(|r| r.state == SlotState::InSync && r.member == record.member);
-        let resynced_since = record.base.ordinal >= superblock.epoch.ordinal;
-        if !in_sync || resynced_since {
-            return None;
-        }
-        line(superblock).position(|epoch| other.descends_from(epoch))
-    };
-    witnesses
-        .filter_map(known)
-        .filter(|&back| back <= effective.unwrap_or(1))
-        .max()
-        .unwrap_or(0)
-}
-
-/// Whether a member shows that an epoch was effective: its maps name it, or its superblock has
-/// it and it is not in-sync (a round reaches such members last).
-fn proves(member: &Seen, epoch: u128) -> bool {
-    let last = member.superblock.own_record().state != SlotState::InSync;
-    member.effective == epoch || last && member.superblock.epoch.id == epoch
-}
-
-/// The epoch that a member's maps come from, when its superblock does not know it: a join was
-/// cut off.
-fn foreign_maps(member: &Seen) -> Option<u128> {
-    let foreign = member.effective != 0 && !member.superblock.descends_from(member.effective);
-    foreign.then_some(member.effective)
-}
-
-/// The epochs of a member that the newest one must know.
-fn to_be_known(member: &Seen, seen: &[Seen]) -> Vec<u128> {
-    let epoch = line(&member.superblock).nth(cut_off(&member.superblock, seen));
-    epoch.into_iter().chain(foreign_maps(member)).collect()
-}
-
-/// Whether all of another member's `epochs` are behind `superblock`. Of one that was lost long
-/// ago the slot's record remembers what the history has forgotten.
-fn knows(superblock: &Superblock, other: &Superblock, epochs: &[u128]) -> bool {
+/// Whether all that another member has come to is behind `superblock`.
+fn knows(superblock: &Superblock, other: &Superblock, stands: &[Stand]) -> bool {
     let record = superblock.slots.get(usize::from(other.own_slot));
     let lost_at = record
         .filter(|record| record.member == Some(other.member))
         .and_then(|record| record.loss)
         .map(|loss| loss.epoch);
-    epochs
+    stands
         .iter()
-        .all(|&epoch| superblock.descends_from(epoch) || lost_at == Some(epoch))
+        .all(|stand| stand.is_known(superblock, lost_at))
 }
 
 fn newest(seen: &[Seen]) -> Result<usize, Refusal> {
-    let epochs: Vec<Vec<u128>> = seen.iter().map(|s| to_be_known(s, seen)).collect();
-    let knows = |a: usize, b: usize| knows(&seen[a].superblock, &seen[b].superblock, &epochs[b]);
+    let stands = |s: &Seen| Stand::all_of(s, cut_off(&s.superblock, seen)).collect();
+    let stands: Vec<Vec<Stand>> = seen.iter().map(stands).collect();
+    let knows = |a: usize, b: usize| knows(&seen[a].superblock, &seen[b].superblock, &stands[b]);
     let newest = (0..seen.len())
         .filter(|&i| (0..seen.len()).all(|other| knows(i, other)))
         .max_by_key(|&i| {
@@ -451,6 +437,7 @@ fn newest(seen: &[Seen]) -> Result<usize, Refusal> {
             // in which the members were found. Events count within one epoch only.
             (
                 behind.count(),
+                !left_out(superblock),
                 superblock.epoch.id,
                 superblock.event_count,
                 superblock.write_count,
@@ -507,42 +494,12 @@ fn no_member_twice(seen: &[Seen]) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// How many epochs back `epoch` lies; the largest number when it is unknown.
-fn age(config: &Superblock, epoch: u128) -> usize {
-    if config.epoch.id == epoch {
-        return 0;
-    }
-    config
-        .history
-        .iter()
-        .position(|past| past.id == epoch)
-        .map_or(usize::MAX, |index| index + 1)
-}
-
 fn full(reason: String) -> Verdict {
     Verdict::Full { reason }
 }
 
 fn refused(reason: String) -> Verdict {
     Verdict::Refused { reason }
-}
-
-/// The first eight digits of an epoch.
-fn short(epoch: u128) -> String {
-    format!("{epoch:032x}")[..8].to_owned()
-}
-
-/// An epoch and the two before it, in words.
-fn history(superblock: &Superblock) -> String {
-    let mut text = format!(
-        "epoch {} (event {})",
-        short(superblock.epoch.id),
-        superblock.event_count
-    );
-    for epoch in superblock.history.iter().take(2) {
-        text.push_str(&format!(" after {}", short(epoch.id)));
-    }
-    text
 }
 
 #[cfg(test)]

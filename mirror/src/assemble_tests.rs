@@ -64,6 +64,8 @@ fn seen(superblock: Superblock, sequence: u64) -> Seen {
             sequence,
         },
         effective: 0,
+        completed: sequence - 1,
+        damaged: false,
     }
 }
 

@@ -21,6 +21,7 @@ mod start;
 use join::Stop;
 use key::key;
 use model::{Image, Slots, Violation, World};
+use start::Cut;
 use std::collections::HashMap;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,9 +40,9 @@ enum Action {
     Crash(Option<usize>),
     /// Members present, one bit a slot.
     Start(Slots),
-    CrashInStart(Slots, usize),
+    CrashInStart(Slots, Cut),
     Force(Slots),
-    CrashInForce(Slots, usize),
+    CrashInForce(Slots, Cut),
 }
 use Action::*;
 
@@ -67,7 +68,7 @@ fn start(
     world: &mut World,
     present: Slots,
     force: bool,
-    cut_off: Option<usize>,
+    cut_off: Option<Cut>,
 ) -> Result<bool, Violation> {
     let decision = world.decide(present)?;
     let decision = decision.filter(|decision| decision.forced == force);
@@ -109,7 +110,9 @@ fn after(world: &World, actions: &[Action]) -> Result<Vec<(Action, World)>, (Act
         let Some(decision) = decision.map_err(|violation| (Start(present), violation))? else {
             continue;
         };
-        for cut_off in std::iter::once(None).chain((0..world.members).map(Some)) {
+        let sets = 0..model::one(world.members);
+        let cuts = sets.flat_map(|r| [Cut::Round(r), Cut::Commit(r)]);
+        for cut_off in std::iter::once(None).chain(cuts.map(Some)) {
             let mut next = world.clone();
             if next.begin(&decision, cut_off) {
                 let action = match (decision.forced, cut_off) {

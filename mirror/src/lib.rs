@@ -22,6 +22,7 @@ mod bytes;
 pub mod control;
 pub mod create;
 pub mod engine;
+mod epochs;
 #[cfg(test)]
 mod histories;
 pub mod host;

@@ -3,8 +3,7 @@
 //! Pure, like the decisions in `assemble.rs` that rely on it, so that the tests can try every
 //! history of both together. The engine decides when, and makes it durable.
 
-use crate::assemble::{COMMITS_IN_FLIGHT_MAX, Plan, Seen, Verdict};
-use crate::create::hint;
+use crate::assemble::{Plan, Reached, Seen, Verdict, left_out, reached};
 use crate::superblock::{Loss, SlotRecord, SlotState, Superblock};
 use dirty_map::Stamp;
 use uuid::Uuid;
@@ -19,15 +18,17 @@ pub(crate) fn start(
     forced: bool,
     epoch: u128,
 ) {
-    let in_sync = seen.iter().zip(&plan.verdicts);
-    let in_sync = in_sync.filter(|(_, verdict)| **verdict == Verdict::InSync);
-    let ahead = in_sync.map(|(s, _)| s.position).max_by_key(|p| p.sequence);
-    let ahead = ahead.unwrap_or(Stamp {
-        ordinal: 0,
-        sequence: 0,
-    });
     // Not the configuration's: a round that is tried again has begun another already.
-    let before = seen[plan.newest].superblock.epoch.id;
+    let mut before = seen[plan.newest].superblock.clone();
+    let left_out = left_out(&before);
+    let judged = seen.iter().zip(&plan.verdicts);
+    for (member, _) in judged.filter(|(_, verdict)| **verdict == Verdict::InSync) {
+        // One that an earlier start has left out may serve by force.
+        let slot = usize::from(member.superblock.own_slot);
+        before.slots[slot].state = SlotState::InSync;
+        config.slots[slot].state = SlotState::InSync;
+    }
+    let reached = reached(seen, &before);
     for (slot, _) in &plan.lost {
         let record = &mut config.slots[usize::from(*slot)];
         let here = seen
@@ -38,70 +39,72 @@ pub(crate) fn start(
         } else {
             SlotState::Missing
         };
-        record.loss = Some(Loss {
-            epoch: before,
-            // One that is here was found to be older and must not come back by delta.
-            position: if here { ahead } else { reached(ahead) },
+        // A copy that was left out has the epoch of the others, and not what they wrote in it.
+        record.loss = (!left_out).then_some(Loss {
+            epoch: before.epoch.id,
+            position: reached.ahead,
             block_exact: false,
         });
+        record.base.sequence = record.base.sequence.max(if here {
+            // Found to be older: it must not come back by delta.
+            reached.ahead.sequence
+        } else {
+            reached.completed
+        });
     }
-    end_resyncs(config, ahead);
+    end_resyncs(config, reached);
     if config.slots.iter().any(|r| r.state != SlotState::InSync) {
         config.forced = forced && !plan.lost.is_empty();
         config.begin_epoch(epoch);
     }
 }
 
-/// Resyncs that a crash ended: nobody recorded how far their members had come. One that has
-/// come further than those in-sync, which stand at `ahead`, went on without them.
-pub(crate) fn end_resyncs(config: &mut Superblock, ahead: Stamp) {
+/// Resyncs that a crash ended: nobody recorded how far their members had come, except that they
+/// hold the commit which all of them hold.
+pub(crate) fn end_resyncs(config: &mut Superblock, reached: Reached) {
     for record in &mut config.slots {
         if let (SlotState::Resyncing, Some(loss)) = (record.state, &mut record.loss) {
-            loss.position = reached(ahead);
+            loss.position = reached.ahead;
             loss.block_exact = false;
+            record.base.sequence = record.base.sequence.max(reached.completed);
             record.state = SlotState::Stale;
         }
     }
 }
 
-/// What every receiving member has reached for certain when the furthest stands at `ahead`.
-fn reached(ahead: Stamp) -> Stamp {
-    Stamp {
-        sequence: ahead.sequence.saturating_sub(COMMITS_IN_FLIGHT_MAX),
-        ..ahead
-    }
-}
-
 /// The superblocks to be written to older copies before a start that leaves them out, with
-/// their indexes. By what its own superblock says such a copy might start alone one day, with
-/// what it was put back to: it is made to say that those who start now may hold newer data
-/// (R15).
+/// their indexes. By what its own superblock says such a copy might serve one day together with
+/// others that were lost before it, with what it was put back to. It is made to say who is
+/// in-sync with this start (R15), and that it is stale itself; its data and maps stay as they
+/// are, and alone it can be started by force.
 pub(crate) fn disown(seen: &[Seen], plan: &Plan) -> Vec<(usize, Superblock)> {
-    let judged = || seen.iter().zip(&plan.verdicts);
-    let in_sync = || judged().filter(|(_, verdict)| **verdict == Verdict::InSync);
-    let older = judged().map(|(member, verdict)| {
-        let mut superblock = member.superblock.clone();
-        if matches!(verdict, Verdict::Full { .. }) {
-            for (serving, _) in in_sync() {
-                let slot = usize::from(serving.superblock.own_slot);
-                if let Some(record) = superblock.slots.get_mut(slot) {
-                    record.member = Some(serving.superblock.member);
-                    record.state = SlotState::InSync;
-                    record.address = hint(&serving.path);
-                }
-            }
-        }
-        superblock
-    });
-    let changed = older.enumerate().filter(|(at, new)| {
-        let old = &seen[*at].superblock;
-        let differs = |(new, old): (&SlotRecord, &SlotRecord)| {
-            (new.member, new.state) != (old.member, old.state)
+    let config = &seen[plan.newest].superblock;
+    let judged = seen.iter().zip(&plan.verdicts).enumerate();
+    let older = judged.filter(|(_, (_, verdict))| matches!(verdict, Verdict::Full { .. }));
+    let marked = older.map(|(at, (member, _))| {
+        let own = &member.superblock;
+        let mut superblock = Superblock {
+            member: own.member,
+            own_slot: own.own_slot,
+            write_count: own.write_count,
+            event_count: own.event_count,
+            updated_secs: own.updated_secs,
+            ..config.clone()
         };
-        new.slots.iter().zip(&old.slots).any(differs)
+        for record in &mut superblock.slots {
+            // They go with missed maps that this copy does not have.
+            record.loss = None;
+        }
+        let record = &mut superblock.slots[usize::from(own.own_slot)];
+        record.clone_from(own.own_record());
+        record.state = SlotState::Stale;
+        (at, superblock)
     });
+    let changed = marked.filter(|(at, new)| *new != seen[*at].superblock);
     changed
         .map(|(at, mut new)| {
+            new.event_count = config.event_count;
+            new.updated_secs = config.updated_secs;
             new.write_count += 1;
             (at, new)
         })

@@ -9,7 +9,8 @@ NAME          only these
 
 Works in a copy of the tree under MUTATION_DIR (default .cache/mutations), so nothing here is
 touched. Stops at the first test or seed that fails: that is who caught it. A suite that does
-not end within ten minutes, or does not compile, is an error and not a catch.
+not end within ten minutes, or does not compile, is an error and not a catch; the others are
+tried all the same.
 """
 
 import os
@@ -67,17 +68,21 @@ def cargo(tree, arguments):
     )
 
 
+class NoVerdict(Exception):
+    """Neither caught nor survived."""
+
+
 def catcher(tree, histories):
     """Who fails, or None when all is well."""
     for suite in SUITES:
         try:
             ran = cargo(tree, [*suite, str(histories)] if suite[0] == "sim" else suite)
         except subprocess.TimeoutExpired:
-            raise SystemExit(f"{suite} did not end within {LIMIT_SECONDS} s")
+            raise NoVerdict(f"{' '.join(suite)} did not end within {LIMIT_SECONDS} s") from None
         if ran.returncode == 0:
             continue
         if "could not compile" in ran.stdout:
-            raise SystemExit(ran.stdout)
+            raise NoVerdict("it does not compile:\n" + ran.stdout)
         tests = re.findall(r"^    (\w+(?:::\w+)+)$", ran.stdout, re.MULTILINE)
         failed = re.findall(r"FAILED: (seed \d+)", ran.stdout)
         names = sorted(set(tests)) or ([] if failed else ["a test that aborted"])
@@ -99,7 +104,7 @@ def main():
     if check:
         print(f"ok mutations_apply ({len(mutations)})")
         return
-    tree, survived = copy_tree(), []
+    tree, survived, undecided = copy_tree(), [], []
     before = catcher(tree, histories)
     if before:
         sys.exit(f"the suite fails without any mutation: {before}")
@@ -108,15 +113,19 @@ def main():
         began, path = time.monotonic(), tree / mutation["file"]
         original = path.read_text()
         path.write_text(original.replace(mutation["old"], mutation["new"]))
-        caught = catcher(tree, histories)
+        try:
+            caught = catcher(tree, histories)
+            verdict = f"caught by {caught}" if caught else "SURVIVED"
+            survived += [] if caught else [mutation["name"]]
+        except NoVerdict as why:
+            verdict = f"ERROR: {why}"
+            undecided.append(mutation["name"])
         path.write_text(original)
-        if caught is None:
-            survived.append(mutation["name"])
-        verdict = f"caught by {caught}" if caught else "SURVIVED"
         seconds = time.monotonic() - began
         print(f"{mutation['rule']:4} {mutation['name']}: {verdict} ({seconds:.0f} s)", flush=True)
-    print(f"{len(chosen) - len(survived)} caught, {len(survived)} survived")
-    sys.exit(bool(survived))
+    caught = len(chosen) - len(survived) - len(undecided)
+    print(f"{caught} caught, {len(survived)} survived, {len(undecided)} without a verdict")
+    sys.exit(bool(survived or undecided))
 
 
 if __name__ == "__main__":

@@ -218,3 +218,35 @@ fn what_a_failed_flush_covered_is_equal_after_the_error_is_cleared() {
         m.compare_members();
     }
 }
+
+/// A round that fails everywhere has reached one member; the next one, without it, must say
+/// what it says under another event count (seed 8114 of the histories).
+#[test]
+fn a_round_after_one_that_failed_is_told_from_it() {
+    for seed in seeds(160) {
+        let m = plain_machine(seed);
+        wr(&m, 0, 65536);
+        let flushes = Faults {
+            flushes: true,
+            ..none()
+        };
+        faults(&m, flushes);
+        let c = m.client();
+        m.world
+            .spawn_task(async move { assert!(c.flush().await.is_err(), "seed {seed}") });
+        // Into the round that records it.
+        m.world.run(seed / 2 % 40, || false);
+        let gone = Faults {
+            gone: true,
+            ..none()
+        };
+        faults(&m, gone);
+        m.world.run(3000, || false);
+        m.disks[(seed % 2) as usize].set_faults(none());
+        m.world.run(3000, || false);
+        // The rules look at every superblock.
+        let c = m.client();
+        let written = async move { c.write(4096, 4096, false).await };
+        let _: Result<(), Errno> = m.world.block_on(written);
+    }
+}

@@ -12,7 +12,7 @@
 //! | R7 | [`Rules::r7_flushed`]; the oracle after each power cut |
 //! | R8 | [`Rules::r8_somebody_is_in_sync`] |
 //! | R9 | the player (`play.rs`): nothing stands still |
-//! | R10 | `mirror/src/histories.rs`, every history |
+//! | R10 | `mirror/src/histories.rs`, every history; [`Rules::r10_one_meaning`] |
 //! | R11 | [`Rules::r11_zeroed_before_use`]; the oracle, on disks full of garbage |
 //! | R12 | [`Rules::r12_hot_means_missed`] |
 //! | R14 | [`Rules::r14_a_return_is_an_epoch`] |
@@ -54,6 +54,8 @@ type News = (RegionKind, u8, u32, Option<Vec<u8>>, Vec<u8>);
 /// Watches the disks of one machine.
 pub(crate) struct Rules {
     known: RefCell<Vec<Known>>,
+    /// What superblocks have said, by event count.
+    said: RefCell<HashMap<u64, Superblock>>,
     layout: Layout,
     tag: u32,
 }
@@ -67,6 +69,7 @@ impl Rules {
         let superblock = disks.iter().find_map(superblock_on)?;
         let rules = Rc::new(Self {
             known: RefCell::default(),
+            said: RefCell::default(),
             layout: superblock.layout.clone(),
             tag: superblock.tag(),
         });
@@ -169,10 +172,16 @@ impl Rules {
         news
     }
 
-    /// The newest configuration that any of the disks holds.
+    /// The newest configuration that any of the disks holds: events count within one line of
+    /// epochs only.
     fn newest(known: &[Known]) -> Option<&Superblock> {
         let superblocks = known.iter().filter_map(|known| known.superblock.as_ref());
-        superblocks.max_by_key(|superblock| superblock.event_count)
+        superblocks.clone().max_by_key(|superblock| {
+            let behind = superblocks
+                .clone()
+                .filter(|other| superblock.descends_from(other.epoch.id));
+            (behind.count(), superblock.event_count)
+        })
     }
 
     /// The watched member in `slot` of `config`, if its power has not gone.
@@ -331,6 +340,27 @@ impl Rules {
         );
     }
 
+    /// R10: two superblocks of one event count say the same of all members.
+    fn r10_one_meaning(&self, superblock: &Superblock) {
+        let own = superblock.own_record();
+        if own.state == SlotState::Stale || own.full {
+            // Perhaps marked by itself: as an older copy, or as one that gets a full resync.
+            return;
+        }
+        let mut said = self.said.borrow_mut();
+        let before = said.entry(superblock.event_count);
+        let before = before.or_insert_with(|| superblock.clone());
+        let same = before.epoch == superblock.epoch
+            && before.slots == superblock.slots
+            && before.flush_failed == superblock.flush_failed
+            && before.last_stop == superblock.last_stop;
+        assert!(
+            same,
+            "R10: two superblocks at event {} differ: {:?}, {:?}",
+            superblock.event_count, before.slots, superblock.slots
+        );
+    }
+
     /// R11: the data of an extent that becomes usable is zero, durably.
     fn r11_zeroed_before_use(&self, known: &[Known], disk: &SimDisk, extent: usize) {
         if !Self::in_sync(known)
@@ -417,6 +447,9 @@ impl Observer for Rules {
         if [COPY_A_OFFSET, COPY_B_OFFSET].contains(offset) {
             let superblock = span.read(|bytes| Superblock::decode(bytes).ok());
             superblock.iter().for_each(Self::r8_somebody_is_in_sync);
+            superblock
+                .iter()
+                .for_each(|superblock| self.r10_one_meaning(superblock));
             all[at].superblock = superblock;
             return;
         }

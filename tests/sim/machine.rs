@@ -243,6 +243,12 @@ impl Machine {
         self.connect();
     }
 
+    /// Another disk in the place of one, while the mirror is stopped.
+    pub(crate) fn replace_disk(&mut self, slot: usize, disk: SimDisk) {
+        self.world.connect(&disk);
+        self.disks[slot] = disk;
+    }
+
     /// A client that shares the oracle.
     pub(crate) fn client(&self) -> Client {
         Client {

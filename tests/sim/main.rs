@@ -16,6 +16,7 @@ mod double_faults;
 mod histories;
 mod invariants;
 mod machine;
+mod older_images;
 mod oracle;
 mod others;
 mod play;

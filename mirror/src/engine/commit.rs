@@ -18,6 +18,7 @@ use super::wait::WaitList;
 use super::{FanOut, Mirror, Receiver, Running, View, front, length};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::PAGE_BYTES;
+use crate::superblock::SlotState;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
@@ -124,6 +125,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             maps.stamp.sequence += 1;
             maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
+            maps.completed = maps.completed.max(self.held_by_all());
             maps.stamp
         };
         loop {
@@ -170,6 +172,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             self.count(|counts| counts.map_commits += 1);
         }
+    }
+
+    /// The newest sequence that every member holds which the superblocks call receiving: also
+    /// one whose loss is judged and not recorded, because a crash now would make it start.
+    fn held_by_all(&self) -> u64 {
+        let config = self.config.borrow();
+        let slots = self.slots.borrow();
+        let receiving =
+            config.slots.iter().zip(slots.iter()).filter(|(record, _)| {
+                matches!(record.state, SlotState::InSync | SlotState::Resyncing)
+            });
+        let held = receiving.map(|(_, slot)| slot.position.sequence);
+        held.min().unwrap_or(0)
     }
 
     /// After a failure the in-sync members go first: were a resyncing one to get commit after

@@ -16,6 +16,12 @@
 //! of a joiner. It is effective when all of them hold it. A failure inside it starts it again
 //! without that member (whose loss the repeated round records); if it fails on all in-sync
 //! members, nobody is dropped, writes answer EIO, and it is tried again.
+//!
+//! Some members may hold what a failed attempt has sent, and a crash would make it count. So the
+//! losing task follows it up with another round at once (while that fails too, writes answer
+//! EIO). It descends from the attempt's epoch and counts on from its events: no two superblocks
+//! of a mirror say different things under one epoch and event count, and whoever got the attempt
+//! and nothing after it is recognised as behind.
 
 use super::fan_out::FanOut;
 use super::{Mirror, Running, front};
@@ -26,9 +32,7 @@ use crate::control::MemberRef;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use crate::records;
-use crate::superblock::{
-    COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Epoch, Loss, SlotState, Superblock,
-};
+use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loss, SlotState, Superblock};
 use dirty_map::blocks_covering;
 use std::rc::Rc;
 use std::time::Duration;
@@ -78,11 +82,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         true
     }
 
-    /// The losing task: makes judged losses effective, and records a flush that failed
-    /// everywhere.
+    /// The losing task: makes judged losses effective, records a flush that failed everywhere,
+    /// and replaces what a round that failed has left on some members.
     pub(super) async fn run_losses(self: Rc<Self>) {
         loop {
-            let pending = || self.losses_pending.get() > 0 || self.flush_unrecorded.get();
+            let pending = || {
+                self.losses_pending.get() > 0
+                    || self.flush_unrecorded.get()
+                    || self.attempt.borrow().is_some()
+            };
             self.changed.until(|| pending().then_some(())).await;
             // A round that someone else runs right now may take this loss along.
             if self.round(|_| {}).await.is_err() {
@@ -105,47 +113,64 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// [`Mirror::round`] for a caller that holds the membership already.
     pub(super) async fn round_inside(&self, change: impl Fn(&mut Superblock)) -> Result<(), Errno> {
-        let mut attempted: Option<Superblock> = None;
         loop {
             let losing = self.losing();
             self.commit_missed_of(&losing).await?;
             if losing != self.losing() {
                 continue;
             }
-            let mut next = self.config.borrow().clone();
-            if let Some(attempt) = &attempted {
-                // Members may hold the attempt's epoch: the next one descends from it, so that
-                // they are recognised after a crash in the middle.
-                next.epoch = attempt.epoch;
-                next.history.clone_from(&attempt.history);
-            }
-            let before = next.epoch;
-            change(&mut next);
-            next.flush_failed |= self.flush_unrecorded.get();
-            self.record_losses(&losing, before, &mut next);
-            let events = attempted
-                .as_ref()
-                .map_or(next.event_count, |a| a.event_count);
-            if next == *self.config.borrow() && self.all_hold_the_epoch() {
-                // A second flush that failed everywhere has nothing new to record.
-                self.flush_recorded(&next);
-                self.maps.borrow_mut().effective = next.epoch.id;
+            let Some(next) = self.draw_up(&losing, &change) else {
                 return Ok(());
+            };
+            *self.attempt.borrow_mut() = Some(next.clone());
+            if let Err(errno) = self.write_superblocks(&next, true).await {
+                self.changed.wake_all();
+                return Err(errno);
             }
-            next.event_count = events + 1;
-            next.updated_secs = self.host.wall_clock_secs();
-            self.write_superblocks(&next, true).await?;
             if losing == self.losing() {
                 self.write_superblocks(&next, false).await?;
             }
-            if losing != self.losing() {
-                // A member failed inside the round: again without it.
-                attempted = Some(next);
-                continue;
+            if losing == self.losing() {
+                self.round_effective(&losing, next);
+                return Ok(());
             }
-            self.round_effective(&losing, next);
-            return Ok(());
+            // A member failed inside the round: again without it.
         }
+    }
+
+    /// The configuration that a round is to make effective; `None` when it is effective already.
+    fn draw_up(&self, losing: &[u8], change: impl Fn(&mut Superblock)) -> Option<Superblock> {
+        let config = self.config.borrow();
+        let attempt = self.attempt.borrow();
+        let base = attempt.as_ref().unwrap_or(&config);
+        let mut next = Superblock {
+            epoch: base.epoch,
+            history: base.history.clone(),
+            ..config.clone()
+        };
+        change(&mut next);
+        next.flush_failed |= self.flush_unrecorded.get();
+        self.record_losses(losing, &mut next);
+        if attempt.is_none() && next == *config && self.all_hold_the_epoch() {
+            // A second flush that failed everywhere has nothing new to record.
+            self.flush_recorded(&next);
+            self.maps.borrow_mut().effective = next.epoch.id;
+            return None;
+        }
+        if let Some(attempt) = attempt
+            .as_ref()
+            .filter(|attempt| says_the_same(attempt, &next))
+        {
+            // Tried again and again while no disk takes it, it must not fill the history.
+            return Some(attempt.clone());
+        }
+        let begun = next.epoch != base.epoch;
+        if !begun && (!losing.is_empty() || base.epoch != config.epoch) {
+            next.begin_epoch(self.host.random());
+        }
+        next.event_count = base.event_count + 1;
+        next.updated_secs = self.host.wall_clock_secs();
+        Some(next)
     }
 
     /// Slots whose loss is judged but not effective.
@@ -174,10 +199,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.commit_now().await
     }
 
-    fn record_losses(&self, losing: &[u8], before: Epoch, next: &mut Superblock) {
-        if losing.is_empty() {
-            return;
-        }
+    fn record_losses(&self, losing: &[u8], next: &mut Superblock) {
         let slots = self.slots.borrow();
         for &slot in losing {
             let state = &slots[usize::from(slot)];
@@ -191,10 +213,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 block_exact: true,
             };
             records::loss(next, slot, becomes, loss);
-        }
-        if next.epoch == before {
-            // The change of this round may have begun one already: one is enough.
-            next.begin_epoch(self.host.random());
         }
     }
 
@@ -293,6 +311,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.flush_recorded(&next);
         self.maps.borrow_mut().effective = next.epoch.id;
         *self.config.borrow_mut() = next;
+        *self.attempt.borrow_mut() = None;
         for &slot in losing {
             self.slots.borrow_mut()[usize::from(slot)].running = Running::Absent;
         }
@@ -483,4 +502,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             )
         })
     }
+}
+
+/// Whether two configurations differ in nothing but when and under which epoch they were drawn up.
+fn says_the_same(one: &Superblock, other: &Superblock) -> bool {
+    let undated = |config: &Superblock| Superblock {
+        epoch: other.epoch,
+        history: Vec::new(),
+        event_count: 0,
+        updated_secs: 0,
+        ..config.clone()
+    };
+    undated(one) == undated(other)
 }

@@ -19,8 +19,10 @@ use std::ops::Range;
 
 /// Bytes of memory that the state of hot extents may take.
 const HOT_CAP_BYTES: usize = 256 << 20;
-/// Bytes of an epoch in the payload of a position sector.
+/// Bytes of an epoch, the first field in the payload of a position sector.
 pub(super) const EPOCH_BYTES: usize = size_of::<u128>();
+/// Bytes of a sequence, the second one.
+pub(super) const SEQUENCE_BYTES: usize = size_of::<u64>();
 /// Missed blocks in a page of a missed map.
 const MISSED_PER_PAGE: u64 = MISSED_PER_SECTOR * SECTORS_PER_PAGE;
 
@@ -82,6 +84,9 @@ pub(super) struct Maps {
     pub(super) stamp: Stamp,
     /// The newest epoch known to be effective, for the position page (R10); 0 for none.
     pub(super) effective: u128,
+    /// The newest sequence that all receiving members hold for certain, also those whose loss is
+    /// not recorded yet: a member that lacks it is an older copy (R16).
+    pub(super) completed: u64,
     tag: u32,
 }
 
@@ -110,6 +115,7 @@ impl Maps {
                 sequence: 0,
             },
             effective: 0,
+            completed: 0,
             tag,
         }
     }
@@ -229,7 +235,9 @@ impl Maps {
                     m.summary.write_payload(index, &mut payload);
                 }
                 (RegionKind::Position, _) => {
-                    payload[..EPOCH_BYTES].copy_from_slice(&self.effective.to_le_bytes());
+                    let (epoch, rest) = payload.split_at_mut(EPOCH_BYTES);
+                    epoch.copy_from_slice(&self.effective.to_le_bytes());
+                    rest[..SEQUENCE_BYTES].copy_from_slice(&self.completed.to_le_bytes());
                 }
                 _ => {}
             }

@@ -1,6 +1,6 @@
 //! Superblocks and map pages of one member, outside the data path.
 
-use super::maps::EPOCH_BYTES;
+use super::maps::{EPOCH_BYTES, SEQUENCE_BYTES};
 use super::{front, length};
 use crate::assemble::Seen;
 use crate::host::{Disk, DiskRequest, Errno, Host};
@@ -309,22 +309,28 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
         .ok_or(missing)?;
     let states = read_region(host, disk, &superblock, state_region).await;
     let positions = read_region(host, disk, &superblock, position_region).await;
+    let newest = positions.sectors.iter().flatten();
+    let newest = newest.max_by_key(|(stamp, _)| *stamp);
+    let (effective, completed) = newest.map_or((0, 0), |(_, payload)| decode_position(payload));
     let seen = Seen {
         path: path.to_owned(),
         superblock,
         position: states.newest.max(positions.newest),
-        effective: effective_epoch(&positions),
+        damaged: newest.is_none(),
+        effective,
+        completed,
     };
     Ok(Surveyed { seen, states })
 }
 
-/// The epoch that a member's position page names, 0 for none.
-fn effective_epoch(positions: &RegionImage) -> u128 {
-    let newest = positions.sectors.iter().flatten();
-    newest
-        .max_by_key(|(stamp, _)| *stamp)
-        .and_then(|(_, payload)| payload.get(..EPOCH_BYTES)?.try_into().ok())
-        .map_or(0, u128::from_le_bytes)
+/// The epoch and the sequence that a position sector names, 0 for none.
+fn decode_position(payload: &[u8]) -> (u128, u64) {
+    let (epoch, rest) = payload.split_at_checked(EPOCH_BYTES).unwrap_or_default();
+    let sequence = rest.get(..SEQUENCE_BYTES).unwrap_or_default();
+    (
+        epoch.try_into().map_or(0, u128::from_le_bytes),
+        sequence.try_into().map_or(0, u64::from_le_bytes),
+    )
 }
 
 /// The extents that a member's own map calls hot; a damaged sector counts as hot throughout.

@@ -211,6 +211,8 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     /// The configuration all members share. `member`, `own_slot` and `write_count` are filled
     /// in for each member when it is written.
     config: RefCell<Superblock>,
+    /// What the last round has sent to members without becoming effective.
+    attempt: RefCell<Option<Superblock>>,
     slots: RefCell<Vec<Slot<D>>>,
     view: RefCell<Rc<View<D>>>,
     maps: RefCell<Maps>,
@@ -246,6 +248,8 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     coarse_now: Cell<Duration>,
     /// Whether anything was answered since the last position tick.
     wrote_since_tick: Cell<bool>,
+    /// Whether anything was between the last two.
+    wrote_before_tick: Cell<bool>,
     counts: RefCell<IoCounts>,
     resync: RefCell<Option<ResyncStatus>>,
     last_resync: RefCell<Option<ResyncStatus>>,

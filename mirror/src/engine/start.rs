@@ -10,9 +10,11 @@
 //!    unless forced, then its extents are hot; its blocks are missed.
 //! 4. Hot extents become un-equalised and unflushed, and missed for every slot that is not
 //!    in-sync (R12).
-//! 5. One commit makes all of that durable, including sectors that differed; members that were
-//!    found to be older copies are marked as such (R15); a round records the start and the
-//!    members lost by it. Only now anything is answered.
+//! 5. One commit makes all of that durable, including sectors that differed. It goes by the
+//!    sequence of the newest one found: commits of starts that were cut off would make an older
+//!    copy look as new as those left out (R16). Then members that were found to be older copies
+//!    are marked as such (R15), and a round records the start and the members lost by it. Only
+//!    now anything is answered.
 //! 6. Background tasks begin; members that can return by delta are joined.
 
 use super::maps::{Maps, Page, pages_of};
@@ -142,6 +144,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             stopping: Cell::new(false),
             coarse_now: Cell::new(host.now()),
             wrote_since_tick: Cell::new(false),
+            wrote_before_tick: Cell::new(false),
             counts: RefCell::new(IoCounts::default()),
             resync: RefCell::new(None),
             last_resync: RefCell::new(None),
@@ -150,6 +153,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             size_bytes: config.layout.size_bytes,
             logical_block_bytes: config.logical_block_bytes,
             config: RefCell::new(config),
+            attempt: RefCell::new(None),
             options,
             host,
         }
@@ -202,16 +206,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .filter(|(_, v)| **v == Verdict::InSync)
             .map(|(p, _)| p)
             .collect();
-        let highest = in_sync.iter().map(|p| p.surveyed.seen.position.sequence);
-        let proven = in_sync.iter().map(|p| &p.surveyed.seen);
-        let proven = proven.max_by_key(|seen| seen.position);
+        let seen = || in_sync.iter().map(|p| &p.surveyed.seen);
+        let highest = seen().map(|seen| seen.position.sequence);
+        // A damaged position page names none.
+        let proven = seen().max_by_key(|seen| (seen.effective != 0, seen.position));
         {
             let mut maps = self.maps.borrow_mut();
-            // Not above those left out: that would make older copies look as new as they are,
-            // should this start be cut off before its epoch tells them apart.
-            maps.stamp.sequence = highest.max().unwrap_or(0);
+            // The first commit counts one up; see step 5.
+            maps.stamp.sequence = highest.max().map_or(0, |highest| highest.saturating_sub(1));
             // The epoch that this start completes or draws is not effective yet.
             maps.effective = proven.map_or(0, |seen| seen.effective);
+            maps.completed = seen().map(|seen| seen.completed).max().unwrap_or(0);
         }
         let states: Vec<&RegionImage> = in_sync.iter().map(|p| &p.surveyed.states).collect();
         self.load_states(&states)?;
@@ -477,6 +482,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .coolable(self.host.now(), Duration::ZERO, usize::MAX);
         if self.options.write_intent {
             self.cool(quiet).await?;
+            // So that every member's maps name the last commit that wrote something (R16).
+            self.maps.borrow_mut().dirty.insert(Page::POSITION);
+            self.commit().await?;
         }
         let clean = self.maps.borrow().hot.is_empty();
         self.round(|config| {

@@ -56,7 +56,11 @@ impl Facts {
             events: BTreeMap::new(),
         };
         for disk in &world.disks {
-            facts.sequence = facts.sequence.min(disk.position.sequence);
+            let least = facts.sequence.min(disk.position.sequence);
+            facts.sequence = match disk.completed {
+                0 => least,
+                completed => least.min(completed),
+            };
             facts.ordinal = facts.ordinal.min(disk.position.ordinal);
             if let Some(superblock) = &disk.superblock {
                 facts.ordinal = facts.ordinal.min(superblock.epoch.ordinal);
@@ -84,6 +88,7 @@ impl Facts {
             let place = group * world.members + slot;
             let disk = &world.disks[place];
             self.stamp(disk.position).hash(&mut hasher);
+            disk.completed.wrapping_sub(self.sequence).hash(&mut hasher);
             if let Some(superblock) = &disk.superblock {
                 let record = superblock.own_record();
                 (superblock.epoch.ordinal - self.ordinal).hash(&mut hasher);
@@ -114,6 +119,7 @@ impl Facts {
                 let disk = &world.disks[group * members + slot];
                 words.stamp(disk.position);
                 words.epoch(disk.effective);
+                words.sequence(disk.completed);
                 match &disk.superblock {
                     None => words.words.push(u64::MAX),
                     Some(superblock) => words.superblock(superblock, order),
@@ -127,6 +133,7 @@ impl Facts {
         let running = world
             .running
             .map(|run| permuted(run.in_sync) << 32 | (run.sequence - self.sequence));
+        words.sequence(world.running.map_or(0, |run| run.completed));
         words.words.extend([
             running.unwrap_or(u64::MAX),
             permuted(world.needed),
@@ -204,6 +211,15 @@ impl Words<'_> {
             u64::MAX
         } else {
             number(&mut self.epochs, epoch)
+        };
+        self.words.push(word);
+    }
+
+    /// Zero stands for none.
+    fn sequence(&mut self, sequence: u64) {
+        let word = match sequence {
+            0 => u64::MAX,
+            sequence => sequence - self.facts.sequence,
         };
         self.words.push(word);
     }

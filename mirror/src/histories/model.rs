@@ -6,7 +6,7 @@
 //! whether it was acknowledged, so writes are a set of bit patterns: those that are alike are
 //! one, and a world stays small however many writes there were.
 
-use crate::assemble::{COMMITS_IN_FLIGHT_MAX, Seen};
+use crate::assemble::Seen;
 use crate::layout::Layout;
 use crate::records;
 use crate::superblock::{Epoch, LastStop, Loss, SlotRecord, SlotState, Superblock};
@@ -27,12 +27,15 @@ pub(crate) struct Disk {
     pub(crate) superblock: Option<Rc<Superblock>>,
     pub(crate) position: Stamp,
     pub(crate) effective: u128,
+    pub(crate) completed: u64,
 }
 
 #[derive(Clone, Copy)]
 pub(crate) struct Running {
     pub(crate) in_sync: Slots,
     pub(crate) sequence: u64,
+    /// The commit that all receiving members hold.
+    pub(crate) completed: u64,
 }
 
 /// How far an older image goes back.
@@ -70,8 +73,6 @@ pub(crate) const HOLDS: usize = 0;
 pub(crate) const HOT: usize = 1;
 pub(crate) const MISSED: usize = 2;
 pub(crate) const ACKNOWLEDGED: u64 = 1 << 63;
-/// Commits that lie between two things a second apart: more than can be in flight (R16).
-const SECOND: u64 = 16;
 
 pub(crate) fn slots_of(set: Slots) -> impl Iterator<Item = usize> + Clone {
     (0..8).filter(move |slot| set >> slot & 1 == 1)
@@ -128,6 +129,7 @@ impl World {
                 sequence: 100, // far from zero, which stands for none
             },
             effective: 0,
+            completed: 0,
         };
         let mut world = Self {
             members,
@@ -191,7 +193,9 @@ impl World {
             path: format!("/dev/{}", place % self.members),
             superblock: Superblock::clone(superblock),
             position: disk.position,
+            damaged: false,
             effective: disk.effective,
+            completed: disk.completed,
         })
     }
 
@@ -230,16 +234,31 @@ impl World {
         let Some(run) = &mut self.running else { return };
         run.sequence += after;
         for slot in slots_of(slots) {
-            self.disks[slot].position = Stamp {
+            let disk = &mut self.disks[slot];
+            disk.position = Stamp {
                 ordinal: epoch.0,
                 sequence: run.sequence,
             };
-            self.disks[slot].effective = epoch.1;
+            (disk.effective, disk.completed) = (epoch.1, run.completed);
         }
+    }
+
+    /// Of what the superblocks call receiving, all hold this commit.
+    fn complete(&mut self) {
+        let config = self.config();
+        let receiving = |slot: &usize| {
+            let state = config.slots[*slot].state;
+            matches!(state, SlotState::InSync | SlotState::Resyncing)
+        };
+        let held = (0..self.members).filter(receiving);
+        let held = held.map(|slot| self.disks[slot].position.sequence).min();
+        let Some(run) = &mut self.running else { return };
+        run.completed = run.completed.max(held.unwrap());
     }
 
     /// A commit under the epoch that is effective.
     pub(crate) fn commit_now(&mut self, slots: Slots, after: u64) {
+        self.complete();
         let epoch = self.config().epoch;
         self.commit(slots, after, (epoch.ordinal, epoch.id));
     }
@@ -269,7 +288,9 @@ impl World {
         }
         self.writes.push(holds | missed | hot);
         self.acknowledge();
-        self.commit_now(receivers, SECOND);
+        // The first names what came before these writes only.
+        self.commit_now(receivers, 1);
+        self.commit_now(receivers, 1);
     }
 
     /// What the running mirror holds is what has been acknowledged.
@@ -404,7 +425,7 @@ impl World {
             Some(slot) if in_sync & one(slot) == 0 || in_sync == one(slot) => return false,
             Some(slot) => {
                 self.issue(one(slot));
-                self.commit_now(one(slot), COMMITS_IN_FLIGHT_MAX);
+                self.commit_now(one(slot), 1);
             }
             None => {}
         }

@@ -172,35 +172,83 @@ impl World {
         slots_of(in_sync).max_by_key(sequence).unwrap()
     }
 
-    /// Starts. With `cut_off` the daemon crashes when the start's round has reached that member
-    /// only.
-    pub(crate) fn begin(&mut self, decision: &Decision, cut_off: Option<usize>) -> bool {
+    /// Starts, or is cut off in the middle by a crash.
+    pub(crate) fn begin(&mut self, decision: &Decision, cut: Option<Cut>) -> bool {
         let (seen, plan, forced) = (&decision.seen, &decision.plan, decision.forced);
         let in_sync = decision.in_sync;
-        if cut_off.is_some_and(|slot| in_sync & one(slot) == 0 || in_sync == one(slot)) {
-            return false;
-        }
         // By force somebody who is not here may go on alone, not knowing of this. The same
         // holds when all who serve have been put back to what they were.
         let put_back = in_sync & !self.reverted == 0 || !self.has_all(in_sync);
-        self.honest &= !forced && !put_back;
-        self.untouched &= !forced;
+        let gives_up = forced || put_back;
+        let some = |reached: Slots| reached & !in_sync == 0 && reached != in_sync;
+        if let Some(Cut::Round(reached) | Cut::Commit(reached)) = cut
+            && !some(reached)
+        {
+            return false;
+        }
+        let nothing_said = matches!(cut, Some(Cut::Commit(_) | Cut::Round(0)));
+        self.honest &= !gives_up || nothing_said;
+        self.untouched &= !forced || nothing_said;
         self.keep_images(Image::Begun);
         self.keep_images(Image::Changed);
-        let memory = self.memory();
-        let newest = self.newest(in_sync);
-        let (hot, holds) = (self.bits(in_sync, HOT), self.bits(in_sync, HOLDS));
-        // Of each map sector the newest counts; a hot write that anyone has survives (R5).
-        self.mark(hot, hot);
-        let everywhere = holds | self.bit(memory, HOLDS);
-        if forced || put_back {
+        let holds = self.bits(in_sync, HOLDS);
+        if gives_up && !nothing_said {
             // The rest is given up: by the operator, or because nobody here knows of it. Also
             // when a crash cuts this start off, since the next one goes on from it.
             let given_up = |write: &&mut u64| **write & holds == 0;
             let lost = self.writes.iter_mut().filter(given_up);
             lost.for_each(|write| *write &= !ACKNOWLEDGED);
         }
-        self.mark(holds, everywhere);
+        let named = slots_of(in_sync).map(|slot| self.disks[slot].completed);
+        let newest = self.newest(in_sync);
+        self.running = Some(Running {
+            in_sync,
+            sequence: self.disks[newest].position.sequence,
+            completed: named.max().unwrap(),
+        });
+        let mut config = seen[plan.newest].superblock.clone();
+        let reached = match cut {
+            Some(Cut::Commit(reached)) => reached,
+            _ => in_sync,
+        };
+        self.load_maps(plan, in_sync, reached);
+        let effective = self.disks[newest].effective;
+        self.commit(reached, 0, (config.epoch.ordinal, effective));
+        if matches!(cut, Some(Cut::Commit(_))) {
+            self.stop();
+            return true;
+        }
+        for (_, older) in records::disown(seen, plan) {
+            let slot = usize::from(older.own_slot);
+            self.disks[slot].superblock = Some(Rc::new(older));
+        }
+        let epoch = self.fresh();
+        records::start(&mut config, seen, plan, forced, epoch);
+        config.event_count += 1;
+        if let Some(Cut::Round(reached)) = cut {
+            self.round(&config, reached);
+            self.stop();
+            return true;
+        }
+        self.round(&config, in_sync);
+        for s in seen {
+            self.reverted &= !one(usize::from(s.superblock.own_slot));
+        }
+        let highest = seen.iter().map(|s| s.position.sequence).max();
+        let run = self.running.as_mut().unwrap();
+        run.sequence = run.sequence.max(highest.unwrap());
+        self.go_on(in_sync, in_sync);
+        true
+    }
+
+    /// Maps and data of a start, whose commit reaches some of those in-sync.
+    fn load_maps(&mut self, plan: &Plan, in_sync: Slots, reached: Slots) {
+        let (memory, newest) = (self.memory(), self.newest(in_sync));
+        let (hot, holds) = (self.bits(in_sync, HOT), self.bits(in_sync, HOLDS));
+        // Of each map sector the newest counts; a hot write that anyone has survives (R5).
+        self.mark(hot, self.bits(reached, HOT));
+        let equal = if reached == in_sync { holds } else { 0 };
+        self.mark(holds, equal | self.bit(memory, HOLDS));
         for slot in slots_of(self.all() & !in_sync) {
             let missed = self.bit(memory, MISSED + slot);
             let lost = plan.lost.iter().any(|(lost, _)| usize::from(*lost) == slot);
@@ -209,41 +257,19 @@ impl World {
             }
             self.mark(hot, missed);
         }
-        self.running = Some(Running {
-            in_sync,
-            sequence: self.disks[newest].position.sequence,
-        });
-        let mut config = seen[plan.newest].superblock.clone();
         for slot in 0..self.members {
-            self.store_missed(in_sync, slot);
+            self.store_missed(reached, slot);
         }
-        for (_, older) in records::disown(seen, plan) {
-            let slot = usize::from(older.own_slot);
-            self.disks[slot].superblock = Some(Rc::new(older));
-        }
-        let effective = self.disks[newest].effective;
-        self.commit(in_sync, 1, (config.epoch.ordinal, effective));
-        let epoch = self.fresh();
-        records::start(&mut config, seen, plan, forced, epoch);
-        config.event_count += 1;
-        match cut_off {
-            Some(slot) => {
-                self.round(&config, one(slot));
-                self.stop();
-            }
-            None => {
-                self.round(&config, in_sync);
-                for s in seen {
-                    self.reverted &= !one(usize::from(s.superblock.own_slot));
-                }
-                let highest = seen.iter().map(|s| s.position.sequence).max();
-                let run = self.running.as_mut().unwrap();
-                run.sequence = run.sequence.max(highest.unwrap());
-                self.go_on(in_sync, in_sync);
-            }
-        }
-        true
     }
+}
+
+/// Where a start is cut off by a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cut {
+    /// These hold its commit.
+    Commit(Slots),
+    /// All do, and these hold its superblock.
+    Round(Slots),
 }
 
 /// Nothing was found: there is no member to be named.

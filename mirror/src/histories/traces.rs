@@ -3,10 +3,10 @@
 
 use super::Action::{
     Crash, CrashInForce, CrashInReplace, CrashInReturn, CrashInRound, CrashInStart, Force, Lose,
-    OlderImage, Replace, Return, Start,
+    LoseTwo, OlderImage, Replace, Return, Start,
 };
 use super::model::{Image, Slots, World};
-use super::{Action, Stop, act};
+use super::{Action, Cut, Stop, act};
 use crate::assemble::Verdict;
 use Image::{Begun, Changed};
 
@@ -114,12 +114,15 @@ fn a_round_that_has_reached_the_joiner_was_effective() {
 #[test]
 fn older_copies_do_not_overtake_by_starting() {
     // A and B were put back and are started by force; crashes keep the start's epoch from B.
-    // Had the start gone on above C's position, B would look like C's equal.
+    // Had the starts gone on above C's position, B would look like C's equal. C was left out.
     let images = [Crash(None), OlderImage(0, Begun), OlderImage(1, Begun)];
-    let starts = [CrashInForce(A | B, 0), CrashInStart(A | B | C, 0)];
+    let starts = [
+        CrashInForce(A | B, Cut::Round(A)),
+        CrashInStart(A | B | C, Cut::Round(A)),
+    ];
     let mut world = after(3, &[&images[..], &starts[..]].concat());
     assert_eq!(act(&mut world, Force(B | C)), Ok(true));
-    returns(&world, 1, "older");
+    returns(&world, 2, "--full");
 }
 
 #[test]
@@ -134,6 +137,22 @@ fn an_older_copy_that_was_left_out_does_not_start_alone_later() {
     );
     let met = after(2, &[&before[..], &[Start(A | B), Crash(None)]].concat());
     refused(&met, B, &["slot 0", "/dev/0", "--force"]);
+}
+
+#[test]
+fn an_older_copy_that_was_left_out_does_not_serve_beside_one_that_was_lost() {
+    // B was lost in the middle of the round that lost A, and C was put back to before it. Each
+    // for itself is in-sync by what it says, and together they prove that the round was cut off.
+    // But C has met A since.
+    let before = [LoseTwo(0, 1), Return(0), Crash(None), OlderImage(2, Begun)];
+    let met = after(3, &[&before[..], &[Start(A | C), Crash(None)]].concat());
+    refused(&met, B | C, &["slot 0", "/dev/0", "--force"]);
+    // Nothing it says of the others' losses goes with its own maps.
+    let mut forced = met.clone();
+    assert_eq!(act(&mut forced, Force(C)), Ok(true));
+    for slot in [0, 1] {
+        returns(&forced, slot, "--full");
+    }
 }
 
 #[test]
@@ -158,12 +177,30 @@ fn a_join_that_was_cut_off_is_taken_up_again_by_delta() {
 #[test]
 fn starts_cut_off_one_after_the_other_make_nobody_an_older_copy() {
     let cut_off = [
-        CrashInStart(A | B, 0),
-        CrashInStart(A | B, 0),
-        CrashInStart(A | B, 0),
+        CrashInStart(A | B, Cut::Round(A)),
+        CrashInStart(A | B, Cut::Round(A)),
+        CrashInStart(A | B, Cut::Round(A)),
     ];
     let world = after(3, &[&[Lose(2), Crash(None)], &cut_off[..]].concat());
     assert_eq!(start(&world, A | B), Ok(A | B));
+}
+
+#[test]
+fn more_starts_than_the_history_holds_refuse_nobody() {
+    let joined = [Lose(1), CrashInReturn(1, Stop::Resync(false))];
+    let maps_written = [Lose(1), CrashInReturn(1, Stop::Maps)];
+    for before in [joined, maps_written] {
+        let mut world = after(2, &before);
+        world.untouched = false; // the delta is given up
+        for _ in 0..50 {
+            for action in [Start(A), Crash(None)] {
+                assert_eq!(act(&mut world, action), Ok(true), "{before:?}");
+            }
+        }
+        assert_eq!(start(&world, A | B), Ok(A), "{before:?}");
+        assert_eq!(act(&mut world, Start(A | B)), Ok(true));
+        returns(&world, 1, "longer ago than the mirror's history");
+    }
 }
 
 #[test]

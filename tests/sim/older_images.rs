@@ -1,0 +1,281 @@
+//! Older images of members, however few commits they lack, and what looks like one and is none:
+//! damaged position pages, starts and joins that were cut off, a loss that was not recorded.
+
+use crate::machine::{Machine, path, superblock_on};
+use crate::races::{none, seeds, wr};
+use mirror::control::MemberState;
+use mirror::sim::{Faults, Observer, SimBuffer, SimDisk, SimHost};
+use mirror::superblock::SlotState;
+use mirror::{DiskRequest, Host as _};
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::Duration;
+
+const SIZE: u64 = 64 << 20;
+/// The position page's copies.
+const POSITION: [u64; 2] = [12288, 16384];
+
+fn seconds(machine: &Machine, seconds: u64) {
+    let host = SimHost(machine.world.clone());
+    let sleep = async move { host.sleep(Duration::from_secs(seconds)).await };
+    machine.world.block_on(sleep);
+}
+
+fn write_and_flush(machine: &Machine) {
+    wr(machine, 0, 4096);
+    let client = machine.client();
+    machine
+        .world
+        .block_on(async move { client.flush().await.unwrap() });
+}
+
+/// Nothing that was in a cache is left.
+fn drop_all(ways: usize) -> usize {
+    ways - 1
+}
+
+fn states(machine: &Machine) -> Vec<MemberState> {
+    let members = machine.mirror().status().members;
+    members.into_iter().map(|member| member.state).collect()
+}
+
+/// Whether the copy in `slot` is told from the others, and nothing is read from it.
+fn is_left_out(mut machine: Machine, slot: usize, what: &str) {
+    machine.start();
+    assert_ne!(states(&machine)[slot], MemberState::InSync, "{what}");
+    machine.check_all(what);
+}
+
+#[test]
+fn of_a_moment_ago() {
+    for seed in seeds(40) {
+        let slot = (seed % 2) as usize;
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        for _ in 0..3 {
+            write_and_flush(&machine);
+            seconds(&machine, 1);
+        }
+        let image = machine.disks[slot].image();
+        write_and_flush(&machine);
+        seconds(&machine, 3);
+        machine.cut_power_choosing(&mut drop_all);
+        machine.replace_disk(slot, image);
+        is_left_out(machine, slot, &format!("seed {seed}"));
+    }
+}
+
+/// A second's writes to an extent that is hot make one commit, however long ago that was.
+#[test]
+fn with_hardly_any_commit_since() {
+    for seed in seeds(40) {
+        let slot = (seed % 2) as usize;
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        write_and_flush(&machine);
+        seconds(&machine, if seed % 4 < 2 { 30 } else { 3 });
+        let image = machine.disks[slot].image();
+        seconds(&machine, if seed % 8 < 4 { 3600 } else { 0 });
+        write_and_flush(&machine);
+        seconds(&machine, 3);
+        machine.cut_power_choosing(&mut drop_all);
+        machine.replace_disk(slot, image);
+        is_left_out(machine, slot, &format!("seed {seed}"));
+    }
+}
+
+/// After a clean stop nothing is hot, so nothing would be equalised.
+#[test]
+fn beside_a_clean_stop() {
+    for seed in seeds(40) {
+        let slot = (seed % 2) as usize;
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        write_and_flush(&machine);
+        seconds(&machine, 3);
+        let image = machine.disks[slot].image();
+        write_and_flush(&machine);
+        seconds(&machine, if seed % 4 < 2 { 3600 } else { 0 });
+        machine.stop().unwrap();
+        machine.replace_disk(slot, image);
+        is_left_out(machine, slot, &format!("seed {seed}"));
+    }
+}
+
+/// A position page that is damaged in both copies says nothing about its member's age.
+#[test]
+fn a_damaged_position_page_is_no_age() {
+    for seed in seeds(20) {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        for extent in 0..8 {
+            wr(&machine, extent << 22, 1 << 20);
+        }
+        let resyncing = seed % 2 == 1;
+        if resyncing {
+            machine.fail(1).unwrap();
+        }
+        for _ in 0..6 {
+            wr(&machine, 8192, 4096);
+            seconds(&machine, 1);
+        }
+        if resyncing {
+            machine.re_add(1).unwrap();
+        }
+        machine.cut_power_choosing(&mut drop_all);
+        for sector in 0..8 {
+            for page in POSITION {
+                machine.disks[0].spoil(page + sector * 512);
+            }
+        }
+        machine.start();
+        assert_eq!(states(&machine)[0], MemberState::InSync, "seed {seed}");
+        machine.check_all(&format!("seed {seed}"));
+        machine.wait_in_sync();
+        machine.compare_members();
+    }
+}
+
+/// Starts that are cut off do not age the member that their commits did not reach, nor one whose
+/// resync a crash had ended.
+#[test]
+fn starts_that_were_cut_off_are_no_age() {
+    for seed in seeds(60) {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        for extent in 0..4 {
+            wr(&machine, extent << 22, 65536);
+        }
+        if seed % 2 == 1 {
+            machine.fail(1).unwrap();
+            wr(&machine, 8192, 4096);
+            machine.re_add(1).unwrap();
+        }
+        machine.cut_power_choosing(&mut drop_all);
+        for cut in 0..6 {
+            // What it writes reaches the first disk only.
+            machine.disks[1].observe(Some(Rc::new(HangsWhenWritten)));
+            machine.start_cut_short(20 + (seed / 2 + cut) % 30);
+            machine.disks[1].observe(None);
+            machine.disks[1].set_faults(none());
+            machine.cut_power_choosing(&mut drop_all);
+        }
+        machine.start();
+        machine.check_all(&format!("seed {seed}"));
+        machine.wait_in_sync();
+        machine.compare_members();
+    }
+}
+
+/// A disk that answers nothing from the first write on.
+struct HangsWhenWritten;
+
+impl Observer for HangsWhenWritten {
+    fn submitted(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>) {
+        if matches!(request, DiskRequest::Write { .. }) {
+            disk.set_faults(Faults {
+                hang: true,
+                ..none()
+            });
+        }
+    }
+
+    fn completed(&self, _: &SimDisk, _: &DiskRequest<SimBuffer>) {}
+}
+
+/// Counts the writes that a disk is given.
+#[derive(Default)]
+struct Writes(Cell<u64>);
+
+impl Observer for Writes {
+    fn submitted(&self, _: &SimDisk, request: &DiskRequest<SimBuffer>) {
+        if matches!(request, DiskRequest::Write { .. }) {
+            self.0.set(self.0.get() + 1);
+        }
+    }
+
+    fn completed(&self, _: &SimDisk, _: &DiskRequest<SimBuffer>) {}
+}
+
+/// The power goes while a returning member's maps are overwritten, and its cache loses what was
+/// written first.
+#[test]
+fn a_join_that_was_cut_off_is_no_age() {
+    for seed in seeds(80) {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        wr(&machine, 0, 4096);
+        machine.fail(1).unwrap();
+        for at in 0..8 {
+            wr(&machine, (at % 4) << 22, 4096);
+            seconds(&machine, 2);
+        }
+        let writes = Rc::new(Writes::default());
+        machine.disks[1].observe(Some(writes.clone()));
+        let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
+        let back = async move { _ = mirror.re_add(path(1), disk, false, false).await };
+        machine.world.spawn_task(back);
+        assert!(
+            machine
+                .world
+                .run(1_000_000, || writes.0.get() > seed / 4 % 10)
+        );
+        machine.disks[1].observe(None);
+        let mut asked = 0;
+        machine.cut_power_choosing(&mut |ways| {
+            asked += 1;
+            if asked <= seed % 5 * 8 { ways - 1 } else { 0 }
+        });
+        machine.start();
+        if matches!(
+            states(&machine)[1],
+            MemberState::Faulty | MemberState::Stale
+        ) {
+            // It had not joined yet, and does so when asked; else it has by itself.
+            machine.world.run(1000, || false);
+            let back = machine.re_add(1);
+            let returned = [MemberState::Resyncing, MemberState::InSync];
+            assert!(
+                back.is_ok() || returned.contains(&states(&machine)[1]),
+                "seed {seed}: {back:?}"
+            );
+        }
+        machine.wait_in_sync();
+        machine.compare_members();
+    }
+}
+
+/// A member vanishes and the others go on committing, but the power goes before its loss is on
+/// any superblock.
+#[test]
+fn a_loss_that_was_not_recorded_is_no_age() {
+    for seed in seeds(30) {
+        let mut machine = Machine::new(seed, 3, SIZE);
+        machine.start();
+        wr(&machine, 0, 4096);
+        machine.fail(2).unwrap();
+        wr(&machine, 8192, 4096);
+        let (mirror, disk) = (machine.mirror(), machine.disks[2].clone());
+        let back = async move { _ = mirror.re_add(path(2), disk, false, false).await };
+        machine.world.spawn_task(back);
+        let joined = |disk: &SimDisk| {
+            let superblock = superblock_on(disk);
+            superblock.is_some_and(|s| s.slots[2].state == SlotState::Resyncing)
+        };
+        let disks = machine.disks.clone();
+        let holds = || joined(&disks[2]) && !disks[2].is_under_way(4096, 8192);
+        assert!(machine.world.run(1_000_000, holds), "seed {seed}");
+        machine.disks[1].set_faults(Faults {
+            gone: true,
+            ..none()
+        });
+        let recording = || disks[0].is_under_way(4096, 4096);
+        assert!(machine.world.run(1_000_000, recording), "seed {seed}");
+        machine.cut_power_choosing(&mut drop_all);
+        machine.disks[1].set_faults(none());
+        machine.start();
+        assert_eq!(states(&machine)[1], MemberState::InSync, "seed {seed}");
+        machine.wait_in_sync();
+        machine.compare_members();
+    }
+}
