@@ -10,8 +10,10 @@ KERNELS ?= 6.12 7.2
 FUZZ_SECONDS ?= 600
 FUZZ_SHORT_SECONDS ?= 10
 FUZZ_TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)/fuzz
-# What `make test` plays in the simulator; `cargo sim --minutes 60` goes on for an hour.
+# What `make test` plays in the simulator (`cargo sim --minutes 60` goes on for an hour), and how
+# many actions the histories of three members have that assembly is tried on.
 HISTORIES ?= 10000
+ASSEMBLY_LENGTH ?= 6
 CRASH_SAMPLES ?= 36
 CRASH_SCHEDULES ?= 4
 # What lint and doc leave out of a person's way is an error here.
@@ -42,7 +44,8 @@ test: test-unit test-sim test-fuzz test-native test-guest
 
 test-unit: deps
 	@echo "=== unit tests"
-	$(CARGO) test --workspace --exclude ublk-mirror-tests --no-fail-fast
+	ASSEMBLY_LENGTH=$(ASSEMBLY_LENGTH) \
+		$(CARGO) test --workspace --exclude ublk-mirror-tests --no-fail-fast
 
 test-sim: deps
 	@echo "=== simulator and style tests"

@@ -68,11 +68,14 @@ fn judge(found: &[Superblock]) {
         .map(|(index, superblock)| Seen {
             path: format!("disk{index}"),
             superblock: superblock.clone(),
+            // Any position will do; this one the fuzzer can choose.
             position: Stamp {
                 ordinal: superblock.epoch.ordinal,
-                // Any position will do; this one the fuzzer can choose.
                 sequence: superblock.resync_cursor,
             },
+            damaged: superblock.resync_cursor % 4 == 3,
+            effective: superblock.history.last().map_or(0, |epoch| epoch.id),
+            completed: superblock.updated_secs,
         })
         .collect();
     for force in [false, true] {

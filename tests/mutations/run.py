@@ -55,7 +55,8 @@ def copy_tree():
     for name in filter(None, listed):
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, tree / name)
+            # With the time of now: an older one would leave the last mutation's build in place.
+            shutil.copy(ROOT / name, tree / name)
     return tree
 
 

@@ -444,6 +444,33 @@ fn a_sequential_writer_finds_extents_zeroed() {
     machine.compare_members();
 }
 
+/// What has been zeroed ahead on a disk is not zero on the one that takes its slot.
+#[test]
+fn a_new_disk_is_not_zeroed_ahead_like_the_old_one() {
+    for seed in 0..4 {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        for disk in &machine.disks {
+            disk.without_cheap_zeroes();
+        }
+        machine.start();
+        write(&machine, 0, 4096);
+        let mirror = machine.mirror();
+        let zeroed = || mirror.status().io.extents_zeroed_ahead == (SIZE >> 22) - 1;
+        assert!(machine.world.run(10_000_000, zeroed), "nothing is ahead");
+        machine.fail(1).unwrap();
+        machine.add_new("new").unwrap();
+        machine.disks[1].without_cheap_zeroes();
+        machine.wait_in_sync();
+        write(&machine, 7 << 22, 4096);
+        // Only the new disk is left to be read from.
+        machine.fail(0).unwrap();
+        for _ in 0..4 {
+            read(&machine, 7 << 22, 1 << 20);
+        }
+        machine.check_all("in the end");
+    }
+}
+
 #[test]
 fn extents_are_zeroed_in_idle_time() {
     for seed in 0..3 {

@@ -4,6 +4,7 @@ use crate::invariants::Rules;
 use crate::oracle::{Oracle, Version, fill};
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
+use mirror::engine::HOT_MEMORY_DEFAULT;
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
 use mirror::{Candidate, Disk as _, Errno, Host, Mirror, Span, StartError, StartOptions};
@@ -36,20 +37,12 @@ pub(crate) struct Machine {
     pub(crate) rules: Option<Rc<Rules>>,
     next_version: Rc<Cell<Version>>,
     pub(crate) data_offset: u64,
+    /// Memory for hot extents; of every fourth seed so little that they have to make room.
+    hot_memory_bytes: usize,
 }
 
 pub(crate) fn path(slot: usize) -> String {
     format!("disk{slot}")
-}
-
-pub(crate) fn options(force: bool) -> StartOptions {
-    StartOptions {
-        name: "m".into(),
-        force,
-        write_intent: true,
-        deadline: Duration::from_secs(5),
-        hot_budget: None,
-    }
 }
 
 impl Machine {
@@ -88,9 +81,25 @@ impl Machine {
             rules: None,
             next_version: Rc::new(Cell::new(1)),
             data_offset: plan.data_offset,
+            hot_memory_bytes: if seed % 4 == 3 {
+                700
+            } else {
+                HOT_MEMORY_DEFAULT
+            },
         };
         machine.connect();
         machine
+    }
+
+    fn options(&self, force: bool) -> StartOptions {
+        StartOptions {
+            name: "m".into(),
+            force,
+            write_intent: true,
+            deadline: Duration::from_secs(5),
+            hot_budget: None,
+            hot_memory_bytes: self.hot_memory_bytes,
+        }
     }
 
     /// This machine and `disks` in another course of events, for a crash: nobody runs there.
@@ -103,6 +112,7 @@ impl Machine {
             rules: None,
             next_version: Rc::new(Cell::new(self.next_version.get())),
             data_offset: self.data_offset,
+            hot_memory_bytes: self.hot_memory_bytes,
         };
         fork.disks
             .iter()
@@ -138,7 +148,7 @@ impl Machine {
         self.end_rules();
         self.rules = Rules::watching(&disks);
         let host = Rc::new(SimHost(self.world.clone()));
-        let start = SimMirror::start(host, candidates, options(force));
+        let start = SimMirror::start(host, candidates, self.options(force));
         let mirror = self.world.block_on(start)?;
         Rules::r12_hot_means_missed(&mirror.status());
         if !force {
@@ -161,18 +171,29 @@ impl Machine {
     /// Starts on all disks and crashes after `operations` of the start; true when the start
     /// ended before.
     pub(crate) fn start_cut_short(&mut self, operations: u64) -> bool {
-        let candidates = self.candidates(&(0..self.disks.len()).collect::<Vec<_>>());
+        let all: Vec<usize> = (0..self.disks.len()).collect();
+        let begun = self.operations();
+        self.start_on_until(&all, false, |machine| {
+            machine.operations() - begun >= operations
+        })
+    }
+
+    /// Starts on some of the disks and goes no further when `cut` says so.
+    pub(crate) fn start_on_until(
+        &self,
+        slots: &[usize],
+        force: bool,
+        cut: impl Fn(&Self) -> bool,
+    ) -> bool {
+        let candidates = self.candidates(slots);
         let host = Rc::new(SimHost(self.world.clone()));
         let ended = Rc::new(Cell::new(false));
-        let end = ended.clone();
+        let (end, options) = (ended.clone(), self.options(force));
         self.world.spawn_task(async move {
-            drop(SimMirror::start(host, candidates, options(false)).await);
+            drop(SimMirror::start(host, candidates, options).await);
             end.set(true);
         });
-        let begun = self.operations();
-        self.world.run(1_000_000, || {
-            ended.get() || self.operations() - begun >= operations
-        });
+        self.world.run(1_000_000, || ended.get() || cut(self));
         ended.get()
     }
 

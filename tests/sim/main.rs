@@ -21,5 +21,6 @@ mod oracle;
 mod others;
 mod play;
 mod races;
+mod rounds;
 mod runner;
 mod script;

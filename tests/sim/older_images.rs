@@ -15,13 +15,13 @@ const SIZE: u64 = 64 << 20;
 /// The position page's copies.
 const POSITION: [u64; 2] = [12288, 16384];
 
-fn seconds(machine: &Machine, seconds: u64) {
+pub(crate) fn seconds(machine: &Machine, seconds: u64) {
     let host = SimHost(machine.world.clone());
     let sleep = async move { host.sleep(Duration::from_secs(seconds)).await };
     machine.world.block_on(sleep);
 }
 
-fn write_and_flush(machine: &Machine) {
+pub(crate) fn write_and_flush(machine: &Machine) {
     wr(machine, 0, 4096);
     let client = machine.client();
     machine
@@ -30,11 +30,11 @@ fn write_and_flush(machine: &Machine) {
 }
 
 /// Nothing that was in a cache is left.
-fn drop_all(ways: usize) -> usize {
+pub(crate) fn drop_all(ways: usize) -> usize {
     ways - 1
 }
 
-fn states(machine: &Machine) -> Vec<MemberState> {
+pub(crate) fn states(machine: &Machine) -> Vec<MemberState> {
     let members = machine.mirror().status().members;
     members.into_iter().map(|member| member.state).collect()
 }
@@ -102,6 +102,46 @@ fn beside_a_clean_stop() {
     }
 }
 
+/// While it was resyncing; nothing was written after the resync.
+#[test]
+fn from_within_a_resync() {
+    for seed in seeds(40) {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        write_and_flush(&machine);
+        machine.fail(1).unwrap();
+        write_and_flush(&machine);
+        seconds(&machine, 30);
+        machine.re_add(1).unwrap();
+        let image = machine.disks[1].image();
+        machine.wait_in_sync();
+        seconds(&machine, if seed % 2 == 0 { 3600 } else { 3 });
+        machine.cut_power_choosing(&mut drop_all);
+        machine.replace_disk(1, image);
+        is_left_out(machine, 1, &format!("seed {seed}"));
+    }
+}
+
+/// The last write before a crash made no commit, and nothing is written after the next start.
+#[test]
+fn from_before_a_start() {
+    for seed in seeds(40) {
+        let slot = (seed % 2) as usize;
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        write_and_flush(&machine);
+        seconds(&machine, 5);
+        let image = machine.disks[slot].image();
+        write_and_flush(&machine);
+        machine.cut_power_choosing(&mut drop_all);
+        machine.start();
+        seconds(&machine, if seed % 4 < 2 { 3600 } else { 6 });
+        machine.cut_power_choosing(&mut drop_all);
+        machine.replace_disk(slot, image);
+        is_left_out(machine, slot, &format!("seed {seed}"));
+    }
+}
+
 /// A position page that is damaged in both copies says nothing about its member's age.
 #[test]
 fn a_damaged_position_page_is_no_age() {
@@ -164,6 +204,36 @@ fn starts_that_were_cut_off_are_no_age() {
         machine.check_all(&format!("seed {seed}"));
         machine.wait_in_sync();
         machine.compare_members();
+    }
+}
+
+/// Starts by force do not make older images as new as the one that was left out, however often
+/// they are cut off.
+#[test]
+fn starts_that_were_cut_off_are_no_progress() {
+    for seed in seeds(40) {
+        let mut machine = Machine::new(seed, 3, SIZE);
+        machine.start();
+        write_and_flush(&machine);
+        seconds(&machine, 3);
+        let images = [0, 1].map(|slot| machine.disks[slot].image());
+        write_and_flush(&machine);
+        seconds(&machine, 5);
+        machine.cut_power_choosing(&mut drop_all);
+        for (slot, image) in images.into_iter().enumerate() {
+            machine.replace_disk(slot, image);
+        }
+        for _ in 0..8 {
+            let round = |machine: &Machine| {
+                let mut disks = machine.disks.iter();
+                disks.any(|disk| disk.is_under_way(4096, 4096))
+            };
+            assert!(!machine.start_on_until(&[0, 1], true, round));
+            machine.cut_power_choosing(&mut drop_all);
+        }
+        machine.start();
+        assert_eq!(states(&machine)[2], MemberState::InSync, "seed {seed}");
+        machine.check_all(&format!("seed {seed}"));
     }
 }
 

@@ -64,8 +64,8 @@ fn runs(pages: &[Page]) -> Vec<(usize, usize)> {
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Makes every map change so far durable; see the module documentation. Waits for judged
-    /// losses first: a member whose loss is not recorded yet must not fall behind by more
-    /// commits than a start takes for a commit in flight (R16).
+    /// losses first: until they are recorded no commit counts as held by all, and an older image
+    /// would not be known by those that it lacks (R16).
     pub(super) async fn commit(&self) -> Result<(), Errno> {
         self.losses_effective().await?;
         self.commit_now().await
@@ -141,6 +141,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
                 pages
             };
+            if pages.iter().any(|page| *page != Page::POSITION) {
+                // Ticks follow until a commit names this one (R16).
+                self.wrote_since_tick.set(true);
+            }
             if buffer.in_use() {
                 // A stalled, lost member still holds it (R6).
                 *buffer = self.host.allocate(PAGES_PER_STEP * length(PAGE_BYTES));
@@ -174,15 +178,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// The newest sequence that every member holds which the superblocks call receiving: also
-    /// one whose loss is judged and not recorded, because a crash now would make it start.
+    /// The newest sequence that every member holds which the superblocks call receiving, or some
+    /// of them after a round that failed: also one whose loss is judged and not recorded, because
+    /// a crash now would make it start.
     fn held_by_all(&self) -> u64 {
-        let config = self.config.borrow();
+        let (config, attempt) = (self.config.borrow(), self.attempt.borrow());
         let slots = self.slots.borrow();
-        let receiving =
-            config.slots.iter().zip(slots.iter()).filter(|(record, _)| {
-                matches!(record.state, SlotState::InSync | SlotState::Resyncing)
-            });
+        let configs = std::iter::once(&*config).chain(attempt.as_ref());
+        let records = configs.flat_map(|config| config.slots.iter().zip(slots.iter()));
+        let receiving = records
+            .filter(|(record, _)| matches!(record.state, SlotState::InSync | SlotState::Resyncing));
         let held = receiving.map(|(_, slot)| slot.position.sequence);
         held.min().unwrap_or(0)
     }

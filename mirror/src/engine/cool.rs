@@ -5,8 +5,9 @@
 //! bits that belong to them, one commit of their states. Between the two commits a write may
 //! take an extent back; it is then simply hot again.
 //!
-//! While writes are answered, and once more after that, a position sector is committed each
-//! second: it names the commit before, so that an older image of a member is recognised (R16).
+//! While writes are answered or maps change, and once more after that, a position sector is
+//! committed each second: it names the commit before, so that an older image of a member is
+//! recognised (R16).
 
 use super::Mirror;
 use super::fan_out::TICKS_PER_DEADLINE;
@@ -67,7 +68,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let wrote = self.wrote_since_tick.replace(false);
         if self.wrote_before_tick.replace(wrote) || wrote {
             self.maps.borrow_mut().dirty.insert(Page::POSITION);
-            self.commit().await?;
+            let committed = self.commit().await;
+            // One that failed names nothing.
+            self.wrote_since_tick
+                .set(committed.is_err() || self.wrote_since_tick.get());
+            committed?;
         }
         Ok(())
     }

@@ -459,30 +459,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 member_io::write_bytes(&*self.host, &*joiner.disk, offset, &bytes).await?;
             }
         }
-        // The position first and durably: what a crash leaves of the other pages is recognised by
-        // it as that of a join (R16).
-        let (position, others): (Vec<Page>, Vec<Page>) = self
+        for run in self
             .pages_of_all_maps(joiner.slot)
-            .into_iter()
-            .partition(|page| *page == Page::POSITION);
-        self.write_pages_to(joiner, &position, stamp).await?;
-        self.write_pages_to(joiner, &others, stamp).await?;
-        Ok(stamp)
-    }
-
-    /// Writes these pages to the joiner, durably.
-    async fn write_pages_to(
-        &self,
-        joiner: &Joiner<D>,
-        pages: &[Page],
-        stamp: Stamp,
-    ) -> Result<(), Errno> {
-        let layout = self.config.borrow().layout.clone();
-        for run in pages.chunk_by(|a, b| (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index))
+            .chunk_by(|a, b| (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index))
         {
             for pages in run.chunks(PIECE_BYTES / length(PAGE_BYTES)) {
                 let page = pages[0];
-                let Some(region) = layout.find(page.kind, page.slot) else {
+                let Some(region) = config.layout.find(page.kind, page.slot) else {
                     continue;
                 };
                 let mut images = vec![0; pages.len() * length(PAGE_BYTES)];
@@ -495,7 +478,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
-        member_io::flush(&*self.host, &*joiner.disk).await
+        member_io::flush(&*self.host, &*joiner.disk).await?;
+        Ok(stamp)
     }
 
     /// Makes the former member's own superblock say that a full resync has begun. What its maps

@@ -63,7 +63,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             tracing::warn!("member {} (slot {slot}) is lost: {reason}", state.path);
             state.running = Running::Losing { becomes };
-            self.ahead.borrow_mut().forget(slot);
             state.reason = Some(reason.to_owned());
         }
         self.losses_pending.set(self.losses_pending.get() + 1);
@@ -151,7 +150,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         change(&mut next);
         next.flush_failed |= self.flush_unrecorded.get();
         self.record_losses(losing, &mut next);
-        if attempt.is_none() && next == *config && self.all_hold_the_epoch() {
+        if attempt.is_none() && next == *config && self.all_hold_the_config() {
             // A second flush that failed everywhere has nothing new to record.
             self.flush_recorded(&next);
             self.maps.borrow_mut().effective = next.epoch.id;
@@ -216,14 +215,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Whether every receiving member's superblock stands at the present epoch; after a start
-    /// in the middle of a round some do not.
-    fn all_hold_the_epoch(&self) -> bool {
-        let epoch = self.config.borrow().epoch.id;
+    /// Whether every receiving member's superblock is the present one; after a start in the
+    /// middle of a round some are not.
+    fn all_hold_the_config(&self) -> bool {
+        let (epoch, events) = {
+            let config = self.config.borrow();
+            (config.epoch.id, config.event_count)
+        };
         let slots = self.slots.borrow();
         let receiving =
             |s: &&super::Slot<D>| matches!(s.running, Running::InSync | Running::Resyncing);
-        slots.iter().filter(receiving).all(|s| s.epoch == epoch)
+        slots
+            .iter()
+            .filter(receiving)
+            .all(|s| (s.epoch, s.events) == (epoch, events))
     }
 
     /// Writes `next` to the in-sync members, or to the other receiving ones. Members that fail
@@ -289,6 +294,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let state = &mut slots[usize::from(receiver.slot)];
             state.write_count += 1;
             state.epoch = next.epoch.id;
+            state.events = next.event_count;
         }
         Ok(())
     }

@@ -17,8 +17,6 @@ use dirty_map::{
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
-/// Bytes of memory that the state of hot extents may take.
-const HOT_CAP_BYTES: usize = 256 << 20;
 /// Bytes of an epoch, the first field in the payload of a position sector.
 pub(super) const EPOCH_BYTES: usize = size_of::<u128>();
 /// Bytes of a sequence, the second one.
@@ -91,7 +89,7 @@ pub(super) struct Maps {
 }
 
 impl Maps {
-    pub(super) fn new(layout: &Layout, slots: usize, tag: u32) -> Self {
+    pub(super) fn new(layout: &Layout, slots: usize, tag: u32, hot_memory_bytes: usize) -> Self {
         let extents = u32::try_from(extents_of(layout.size_bytes)).unwrap_or(u32::MAX);
         let blocks = u64::from(extents) * BLOCKS_PER_EXTENT;
         let missed = |_| Missed {
@@ -104,7 +102,7 @@ impl Maps {
         Self {
             states: StateMap::new(extents),
             missed: (0..slots.min(SLOTS_MAX)).map(missed).collect(),
-            hot: HotExtents::new(HOT_CAP_BYTES),
+            hot: HotExtents::new(hot_memory_bytes),
             cooling: HashSet::new(),
             unrecorded: HashSet::new(),
             preparing: HashSet::new(),

@@ -77,6 +77,8 @@ pub const PIECE_BYTES: usize = 1 << 20;
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
 /// Hot extents that may exist before it is reported, unless told otherwise: 64 GiB to equalise.
 pub const HOT_BUDGET_DEFAULT: u32 = 16384;
+/// Bytes of memory that the state of hot extents may take, unless told otherwise.
+pub const HOT_MEMORY_DEFAULT: usize = 256 << 20;
 
 /// Choices at start.
 #[derive(Clone, Debug)]
@@ -91,6 +93,8 @@ pub struct StartOptions {
     pub deadline: Duration,
     /// Budget of hot extents; exceeded and reported rather than waited on.
     pub hot_budget: Option<u32>,
+    /// Bytes that the state of hot extents may take; when they are used up, extents cool early.
+    pub hot_memory_bytes: usize,
 }
 
 /// An opened device that may be a member.
@@ -150,6 +154,8 @@ struct Slot<D> {
     position: Stamp,
     /// The last epoch that its superblock durably holds.
     epoch: u128,
+    /// The event count that it holds with that.
+    events: u64,
     /// Update counter of its superblock.
     write_count: u64,
     /// Reads that failed on it.
@@ -171,6 +177,7 @@ impl<D> Slot<D> {
                 sequence: 0,
             },
             epoch: 0,
+            events: 0,
             write_count: 0,
             read_errors: 0,
             repaired_blocks: 0,
@@ -246,7 +253,7 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     stopping: Cell<bool>,
     /// Coarse time for bookkeeping that does not need a clock reading a request.
     coarse_now: Cell<Duration>,
-    /// Whether anything was answered since the last position tick.
+    /// Whether anything was answered, or a map changed on disk, since the last position tick.
     wrote_since_tick: Cell<bool>,
     /// Whether anything was between the last two.
     wrote_before_tick: Cell<bool>,

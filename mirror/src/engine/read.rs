@@ -255,6 +255,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if self.heat(&piece).await.is_err() {
                 return;
             }
+            self.begin_repair(&piece);
             lock.set_issued(true);
             let repaired = self.rewrite_copy(slot, &piece).await;
             self.end_repair(&piece);
@@ -274,17 +275,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
+    /// In flight like any write, or its extents might cool under it (R3).
+    fn begin_repair(&self, range: &Range<u64>) {
+        let mut maps = self.maps.borrow_mut();
+        let now = self.coarse_now.get();
+        for extent in extents(range) {
+            maps.hot.begin_write(extent, now);
+        }
+    }
+
     /// The rewritten blocks join the unflushed set like any write's.
     fn end_repair(&self, range: &Range<u64>) {
         let mut maps = self.maps.borrow_mut();
         let now = self.coarse_now.get();
         let blocks = blocks_covering(range.start, range.end - range.start);
         for extent in extents(range) {
-            if maps.hot.contains(extent) {
-                maps.hot.begin_write(extent, now);
-                maps.hot
-                    .end_write(extent, intersect(&blocks, &extent.blocks()), now);
-            }
+            maps.hot
+                .end_write(extent, intersect(&blocks, &extent.blocks()), now);
         }
     }
 
@@ -297,10 +304,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let own = self.fresh_span(length(part.end - part.start));
             let span = match self.read_whole(&part, own.clone(), Some(slot)).await {
                 Ok(moved) => moved.unwrap_or(own),
-                Err(_) => {
+                Err(_) if self.in_sync_members() > 1 => {
                     left.extend(self.halves(&part).into_iter().flatten());
                     continue;
                 }
+                Err(_) => return Ok(copied),
             };
             let view = self.view();
             let mut in_sync = view.receivers.iter().filter(|r| r.in_sync);

@@ -246,11 +246,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.resync_target(slot).is_none() {
             return true;
         }
+        if self.attempt.borrow().is_some() {
+            // The losing task follows it up; trying by turns, the two would fill the history.
+            return false;
+        }
         if !self.maps.borrow().missed[usize::from(slot)].map.is_clear() {
             return false;
         }
         let round = self.round_inside(|config| {
-            records::resynced(config, slot);
+            // Not when it is lost in this round, which is tried again then: its own superblock
+            // may still say that the resync goes on.
+            if self.resync_target(slot).is_some() {
+                records::resynced(config, slot);
+            }
         });
         if round.await.is_err() || self.resync_target(slot).is_none() {
             return false;

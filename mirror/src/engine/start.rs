@@ -115,7 +115,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .slots
             .iter()
             .map(|record| Slot::absent(record.address.clone()));
-        let maps = Maps::new(&config.layout, config.slots.len(), config.tag());
+        let maps = Maps::new(
+            &config.layout,
+            config.slots.len(),
+            config.tag(),
+            options.hot_memory_bytes,
+        );
         Self {
             slots: RefCell::new(slots.collect()),
             view: RefCell::new(Rc::new(View {
@@ -143,7 +148,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             write_blocked: Cell::new(false),
             stopping: Cell::new(false),
             coarse_now: Cell::new(host.now()),
-            wrote_since_tick: Cell::new(false),
+            // The last commit before the start may have been named by none.
+            wrote_since_tick: Cell::new(true),
             wrote_before_tick: Cell::new(false),
             counts: RefCell::new(IoCounts::default()),
             resync: RefCell::new(None),
@@ -183,6 +189,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                             disk: Some(member.disk.clone()),
                             position: member.surveyed.seen.position,
                             epoch: superblock.epoch.id,
+                            events: superblock.event_count,
                             write_count: superblock.write_count,
                             ..Slot::absent(member.path.clone())
                         };

@@ -304,6 +304,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.config.borrow().flush_failed
                 && self.flush_failed_here.get()
                 && maps.suspect.is_clear()
+                // The losing task follows up a round that failed; not by turns with it.
+                && self.attempt.borrow().is_none()
         };
         if lifted
             && self

@@ -9,8 +9,8 @@
 //!
 //! An extent is *ahead* on a slot only while the slot's member holds zeroes in it durably: it was
 //! zeroed, the member was flushed afterwards, and since then the member has been receiving and
-//! the extent unwritten. Nothing is recorded on disk: after a restart, and for a member that was
-//! lost, nothing is ahead.
+//! the extent unwritten. Nothing is recorded on disk: after a restart, and for a member that
+//! joins, nothing is ahead.
 //!
 //! # Why no lock is needed
 //!
@@ -76,7 +76,7 @@ impl ZeroAhead {
         self.ahead[usize::from(slot)].contains(&extent)
     }
 
-    /// The member in `slot` stops receiving.
+    /// A member joins in `slot`.
     pub(super) fn forget(&mut self, slot: u8) {
         self.ahead[usize::from(slot)].clear();
         (self.cursor, self.done) = (0, false);

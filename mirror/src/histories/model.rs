@@ -66,6 +66,8 @@ pub(crate) struct World {
     pub(crate) honest: bool,
     /// No older image and no force so far: whoever was lost returns by delta.
     pub(crate) untouched: bool,
+    /// A crash in the middle of a start is one of the actions.
+    pub(crate) starts_are_cut_off: bool,
     fresh: u32,
 }
 
@@ -143,6 +145,7 @@ impl World {
             reverted: 0,
             honest: true,
             untouched: true,
+            starts_are_cut_off: true,
             fresh: 10,
         };
         let decision = world.decide(world.all()).unwrap().unwrap();

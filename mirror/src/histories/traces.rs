@@ -156,6 +156,21 @@ fn an_older_copy_that_was_left_out_does_not_serve_beside_one_that_was_lost() {
 }
 
 #[test]
+fn of_two_older_copies_that_were_left_out_one_may_serve_by_force() {
+    let before = [
+        Lose(0),
+        CrashInReturn(0, Stop::Finish(B)),
+        OlderImage(0, Changed),
+        OlderImage(2, Changed),
+    ];
+    let met = after(3, &[&before[..], &[Start(A | B | C), Crash(None)]].concat());
+    refused(&met, A | C, &["slot 1", "/dev/1", "--force"]);
+    let decision = met.decide(A | C).unwrap().unwrap();
+    assert!(decision.forced);
+    assert_eq!(decision.in_sync.count_ones(), 1, "they differ");
+}
+
+#[test]
 fn a_join_that_was_cut_off_is_taken_up_again_by_delta() {
     let lost = [Crash(None), Force(B)];
     for stop in [

@@ -75,6 +75,9 @@ pub(crate) struct Options {
     /// How many extents may be hot before it is reported
     #[arg(long, value_name = "EXTENTS", value_parser = clap::value_parser!(u32).range(1..))]
     hot_budget: Option<u32>,
+    /// Memory that the state of hot extents may take, beyond which they cool early
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
+    hot_memory: Option<u16>,
 }
 
 impl Options {
@@ -103,6 +106,7 @@ impl Options {
         option("--queue-depth", self.queue_depth.map(|n| number(n.into())));
         option("--deadline", self.deadline.map(number));
         option("--hot-budget", self.hot_budget.map(number));
+        option("--hot-memory", self.hot_memory.map(|n| number(n.into())));
         if self.force {
             args.push("--force".into());
         }
@@ -226,6 +230,7 @@ mod tests {
             queue_depth: Some(64),
             deadline: Some(7),
             hot_budget: Some(9),
+            hot_memory: Some(64),
         };
         let run = RunDir::new(Path::new("/r")).unwrap();
         let args = options.arguments(&run, "m", &["/a".into(), "-b".into()]);
@@ -233,7 +238,7 @@ mod tests {
         assert_eq!(
             text.join(" "),
             "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
-             --queue-depth 64 --deadline 7 --hot-budget 9 --force \
+             --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 --force \
              --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
