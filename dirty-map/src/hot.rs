@@ -22,7 +22,7 @@ use std::time::Duration;
 pub const HOT_CAP_BYTES: usize = 256 << 20;
 
 const WORDS: usize = 16;
-const MASK_BYTES: usize = WORDS * 8;
+const MASK_BYTES: usize = size_of::<[u64; WORDS]>();
 /// What a hot extent takes besides masks: its entry in a table that may have just doubled, and
 /// its places in a bucket and among the ripe.
 const ENTRY_BYTES: usize = 104;

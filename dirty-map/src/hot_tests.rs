@@ -126,6 +126,81 @@ fn an_extent_that_cooled_and_returned_within_a_tick_is_found_once() {
     assert_eq!(hot.coolable(NOW + QUIET, QUIET, 9), [Extent(3)]);
 }
 
+#[test]
+fn what_is_hot_is_counted() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    assert!(hot.is_empty() && !hot.contains(Extent(3)));
+    for number in [3, 5, 9] {
+        hot.insert(Extent(number), NOW);
+    }
+    assert!(!hot.is_empty() && hot.len() == 3);
+    assert!(hot.contains(Extent(5)) && !hot.contains(Extent(4)));
+    hot.set_unequalised_all(Extent(5));
+    hot.set_unequalised(Extent(9), 9 * 1024..9 * 1024 + 3);
+    assert_eq!(hot.unequalised_blocks(), 1027);
+    assert!(!hot.is_unequalised(0..0) && !hot.is_unequalised(5 * 1024..5 * 1024));
+    hot.clear_unequalised(0..0);
+    // What is forgotten with its extent is not counted any more.
+    hot.remove(Extent(5));
+    assert_eq!((hot.unequalised_blocks(), hot.len()), (3, 2));
+    assert_eq!(hot.next_unequalised(None), Some(9 * 1024..9 * 1024 + 3));
+}
+
+#[test]
+fn the_middle_of_an_extent_is_not_the_whole() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    hot.insert(Extent(0), NOW);
+    hot.set_unequalised(Extent(0), 400..624);
+    assert_eq!(hot.unequalised_blocks(), 224);
+    hot.set_unequalised_all(Extent(0));
+    hot.clear_unequalised(400..624);
+    assert_eq!(hot.unequalised_blocks(), 800);
+}
+
+#[test]
+fn a_whole_extent_is_taken_out_without_memory_too() {
+    let mut hot = HotExtents::new(0);
+    hot.insert(Extent(2), NOW);
+    hot.set_unequalised(Extent(2), 2048..2049);
+    assert_eq!(hot.unequalised_blocks(), 1024, "no memory to be exact");
+    hot.clear_unequalised(2048..2049);
+    assert_eq!(hot.unequalised_blocks(), 1024, "nor here");
+    hot.clear_unequalised(Extent(2).blocks());
+    assert_eq!(hot.unequalised_blocks(), 0);
+}
+
+#[test]
+fn quiet_begins_when_the_last_write_ends() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    hot.insert(Extent(1), NOW);
+    hot.begin_write(Extent(1), NOW);
+    let ended = NOW + Duration::from_secs(4);
+    hot.end_write(Extent(1), 1024..1024, ended);
+    assert!(
+        hot.coolable(ended + QUIET - Duration::from_secs(1), QUIET, 9)
+            .is_empty()
+    );
+    assert_eq!(hot.coolable(ended + QUIET, QUIET, 9), [Extent(1)]);
+    // A write without blocks leaves nothing to flush.
+    assert!(!hot.is_unflushed());
+}
+
+#[test]
+fn consecutive_extents_spread_over_a_table() {
+    use std::hash::BuildHasher;
+    let spread = BuildHasherDefault::<ExtentHasher>::default();
+    let hashes: Vec<u64> = (0..4096).map(|n| spread.hash_one(Extent(n))).collect();
+    // A table goes by the lowest bits, and by the highest seven within a group.
+    let low: BTreeSet<u64> = hashes.iter().map(|hash| hash % 4096).collect();
+    let high: BTreeSet<u64> = hashes.iter().map(|hash| hash >> 57).collect();
+    assert!(
+        low.len() > 2000 && high.len() == 128,
+        "{} {}",
+        low.len(),
+        high.len()
+    );
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Write(u32, u64, u64),
@@ -201,6 +276,13 @@ proptest! {
             prop_assert!(hot.is_unequalised(block..block + 1) || !unequal.contains(&block));
         }
         if exact {
+            for (start, len) in [(0, 4096), (1000, 100), (2047, 2), (3072, 1024)] {
+                let any = (start..start + len).any(|block| unequal.contains(&block));
+                prop_assert_eq!(hot.is_unequalised(start..start + len), any);
+            }
+            for block in 0..4096 {
+                prop_assert_eq!(hot.is_unequalised(block..block + 1), unequal.contains(&block));
+            }
             prop_assert_eq!(have, want);
             prop_assert_eq!(hot.unequalised_blocks(), unequal.len() as u64);
             let mut found = BTreeSet::new();
