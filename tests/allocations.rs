@@ -167,7 +167,7 @@ fn started(machine: &Rc<Machine>) -> Rc<Mirror<Still, MemoryDisk>> {
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,
-        hot_memory_bytes: mirror::engine::HOT_MEMORY_DEFAULT,
+        hot_memory_bytes: mirror::engine::HOT_CAP_BYTES,
     };
     let host = Rc::new(Still(Rc::clone(machine)));
     drive(machine, Mirror::start(host, candidates.collect(), options)).unwrap()

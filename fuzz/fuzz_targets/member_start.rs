@@ -57,7 +57,7 @@ fn options(force: bool) -> StartOptions {
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,
-        hot_memory_bytes: mirror::engine::HOT_MEMORY_DEFAULT,
+        hot_memory_bytes: mirror::engine::HOT_CAP_BYTES,
     }
 }
 

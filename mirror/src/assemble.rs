@@ -25,6 +25,10 @@
 //! The mirror starts only when the superblock of every member that the newest one names
 //! in-sync has been read. Otherwise the absent one may hold newer data.
 //!
+//! An older copy that a start leaves out is given that start's configuration and calls itself
+//! stale from then on (`records::disown`): by what it said before, it could serve later beside a
+//! member that was lost still earlier. By force, and with nothing else here, it may serve alone.
+//!
 //! # Who is an older copy (R16)
 //!
 //! Each map commit names the newest one before it that every receiving member holds. An in-sync
@@ -445,10 +449,8 @@ fn newest(seen: &[Seen]) -> Result<usize, Refusal> {
         });
     newest.ok_or_else(|| {
         let pairs = (0..seen.len()).flat_map(|a| (0..seen.len()).map(move |b| (a, b)));
-        let apart = pairs.filter(|(a, b)| a != b);
-        let apart = apart
-            .into_iter()
-            .find(|&(a, b)| !knows(a, b) && !knows(b, a));
+        let mut pairs = pairs.filter(|(a, b)| a != b);
+        let apart = pairs.find(|&(a, b)| !knows(a, b) && !knows(b, a));
         split_brain(seen, apart.unwrap_or((0, seen.len() - 1)))
     })
 }

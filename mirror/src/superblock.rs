@@ -116,7 +116,8 @@ pub enum SlotState {
     InSync,
     /// The member receives writes and is being brought up to date.
     Resyncing,
-    /// The member lacks blocks and receives nothing.
+    /// The member lacks blocks and receives nothing. Said by a member of itself: a start has left
+    /// it out as an older copy.
     Stale,
     /// The member failed, or the operator failed it.
     Faulty,

@@ -3,7 +3,7 @@
 //! failed once.
 
 use crate::machine::Machine;
-use crate::races::{none, seeds, wr};
+use crate::races::{flushes, gone, none, seeds, wr};
 use mirror::Errno;
 use mirror::sim::Faults;
 
@@ -32,11 +32,7 @@ fn a_flush_for_zeroes_that_fails_everywhere_is_a_failed_flush() {
     for seed in seeds(12) {
         let m = plain_machine(seed);
         wr(&m, 0, 65536);
-        let flushes = Faults {
-            flushes: true,
-            ..none()
-        };
-        faults(&m, flushes);
+        faults(&m, flushes());
         let c = m.client();
         let first = m
             .world
@@ -64,11 +60,7 @@ fn zeroes_dropped_by_a_failed_flush_are_not_ahead() {
         let zeroing = || mirror.status().io.extents_zeroed_ahead >= seed % 3 * 4;
         assert!(m.world.run(10_000_000, zeroing));
         m.world.run(20 + seed * 11, || false);
-        let flushes = Faults {
-            flushes: true,
-            ..none()
-        };
-        faults(&m, flushes);
+        faults(&m, flushes());
         let c = m.client();
         let _: Result<(), Errno> = m.world.block_on(async move { c.flush().await });
         faults(&m, none());
@@ -131,17 +123,8 @@ fn a_flush_that_fails_during_a_round_is_recorded() {
         m.start();
         wr(&m, 0, 8192);
         let (c, flusher) = (m.client(), m.client());
-        faults(
-            &m,
-            Faults {
-                flushes: true,
-                ..none()
-            },
-        );
-        m.disks[2].set_faults(Faults {
-            gone: true,
-            ..none()
-        });
+        faults(&m, flushes());
+        m.disks[2].set_faults(gone());
         m.world
             .spawn_task(async move { c.write(4096, 4096, false).await.unwrap() });
         m.world.run(seed, || false);
@@ -166,11 +149,7 @@ fn a_write_under_way_while_a_flush_fails_is_not_promised() {
         let mut m = Machine::new(seed, 2, SIZE);
         m.start();
         wr(&m, 0, 8192);
-        let flushes = Faults {
-            flushes: true,
-            ..none()
-        };
-        faults(&m, flushes);
+        faults(&m, flushes());
         let (writer, flusher) = (m.client(), m.client());
         m.world
             .spawn_task(async move { writer.write(65536, 4096, false).await.unwrap() });
@@ -196,11 +175,7 @@ fn what_a_failed_flush_covered_is_equal_after_the_error_is_cleared() {
         let mut m = Machine::new(seed, 2 + (seed % 2) as usize, SIZE);
         m.start();
         wr(&m, 0, 65536);
-        let flushes = Faults {
-            flushes: true,
-            ..none()
-        };
-        faults(&m, flushes);
+        faults(&m, flushes());
         let c = m.client();
         let failed = m.world.block_on(async move { c.flush().await });
         assert!(failed.is_err(), "seed {seed}");
@@ -226,21 +201,13 @@ fn a_round_after_one_that_failed_is_told_from_it() {
     for seed in seeds(160) {
         let m = plain_machine(seed);
         wr(&m, 0, 65536);
-        let flushes = Faults {
-            flushes: true,
-            ..none()
-        };
-        faults(&m, flushes);
+        faults(&m, flushes());
         let c = m.client();
         m.world
             .spawn_task(async move { assert!(c.flush().await.is_err(), "seed {seed}") });
         // Into the round that records it.
         m.world.run(seed / 2 % 40, || false);
-        let gone = Faults {
-            gone: true,
-            ..none()
-        };
-        faults(&m, gone);
+        faults(&m, gone());
         m.world.run(3000, || false);
         m.disks[(seed % 2) as usize].set_faults(none());
         m.world.run(3000, || false);

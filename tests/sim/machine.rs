@@ -4,7 +4,7 @@ use crate::invariants::Rules;
 use crate::oracle::{Oracle, Version, fill};
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
-use mirror::engine::HOT_MEMORY_DEFAULT;
+use mirror::engine::HOT_CAP_BYTES;
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
 use mirror::{Candidate, Disk as _, Errno, Host, Mirror, Span, StartError, StartOptions};
@@ -81,11 +81,7 @@ impl Machine {
             rules: None,
             next_version: Rc::new(Cell::new(1)),
             data_offset: plan.data_offset,
-            hot_memory_bytes: if seed % 4 == 3 {
-                700
-            } else {
-                HOT_MEMORY_DEFAULT
-            },
+            hot_memory_bytes: if seed % 4 == 3 { 700 } else { HOT_CAP_BYTES },
         };
         machine.connect();
         machine

@@ -2,7 +2,7 @@
 //! damaged position pages, starts and joins that were cut off, a loss that was not recorded.
 
 use crate::machine::{Machine, path, superblock_on};
-use crate::races::{none, seeds, wr};
+use crate::races::{fl, gone, none, seeds, wr};
 use mirror::control::MemberState;
 use mirror::sim::{Faults, Observer, SimBuffer, SimDisk, SimHost};
 use mirror::superblock::SlotState;
@@ -23,10 +23,7 @@ pub(crate) fn seconds(machine: &Machine, seconds: u64) {
 
 pub(crate) fn write_and_flush(machine: &Machine) {
     wr(machine, 0, 4096);
-    let client = machine.client();
-    machine
-        .world
-        .block_on(async move { client.flush().await.unwrap() });
+    fl(machine);
 }
 
 /// Nothing that was in a cache is left.
@@ -39,67 +36,85 @@ pub(crate) fn states(machine: &Machine) -> Vec<MemberState> {
     members.into_iter().map(|member| member.state).collect()
 }
 
-/// Whether the copy in `slot` is told from the others, and nothing is read from it.
-fn is_left_out(mut machine: Machine, slot: usize, what: &str) {
+/// Starts with the image in its slot: it is told from the others, and nothing is read from it.
+fn is_left_out(mut machine: Machine, slot: usize, image: SimDisk, what: &str) {
+    machine.replace_disk(slot, image);
     machine.start();
     assert_ne!(states(&machine)[slot], MemberState::InSync, "{what}");
     machine.check_all(what);
 }
 
-#[test]
-fn of_a_moment_ago() {
-    for seed in seeds(40) {
+/// An image of either member, taken after what comes `before`, with what comes `after` lost on it.
+fn image_is_left_out(many: u64, before: impl Fn(&Machine, u64), after: impl Fn(&mut Machine, u64)) {
+    for seed in seeds(many) {
         let slot = (seed % 2) as usize;
         let mut machine = Machine::new(seed, 2, SIZE);
         machine.start();
-        for _ in 0..3 {
-            write_and_flush(&machine);
-            seconds(&machine, 1);
-        }
+        before(&machine, seed);
         let image = machine.disks[slot].image();
-        write_and_flush(&machine);
-        seconds(&machine, 3);
-        machine.cut_power_choosing(&mut drop_all);
-        machine.replace_disk(slot, image);
-        is_left_out(machine, slot, &format!("seed {seed}"));
+        after(&mut machine, seed);
+        is_left_out(machine, slot, image, &format!("seed {seed}"));
     }
+}
+
+#[test]
+fn of_a_moment_ago() {
+    let before = |machine: &Machine, _| {
+        for _ in 0..3 {
+            write_and_flush(machine);
+            seconds(machine, 1);
+        }
+    };
+    image_is_left_out(40, before, |machine, _| {
+        write_and_flush(machine);
+        seconds(machine, 3);
+        machine.cut_power_choosing(&mut drop_all);
+    });
 }
 
 /// A second's writes to an extent that is hot make one commit, however long ago that was.
 #[test]
 fn with_hardly_any_commit_since() {
-    for seed in seeds(40) {
-        let slot = (seed % 2) as usize;
-        let mut machine = Machine::new(seed, 2, SIZE);
-        machine.start();
-        write_and_flush(&machine);
-        seconds(&machine, if seed % 4 < 2 { 30 } else { 3 });
-        let image = machine.disks[slot].image();
-        seconds(&machine, if seed % 8 < 4 { 3600 } else { 0 });
-        write_and_flush(&machine);
-        seconds(&machine, 3);
+    let before = |machine: &Machine, seed| {
+        write_and_flush(machine);
+        seconds(machine, if seed % 4 < 2 { 30 } else { 3 });
+    };
+    image_is_left_out(40, before, |machine, seed| {
+        seconds(machine, if seed % 8 < 4 { 3600 } else { 0 });
+        write_and_flush(machine);
+        seconds(machine, 3);
         machine.cut_power_choosing(&mut drop_all);
-        machine.replace_disk(slot, image);
-        is_left_out(machine, slot, &format!("seed {seed}"));
-    }
+    });
 }
 
 /// After a clean stop nothing is hot, so nothing would be equalised.
 #[test]
 fn beside_a_clean_stop() {
-    for seed in seeds(40) {
-        let slot = (seed % 2) as usize;
-        let mut machine = Machine::new(seed, 2, SIZE);
-        machine.start();
-        write_and_flush(&machine);
-        seconds(&machine, 3);
-        let image = machine.disks[slot].image();
-        write_and_flush(&machine);
-        seconds(&machine, if seed % 4 < 2 { 3600 } else { 0 });
+    let before = |machine: &Machine, _| {
+        write_and_flush(machine);
+        seconds(machine, 3);
+    };
+    image_is_left_out(40, before, |machine, seed| {
+        write_and_flush(machine);
+        seconds(machine, if seed % 4 < 2 { 3600 } else { 0 });
         machine.stop().unwrap();
-        machine.replace_disk(slot, image);
-        is_left_out(machine, slot, &format!("seed {seed}"));
-    }
+    });
+}
+
+/// The last write before a crash made no commit, and nothing is written after the next start.
+#[test]
+fn from_before_a_start() {
+    let before = |machine: &Machine, _| {
+        write_and_flush(machine);
+        seconds(machine, 5);
+    };
+    image_is_left_out(40, before, |machine, seed| {
+        write_and_flush(machine);
+        machine.cut_power_choosing(&mut drop_all);
+        machine.start();
+        seconds(machine, if seed % 4 < 2 { 3600 } else { 6 });
+        machine.cut_power_choosing(&mut drop_all);
+    });
 }
 
 /// While it was resyncing; nothing was written after the resync.
@@ -117,28 +132,7 @@ fn from_within_a_resync() {
         machine.wait_in_sync();
         seconds(&machine, if seed % 2 == 0 { 3600 } else { 3 });
         machine.cut_power_choosing(&mut drop_all);
-        machine.replace_disk(1, image);
-        is_left_out(machine, 1, &format!("seed {seed}"));
-    }
-}
-
-/// The last write before a crash made no commit, and nothing is written after the next start.
-#[test]
-fn from_before_a_start() {
-    for seed in seeds(40) {
-        let slot = (seed % 2) as usize;
-        let mut machine = Machine::new(seed, 2, SIZE);
-        machine.start();
-        write_and_flush(&machine);
-        seconds(&machine, 5);
-        let image = machine.disks[slot].image();
-        write_and_flush(&machine);
-        machine.cut_power_choosing(&mut drop_all);
-        machine.start();
-        seconds(&machine, if seed % 4 < 2 { 3600 } else { 6 });
-        machine.cut_power_choosing(&mut drop_all);
-        machine.replace_disk(slot, image);
-        is_left_out(machine, slot, &format!("seed {seed}"));
+        is_left_out(machine, 1, image, &format!("seed {seed}"));
     }
 }
 
@@ -335,10 +329,7 @@ fn a_loss_that_was_not_recorded_is_no_age() {
         let disks = machine.disks.clone();
         let holds = || joined(&disks[2]) && !disks[2].is_under_way(4096, 8192);
         assert!(machine.world.run(1_000_000, holds), "seed {seed}");
-        machine.disks[1].set_faults(Faults {
-            gone: true,
-            ..none()
-        });
+        machine.disks[1].set_faults(gone());
         let recording = || disks[0].is_under_way(4096, 4096);
         assert!(machine.world.run(1_000_000, recording), "seed {seed}");
         machine.cut_power_choosing(&mut drop_all);

@@ -2,7 +2,7 @@
 
 use crate::double_faults::faults;
 use crate::machine::Machine;
-use crate::races::{none, seeds, wr};
+use crate::races::{gone, none, seeds, wr};
 use mirror::Errno;
 use mirror::control::MemberState;
 use mirror::sim::Faults;
@@ -10,13 +10,6 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 const SIZE: u64 = 64 << 20;
-
-fn gone() -> Faults {
-    Faults {
-        gone: true,
-        ..none()
-    }
-}
 
 fn flush(machine: &Machine) -> Result<(), Errno> {
     let client = machine.client();

@@ -11,12 +11,28 @@ const SIZE: u64 = 64 << 20;
 pub(crate) fn none() -> Faults {
     Faults::default()
 }
+
+/// The disk is not there.
+pub(crate) fn gone() -> Faults {
+    Faults {
+        gone: true,
+        ..none()
+    }
+}
+
+/// No flush succeeds.
+pub(crate) fn flushes() -> Faults {
+    Faults {
+        flushes: true,
+        ..none()
+    }
+}
 pub(crate) fn wr(m: &Machine, o: u64, l: usize) {
     let c = m.client();
     m.world
         .block_on(async move { c.write(o, l, false).await.unwrap() });
 }
-fn fl(m: &Machine) {
+pub(crate) fn fl(m: &Machine) {
     let c = m.client();
     m.world.block_on(async move { c.flush().await.unwrap() });
 }
@@ -55,10 +71,7 @@ fn lost_in_a_commit_comes_back_by_delta() {
         m.start();
         wr(&m, 0, 4096);
         fl(&m);
-        m.disks[1].set_faults(Faults {
-            gone: true,
-            ..none()
-        });
+        m.disks[1].set_faults(gone());
         wr(&m, 20 << 20, 4096);
         m.disks[1].set_faults(none());
         let mirror = m.mirror();
@@ -80,10 +93,7 @@ fn second_flush_after_failed_one() {
         m.start();
         wr(&m, 0, 8192);
         for d in &m.disks {
-            d.set_faults(Faults {
-                flushes: true,
-                ..none()
-            });
+            d.set_faults(flushes());
         }
         let results = Rc::new(RefCell::new(vec![]));
         for _ in 0..2 {
@@ -184,10 +194,7 @@ fn mixed_read_and_orphan() {
         m.world.run(1_000_000, || {
             mirror.status().members[0].state == MemberState::Faulty
         });
-        m.disks[0].set_faults(Faults {
-            gone: true,
-            ..none()
-        });
+        m.disks[0].set_faults(gone());
         let g = got.clone();
         assert!(m.world.run(1_000_000, || g.borrow().is_some()));
         let r = got.borrow_mut().take().unwrap();
@@ -275,10 +282,7 @@ fn flush_failure_during_resync() {
         // not missed any more, or not at all: blocks beyond
         wr(&m, 60 << 20, 65536);
         assert_eq!(st(&m, 1), MemberState::Resyncing);
-        m.disks[0].set_faults(Faults {
-            flushes: true,
-            ..none()
-        });
+        m.disks[0].set_faults(flushes());
         let c = m.client();
         let _ = m.world.block_on(async move { c.mirror.flush().await });
         m.disks[0].set_faults(none());
@@ -437,10 +441,7 @@ fn loss_pending_at_power_cut() {
         m.stop().unwrap();
         m.start();
         wr(&m, 0, 4096);
-        m.disks[1].set_faults(Faults {
-            gone: true,
-            ..none()
-        });
+        m.disks[1].set_faults(gone());
         for e in 1..16u64 {
             let c = m.client();
             m.world.spawn_task(async move {

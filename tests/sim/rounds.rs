@@ -3,21 +3,14 @@
 
 use crate::machine::{Machine, superblock_on};
 use crate::older_images::{drop_all, seconds, states, write_and_flush};
-use crate::races::{none, seeds, wr};
+use crate::races::{gone, none, seeds, wr};
 use mirror::Host as _;
-use mirror::control::MemberState;
+use mirror::control::{MemberState, ResyncKind};
 use mirror::sim::{Faults, SimHost};
 use mirror::superblock::SlotState;
 use std::time::Duration;
 
 const SIZE: u64 = 64 << 20;
-
-fn gone() -> Faults {
-    Faults {
-        gone: true,
-        ..none()
-    }
-}
 
 /// Runs until the first member calls the second one in-sync and that one's own superblock is
 /// being written.
@@ -133,6 +126,45 @@ fn rounds_that_fail_by_turns_leave_the_history_alone() {
         assert_eq!(states(&machine)[2], MemberState::InSync, "seed {seed}");
         machine.check_all(&format!("seed {seed}"));
         crate::play::bring_all_back(&mut machine);
+        machine.compare_members();
+    }
+}
+
+/// For some seconds the last in-sync member takes no map commit, and the one that is resyncing
+/// does. Neither is older for it.
+#[test]
+fn commits_that_fail_beside_a_resync_age_nobody() {
+    for seed in seeds(30) {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        for extent in 0..8 {
+            wr(&machine, extent << 22, 1 << 20);
+        }
+        machine.fail(1).unwrap();
+        for extent in 0..8 {
+            wr(&machine, (extent << 22) + 8192, 4096);
+        }
+        machine.re_add(1).unwrap();
+        machine.disks[0].set_faults(Faults {
+            writes: true,
+            ..none()
+        });
+        seconds(&machine, seed % 10);
+        if seed % 2 == 0 {
+            machine.kill_daemon();
+        } else {
+            machine.cut_power();
+        }
+        machine.disks[0].set_faults(none());
+        machine.start();
+        machine.world.run(20_000, || false);
+        machine.check_all(&format!("seed {seed}"));
+        crate::play::bring_all_back(&mut machine);
+        let resync = machine.mirror().status().last_resync;
+        assert!(
+            resync.is_none_or(|resync| resync.kind == ResyncKind::Delta),
+            "seed {seed}"
+        );
         machine.compare_members();
     }
 }

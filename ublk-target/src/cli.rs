@@ -39,9 +39,9 @@ pub(crate) struct Args {
     /// Extents that may be hot at once [default: decided by the engine]
     #[arg(long, value_name = "EXTENTS")]
     pub(crate) hot_budget: Option<u32>,
-    /// Memory that the state of hot extents may take
-    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..))]
-    pub(crate) hot_memory: u16,
+    /// Memory that the state of hot extents may take [default: decided by the engine]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) hot_memory: Option<u16>,
     /// Descriptor that receives one line of JSON when the mirror is up or has failed
     #[arg(long, value_name = "FD")]
     pub(crate) ready_fd: Option<i32>,

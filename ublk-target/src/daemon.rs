@@ -380,7 +380,9 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
         write_intent: !args.no_intent_unsafe_for_benchmarks,
         deadline: Duration::from_secs(args.deadline),
         hot_budget: args.hot_budget,
-        hot_memory_bytes: usize::from(args.hot_memory) << 20,
+        hot_memory_bytes: args
+            .hot_memory
+            .map_or(mirror::engine::HOT_CAP_BYTES, |mib| usize::from(mib) << 20),
     };
     let host = Rc::new(RingHost::new(&ring));
     Mirror::start(host, candidates, options)

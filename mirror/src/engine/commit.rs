@@ -8,9 +8,12 @@
 //! runs at a time, so that a later image of a page never meets an earlier one on a disk.
 //!
 //! A commit gives its pages a new sequence, makes their images from memory, and writes both
-//! copies to every receiving member at once with FUA; a large one does so in steps. The copies of one page may both be torn
-//! by a power cut; each sector then holds its old or its new content, and the caller has not
-//! gone on.
+//! copies to every receiving member at once with FUA; a large one does so in steps. The copies of
+//! one page may both be torn by a power cut; each sector then holds its old or its new content,
+//! and the caller has not gone on.
+//!
+//! Its position page names the newest commit before it that all receiving members hold: by that a
+//! start tells older images of members (R16, `assemble.rs`).
 
 use super::fan_out::Outcomes;
 use super::maps::{Page, page_offset};
@@ -38,8 +41,6 @@ pub(super) struct Commits {
     served: Cell<u64>,
     /// Requests whose commit failed on every in-sync member.
     failed: RefCell<Vec<(u64, u64)>>,
-    /// The last commit failed on every in-sync member.
-    failing: Cell<bool>,
     waiting: WaitList,
     kick: WaitList,
 }
@@ -115,12 +116,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Writes all dirty pages. On failure they stay dirty.
     async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
         // One sequence for all steps: that of a page written twice is no lie, because nobody is
-        // answered before the last step, and R16 counts commits.
+        // answered before the last step.
         let stamp = {
             let mut maps = self.maps.borrow_mut();
             if maps.dirty.is_empty() {
-                // A sequence that no member gets to hold would only look like a commit that
-                // one of them lacks (R16).
                 return Ok(());
             }
             maps.stamp.sequence += 1;
@@ -156,14 +155,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     maps.encode_page(*page, stamp, image);
                 }
             });
-            let tried = self.try_in_sync(&pages, buffer).await;
             let view = self.view();
-            let written = match tried {
-                Ok(()) => self.write_pages(&view, &pages, buffer).await,
-                failed => failed,
-            };
-            self.commits.failing.set(written.is_err());
-            if let Err(errno) = written {
+            if let Err(errno) = self.write_pages(&view, &pages, buffer).await {
                 self.maps.borrow_mut().dirty.extend(pages);
                 return Err(errno);
             }
@@ -190,25 +183,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .filter(|(record, _)| matches!(record.state, SlotState::InSync | SlotState::Resyncing));
         let held = receiving.map(|(_, slot)| slot.position.sequence);
         held.min().unwrap_or(0)
-    }
-
-    /// After a failure the in-sync members go first: were a resyncing one to get commit after
-    /// commit that they fail to take, it would look as if they had been put back (R16).
-    async fn try_in_sync(&self, pages: &[Page], buffer: &H::Buffer) -> Result<(), Errno> {
-        let view = self.view();
-        if !self.commits.failing.get() || view.receivers.iter().all(|r| r.in_sync) {
-            return Ok(());
-        }
-        let in_sync = View {
-            receivers: view
-                .receivers
-                .iter()
-                .filter(|r| r.in_sync)
-                .cloned()
-                .collect(),
-            absent: Vec::new(),
-        };
-        self.write_pages(&in_sync, pages, buffer).await
     }
 
     /// Writes page images to both copies on every member of `view`; members that fail while

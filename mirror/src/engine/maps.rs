@@ -8,6 +8,7 @@
 //! The pages of one copy follow each other in a region of the member; a page holds
 //! [`SECTORS_PER_PAGE`] sectors.
 
+use crate::bytes::put;
 use crate::layout::{Layout, PAGE_BYTES, RegionKind, SECTORS_PER_PAGE, SLOTS_MAX, extents_of};
 use dirty_map::{
     Address, BLOCKS_PER_EXTENT, Extent, ExtentState, HotExtents, Kind, MISSED_PER_SECTOR,
@@ -17,10 +18,10 @@ use dirty_map::{
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 
-/// Bytes of an epoch, the first field in the payload of a position sector.
-pub(super) const EPOCH_BYTES: usize = size_of::<u128>();
-/// Bytes of a sequence, the second one.
-pub(super) const SEQUENCE_BYTES: usize = size_of::<u64>();
+/// Where the payload of a position sector names an epoch (byte table: dirty-map/src/lib.rs).
+pub(super) const EFFECTIVE_AT: usize = 0;
+/// Where it names a sequence.
+pub(super) const COMPLETED_AT: usize = 16;
 /// Missed blocks in a page of a missed map.
 const MISSED_PER_PAGE: u64 = MISSED_PER_SECTOR * SECTORS_PER_PAGE;
 
@@ -233,9 +234,8 @@ impl Maps {
                     m.summary.write_payload(index, &mut payload);
                 }
                 (RegionKind::Position, _) => {
-                    let (epoch, rest) = payload.split_at_mut(EPOCH_BYTES);
-                    epoch.copy_from_slice(&self.effective.to_le_bytes());
-                    rest[..SEQUENCE_BYTES].copy_from_slice(&self.completed.to_le_bytes());
+                    put(&mut payload, EFFECTIVE_AT, self.effective.to_le_bytes());
+                    put(&mut payload, COMPLETED_AT, self.completed.to_le_bytes());
                 }
                 _ => {}
             }

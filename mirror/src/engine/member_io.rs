@@ -1,8 +1,9 @@
 //! Superblocks and map pages of one member, outside the data path.
 
-use super::maps::{EPOCH_BYTES, SEQUENCE_BYTES};
+use super::maps::{COMPLETED_AT, EFFECTIVE_AT};
 use super::{front, length};
 use crate::assemble::Seen;
+use crate::bytes::Reader;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::{PAGE_BYTES, Region, RegionKind};
 use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock, SuperblockError};
@@ -311,7 +312,10 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
     let positions = read_region(host, disk, &superblock, position_region).await;
     let newest = positions.sectors.iter().flatten();
     let newest = newest.max_by_key(|(stamp, _)| *stamp);
-    let (effective, completed) = newest.map_or((0, 0), |(_, payload)| decode_position(payload));
+    let (effective, completed) = newest.map_or((0, 0), |(_, payload)| {
+        let fields = Reader(payload);
+        (fields.u128(EFFECTIVE_AT), fields.u64(COMPLETED_AT))
+    });
     let seen = Seen {
         path: path.to_owned(),
         superblock,
@@ -321,16 +325,6 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
         completed,
     };
     Ok(Surveyed { seen, states })
-}
-
-/// The epoch and the sequence that a position sector names, 0 for none.
-fn decode_position(payload: &[u8]) -> (u128, u64) {
-    let (epoch, rest) = payload.split_at_checked(EPOCH_BYTES).unwrap_or_default();
-    let sequence = rest.get(..SEQUENCE_BYTES).unwrap_or_default();
-    (
-        epoch.try_into().map_or(0, u128::from_le_bytes),
-        sequence.try_into().map_or(0, u64::from_le_bytes),
-    )
 }
 
 /// The extents that a member's own map calls hot; a damaged sector counts as hot throughout.

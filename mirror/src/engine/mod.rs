@@ -60,6 +60,7 @@ use crate::control::{ErrorKind, IoCounts, ResyncStatus};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
 use crate::superblock::{SlotState, Superblock};
 use commit::Commits;
+pub use dirty_map::HOT_CAP_BYTES;
 use dirty_map::Stamp;
 use fan_out::{FanOut, StallWatch};
 use maps::Maps;
@@ -77,8 +78,6 @@ pub const PIECE_BYTES: usize = 1 << 20;
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
 /// Hot extents that may exist before it is reported, unless told otherwise: 64 GiB to equalise.
 pub const HOT_BUDGET_DEFAULT: u32 = 16384;
-/// Bytes of memory that the state of hot extents may take, unless told otherwise.
-pub const HOT_MEMORY_DEFAULT: usize = 256 << 20;
 
 /// Choices at start.
 #[derive(Clone, Debug)]
