@@ -149,6 +149,7 @@ fn started(machine: &Rc<Machine>) -> Rc<Mirror<Still, MemoryDisk>> {
         members: paths.iter().map(member).collect(),
         size_bytes: Some(16 << 20),
         logical_block_bytes: None,
+        checksums: true,
         random: (1..=20).collect(),
         now_secs: 0,
     })

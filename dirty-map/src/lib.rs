@@ -9,6 +9,7 @@
 //! | [`StateMap`] | each extent's state, 2 bits | at most 64 KiB a TiB; uniform parts none |
 //! | [`MissedMap`] | the blocks that one absent member lacks, 1 bit | at most 33 MiB a TiB; uniform parts none |
 //! | [`Summary`] | which pages of a missed map count on disk | 1 bit for 120 MiB of device |
+//! | [`SumPage`] | the checksums of an extent's blocks | 4 KiB |
 //! | [`HotExtents`] | what is in flight, unflushed and un-equalised in hot extents | at most the given cap |
 //!
 //! # A map sector
@@ -20,8 +21,8 @@
 //! |---|---|---|
 //! | 0 | 4 | CRC32 of bytes 4 to 511 |
 //! | 4 | 2 | magic `0x4d55` |
-//! | 6 | 1 | kind: 1 states, 2 summary, 3 missed, 4 position |
-//! | 7 | 1 | slot whose map it is; 0 for states and position |
+//! | 6 | 1 | kind: 1 states, 2 summary, 3 missed, 4 position, 5 scrub |
+//! | 7 | 1 | slot whose map it is; 0 for kinds without one |
 //! | 8 | 4 | index of the sector in its map |
 //! | 12 | 4 | tag: the first four bytes of the mirror's uuid |
 //! | 16 | 4 | ordinal of the epoch in which it was written |
@@ -33,6 +34,15 @@
 //! or 3840 summary bits. That of a position sector begins with the newest epoch that was known to
 //! be effective when it was written (16 bytes, zero for none) and the sequence of the newest commit
 //! that every receiving member was known to hold then (8 bytes, zero for none); the rest is zero.
+//!
+//! # A page of checksums
+//!
+//! Of each extent a member has one page of 4096 bytes, in a table of its own beside the maps: for
+//! each of the extent's 1024 blocks four bytes, little-endian. They are the CRC32 of the block's
+//! number on the device (8 bytes) followed by its content; zero when it is not known (a CRC32 of
+//! zero is stored as `0xffffffff`). The device's last block may be short, and is summed as it is.
+//! A page may tear at 512 bytes, between entries. It says something only while its extent is cool;
+//! of a hot extent each entry is one that the block has had.
 #![forbid(unsafe_code)]
 
 mod hot;
@@ -40,6 +50,7 @@ mod missed;
 mod sector;
 mod state;
 mod summary;
+mod sums;
 mod units;
 
 pub use hot::{HOT_CAP_BYTES, HotExtents};
@@ -47,6 +58,7 @@ pub use missed::{MISSED_PER_SECTOR, MissedMap};
 pub use sector::{Address, Kind, PAYLOAD_BYTES, SECTOR_BYTES, SectorError, Stamp, decode, encode};
 pub use state::{ExtentState, STATES_PER_SECTOR, StateMap};
 pub use summary::{SUMMARY_PER_SECTOR, Summary};
+pub use sums::{SUM_PAGE_BYTES, Sum, SumPage};
 pub use units::{
     BLOCK_BYTES, BLOCKS_PER_EXTENT, Block, EXTENT_BYTES, Extent, blocks_covering, blocks_within,
 };

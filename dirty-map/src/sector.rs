@@ -22,6 +22,8 @@ pub enum Kind {
     Missed = 3,
     /// Says how far a member's copy has come, nothing else.
     Position = 4,
+    /// What scrubs have done and found.
+    Scrub = 5,
 }
 
 /// Where a sector belongs.
@@ -29,7 +31,7 @@ pub enum Kind {
 pub struct Address {
     /// Its map.
     pub kind: Kind,
-    /// The slot whose map it is; 0 for states and position.
+    /// The slot whose map it is; 0 for kinds without one.
     pub slot: u8,
     /// Its index in the map.
     pub index: u32,

@@ -181,6 +181,7 @@ fn created() -> Vec<SimDisk> {
             .collect(),
         size_bytes: Some(SIZE_BYTES),
         logical_block_bytes: None,
+        checksums: true,
         random: (1..=20).collect(),
         now_secs: 0,
     };

@@ -47,6 +47,7 @@ fn superblock(own: u8, epochs: &[u128], states: &[SlotState], event_count: u64) 
         last_stop: LastStop::Unclean,
         flush_failed: false,
         forced: false,
+        checksums: true,
         logical_block_bytes: 512,
         resync_cursor: 0,
         created_secs: 0,

@@ -45,6 +45,8 @@ pub struct CreateRequest {
     pub size_bytes: Option<u64>,
     /// Smallest unit of I/O in bytes; the largest of the members' when none is given.
     pub logical_block_bytes: Option<u32>,
+    /// Whether checksums of blocks are kept.
+    pub checksums: bool,
     /// One unpredictable number for the mirror, one for the epoch and one for each member.
     pub random: Vec<u128>,
     /// Seconds since 1970, for display.
@@ -182,6 +184,7 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         last_stop: LastStop::Clean,
         flush_failed: false,
         forced: false,
+        checksums: request.checksums,
         logical_block_bytes,
         resync_cursor: 0,
         created_secs: request.now_secs,
@@ -341,6 +344,7 @@ mod tests {
             members: members.collect(),
             size_bytes: None,
             logical_block_bytes: None,
+            checksums: true,
             random: (1..20).map(|i| i << 64 | i).collect(),
             now_secs: 0,
         }

@@ -14,7 +14,8 @@
 //! then                extent-state map, copy A, copy B
 //! then, for each of 9 slots: summary of its missed map, copy A, copy B
 //! then, for each of 9 slots: missed map, copy A, copy B
-//! then                checksum table, one 4 KiB page an extent (reserved)
+//! then                checksum table, one 4 KiB page an extent
+//! then                scrub log, copy A, copy B
 //! data_offset         the device's bytes; 1 MiB aligned
 //! ```
 //!
@@ -30,6 +31,8 @@ use dirty_map::{
 pub const PAGE_BYTES: u64 = 4096;
 /// Map sectors in a page.
 pub const SECTORS_PER_PAGE: u64 = 8;
+/// Pages of the scrub log.
+pub const SCRUB_PAGES: u64 = 16;
 /// Slots for which maps are reserved: eight, and one for a replacement under way.
 pub const SLOTS_MAX: usize = 9;
 /// Alignment of the data area.
@@ -52,6 +55,8 @@ pub enum RegionKind {
     Missed,
     /// Checksums of blocks.
     Checksums,
+    /// What scrubs have done and found; absent on mirrors made before there were any.
+    Scrub,
 }
 
 /// One region. Both copies have the same length.
@@ -139,6 +144,7 @@ impl Layout {
             );
         }
         add(RegionKind::Checksums, 0, extents * PAGE_BYTES, 1);
+        add(RegionKind::Scrub, 0, SCRUB_PAGES * PAGE_BYTES, 2);
         let data_offset = next.next_multiple_of(DATA_ALIGNMENT_BYTES);
         Self {
             regions,
@@ -207,7 +213,8 @@ impl Layout {
     fn holds_what_the_size_needs(&self) -> bool {
         let needed = Self::for_size(self.size_bytes);
         needed.regions.iter().all(|want| {
-            self.find(want.kind, want.slot).is_some_and(|have| {
+            let have = self.find(want.kind, want.slot);
+            have.map_or(want.kind == RegionKind::Scrub, |have| {
                 (want.len..=want.len * 2).contains(&have.len)
                     && (have.copy_a != have.copy_b) == (want.copy_a != want.copy_b)
             })

@@ -14,7 +14,7 @@
 //! | 8 | 4 | format version, 1 |
 //! | 12 | 4 | CRC32 of the 4096 bytes with this field zero |
 //! | 16 | 8 | compatible features: a reader may ignore those it does not know |
-//! | 24 | 8 | read-only compatible features: unknown ones forbid writing |
+//! | 24 | 8 | read-only compatible features: bit 0 the checksum table is kept; unknown ones forbid writing |
 //! | 32 | 8 | incompatible features: unknown ones forbid everything |
 //! | 40 | 16 | mirror uuid |
 //! | 56 | 16 | member uuid |
@@ -36,33 +36,20 @@
 //! | 200 | 8 | resync cursor in bytes, a hint for display and order |
 //! | 208 | 8 | creation time, seconds since 1970, for display only |
 //! | 216 | 8 | time of this update, likewise |
-//! | 224 | 9 x 192 | slot records |
+//! | 224 | 9 x 192 | slot records (`superblock/slot.rs`) |
 //! | 1952 | 24 x 40 | region table |
 //! | 2912 | 48 x 20 | epoch history, newest first: epoch (16), ordinal (4) |
 //! | 3872 | 224 | zero |
 //!
-//! A slot record:
-//!
-//! | offset | bytes | field |
-//! |---|---|---|
-//! | 0 | 16 | uuid of its member, zero when empty |
-//! | 16 | 1 | state: 0 empty, 1 in-sync, 2 resyncing, 3 stale, 4 faulty, 5 missing |
-//! | 17 | 1 | flags: bit 0 loss recorded, bit 1 recorded block-exactly, bit 2 data area was all zero at creation, bit 3 full resync under way |
-//! | 18 | 2 | length of the address |
-//! | 20 | 4 | ordinal of the position at loss |
-//! | 24 | 8 | sequence of the position at loss |
-//! | 32 | 16 | epoch at loss |
-//! | 48 | 4 | ordinal of the base |
-//! | 52 | 4 | zero |
-//! | 56 | 8 | sequence of the base: the position of its last join |
-//! | 64 | 128 | address: last known path, or the address of a peer; a hint |
-//!
-//! A region record: kind (1: position, 2: state, 3: summary, 4: missed, 5: checksums), slot
+//! A region record: kind (1: position, 2: state, 3: summary, 4: missed, 5: checksums, 6: scrub), slot
 //! (1), zero (6), copy A (8), copy B (8), length (8), extents (8).
+
+mod slot;
 
 use crate::bytes::{Reader, put};
 use crate::layout::{Layout, MIRROR_BYTES_MAX, Region, RegionKind, SLOTS_MAX};
 use dirty_map::Stamp;
+use slot::{decode_slot, encode_slot};
 use uuid::Uuid;
 
 /// Where copy A lies on a member.
@@ -86,6 +73,8 @@ pub const ADDRESS_BYTES_MAX: usize = 128;
 
 const MAGIC: &[u8; 8] = b"UBLKMIRR";
 const VERSION: u32 = 1;
+/// Read-only compatible feature: who writes blocks has to keep their checksums.
+const CHECKSUMS: u64 = 1;
 const REGIONS_MAX: usize = 24;
 const CRC_AT: usize = 12;
 const SLOTS_AT: usize = 224;
@@ -222,6 +211,8 @@ pub struct Superblock {
     pub flush_failed: bool,
     /// The epoch was begun by force (R15).
     pub forced: bool,
+    /// Whether the checksum table is kept.
+    pub checksums: bool,
     /// Smallest unit of I/O in bytes.
     pub logical_block_bytes: u32,
     /// Where the resync under way stands, in bytes; display only.
@@ -259,20 +250,13 @@ fn count_u8(len: usize) -> u8 {
     u8::try_from(len).unwrap_or(u8::MAX)
 }
 
-const STATES: [SlotState; 6] = [
-    SlotState::Empty,
-    SlotState::InSync,
-    SlotState::Resyncing,
-    SlotState::Stale,
-    SlotState::Faulty,
-    SlotState::Missing,
-];
-const KINDS: [RegionKind; 5] = [
+const KINDS: [RegionKind; 6] = [
     RegionKind::Position,
     RegionKind::State,
     RegionKind::Summary,
     RegionKind::Missed,
     RegionKind::Checksums,
+    RegionKind::Scrub,
 ];
 
 /// The index of `item` in a table that maps codes to values.
@@ -292,6 +276,8 @@ impl Superblock {
         let mut out = vec![0; COPY_BYTES];
         out[..8].copy_from_slice(MAGIC);
         put(&mut out, 8, VERSION.to_le_bytes());
+        let read_only_compatible = if self.checksums { CHECKSUMS } else { 0 };
+        put(&mut out, 24, read_only_compatible.to_le_bytes());
         put(&mut out, 40, self.mirror.into_bytes());
         put(&mut out, 56, self.member.into_bytes());
         let name = &self.name.as_bytes()[..self.name.len().min(NAME_BYTES_MAX)];
@@ -360,7 +346,7 @@ impl Superblock {
         if read.u32(8) != VERSION {
             return Err(TooNew("unknown format version"));
         }
-        if read.u64(32) != 0 || read.u64(24) != 0 {
+        if read.u64(32) != 0 || read.u64(24) & !CHECKSUMS != 0 {
             return Err(TooNew("unknown features"));
         }
         let slots = usize::from(read.u8(189));
@@ -404,6 +390,7 @@ impl Superblock {
             },
             flush_failed: read.u8(191) & 1 != 0,
             forced: read.u8(191) & 2 != 0,
+            checksums: read.u64(24) & CHECKSUMS != 0,
             logical_block_bytes,
             resync_cursor: read.u64(200),
             created_secs: read.u64(208),
@@ -470,68 +457,6 @@ impl Superblock {
         let uuid = self.mirror.as_bytes();
         u32::from_le_bytes([uuid[0], uuid[1], uuid[2], uuid[3]])
     }
-}
-
-fn encode_slot(record: &SlotRecord, out: &mut [u8]) {
-    put(out, 0, record.member.unwrap_or(Uuid::nil()).into_bytes());
-    out[16] = code_of(&STATES, &record.state);
-    let exact = record.loss.is_some_and(|loss| loss.block_exact);
-    out[17] = u8::from(record.loss.is_some())
-        | u8::from(exact) << 1
-        | u8::from(record.zeroed) << 2
-        | u8::from(record.full) << 3;
-    if let Some(loss) = record.loss {
-        put(out, 20, loss.position.ordinal.to_le_bytes());
-        put(out, 24, loss.position.sequence.to_le_bytes());
-        put(out, 32, loss.epoch.to_le_bytes());
-    }
-    put(out, 48, record.base.ordinal.to_le_bytes());
-    put(out, 56, record.base.sequence.to_le_bytes());
-    let address = record.address.as_bytes();
-    if address.len() <= ADDRESS_BYTES_MAX {
-        put(
-            out,
-            18,
-            u16::try_from(address.len()).unwrap_or(0).to_le_bytes(),
-        );
-        out[64..64 + address.len()].copy_from_slice(address);
-    }
-}
-
-fn decode_slot(read: &Reader<'_>) -> Result<SlotRecord, SuperblockError> {
-    use SuperblockError::Damaged;
-    let state = *STATES
-        .get(usize::from(read.u8(16)))
-        .ok_or(Damaged("an unknown slot state"))?;
-    let member = Uuid::from_bytes(read.bytes(0));
-    let flags = read.u8(17);
-    let address_len = usize::from(read.u16(18));
-    let address = read
-        .0
-        .get(64..64 + address_len.min(ADDRESS_BYTES_MAX))
-        .unwrap_or(&[]);
-    if (state == SlotState::Empty) != member.is_nil() {
-        return Err(Damaged("a slot's state and its member do not fit"));
-    }
-    Ok(SlotRecord {
-        member: (!member.is_nil()).then_some(member),
-        state,
-        loss: (flags & 1 != 0).then(|| Loss {
-            epoch: read.u128(32),
-            position: Stamp {
-                ordinal: read.u32(20),
-                sequence: read.u64(24),
-            },
-            block_exact: flags & 2 != 0,
-        }),
-        base: Stamp {
-            ordinal: read.u32(48),
-            sequence: read.u64(56),
-        },
-        zeroed: flags & 4 != 0,
-        full: flags & 8 != 0,
-        address: decode_text(address).unwrap_or_default(),
-    })
 }
 
 fn decode_layout(read: &Reader<'_>) -> Result<Layout, SuperblockError> {

@@ -37,6 +37,7 @@ pub(crate) fn sample() -> Superblock {
         last_stop: LastStop::Unclean,
         flush_failed: true,
         forced: false,
+        checksums: true,
         logical_block_bytes: 512,
         resync_cursor: 4096,
         created_secs: 1,
@@ -61,8 +62,15 @@ fn round_trip() {
 
 #[test]
 fn golden_image() {
-    // The format on disk does not change by accident: the checksum of a fixed superblock.
-    assert_eq!(crc32fast::hash(&sample().encode()[16..]), 3_813_562_534);
+    // The format on disk does not change by accident: the checksum of a fixed superblock, and of
+    // one as they were before there were checksums of blocks.
+    let mut superblock = sample();
+    let hash = |superblock: &Superblock| crc32fast::hash(&superblock.encode()[16..]);
+    assert_eq!(hash(&superblock), 392_632_367);
+    superblock.checksums = false;
+    let regions = &mut superblock.layout.regions;
+    regions.retain(|region| region.kind != RegionKind::Scrub);
+    assert_eq!(hash(&superblock), 3_813_562_534);
 }
 
 #[test]
@@ -119,7 +127,7 @@ fn the_newer_valid_copy_wins() {
 fn unknown_features_refuse() {
     for at in [24, 32] {
         let mut bytes = sample().encode();
-        bytes[at] = 1;
+        bytes[at] |= 2;
         reseal(&mut bytes);
         assert!(matches!(
             Superblock::decode(&bytes),
@@ -166,4 +174,23 @@ proptest! {
         reseal(&mut bytes);
         let _ = Superblock::decode(&bytes);
     }
+}
+
+#[test]
+fn checksums_are_a_read_only_compatible_feature() {
+    let mut superblock = sample();
+    assert_eq!(superblock.encode()[24..32], [1, 0, 0, 0, 0, 0, 0, 0]);
+    superblock.checksums = false;
+    assert_eq!(superblock.encode()[24..32], [0; 8]);
+    let again = Superblock::decode(&superblock.encode()).unwrap();
+    assert!(!again.checksums);
+}
+
+#[test]
+fn a_mirror_without_a_scrub_log_is_sound() {
+    let mut superblock = sample();
+    let regions = &mut superblock.layout.regions;
+    regions.retain(|region| region.kind != RegionKind::Scrub);
+    let again = Superblock::decode(&superblock.encode());
+    assert_eq!(again, Ok(superblock));
 }

@@ -28,6 +28,7 @@ fn images(test: &str, members: u8) -> (PathBuf, Vec<PathBuf>) {
             .collect(),
         size_bytes: Some(16 << 20),
         logical_block_bytes: None,
+        checksums: true,
         random: (1..=u128::from(members) + 2).collect(),
         now_secs: 0,
     };

@@ -135,7 +135,10 @@ impl Rules {
         let (kind, used) = match region.kind {
             RegionKind::State => (Kind::State, 1),
             RegionKind::Missed => (Kind::Missed, blocks.div_ceil(dirty_map::MISSED_PER_SECTOR)),
-            RegionKind::Summary | RegionKind::Position | RegionKind::Checksums => return news,
+            RegionKind::Summary
+            | RegionKind::Position
+            | RegionKind::Checksums
+            | RegionKind::Scrub => return news,
         };
         let indices = (offset - start) / 512..used;
         for (index, sector) in indices.zip(bytes.as_chunks::<SECTOR_BYTES>().0) {

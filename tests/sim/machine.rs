@@ -61,6 +61,7 @@ impl Machine {
                 .collect(),
             size_bytes: Some(size_bytes),
             logical_block_bytes: None,
+            checksums: true,
             random: (0..20).map(|i| u128::from(seed) << 64 | (i + 1)).collect(),
             now_secs: 0,
         };

@@ -274,6 +274,7 @@ pub(super) fn sector_kind(kind: RegionKind) -> Kind {
         RegionKind::State => Kind::State,
         RegionKind::Summary => Kind::Summary,
         RegionKind::Missed => Kind::Missed,
+        RegionKind::Scrub => Kind::Scrub,
         RegionKind::Position | RegionKind::Checksums => Kind::Position,
     }
 }

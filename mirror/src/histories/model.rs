@@ -115,6 +115,7 @@ impl World {
             last_stop: LastStop::Clean,
             flush_failed: false,
             forced: false,
+            checksums: true,
             logical_block_bytes: 512,
             resync_cursor: 0,
             created_secs: 0,

@@ -32,6 +32,9 @@ pub(crate) struct Args {
     /// Smallest unit of I/O [default: the largest of the members']
     #[arg(long, value_name = "BYTES", value_parser = parse_logical_block)]
     logical_block: Option<u32>,
+    /// Keep no checksums of blocks: nothing tells then which copy is right when two differ
+    #[arg(long)]
+    no_checksums: bool,
     /// Overwrite filesystems and other mirrors' members
     #[arg(long)]
     force: bool,
@@ -191,6 +194,7 @@ fn request(
         })
     };
     Ok(CreateRequest {
+        checksums: !args.no_checksums,
         name: args.name.clone(),
         members: places
             .iter()
