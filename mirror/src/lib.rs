@@ -11,6 +11,7 @@
 //! | [`superblock`] | the superblock: byte table, encoding, decoding |
 //! | [`create`] | what a new member is filled with |
 //! | [`assemble`] | the pure decision who is in-sync and whether to start |
+//! | [`verdict`] | the pure decision which copy of a block is right |
 //! | [`engine`] | the running mirror: write, read, flush, discard, loss, join, resync |
 //! | [`control`] | the control protocol and the status document |
 //!
@@ -31,6 +32,7 @@ mod records;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod superblock;
+pub mod verdict;
 
 pub use engine::{Candidate, ControlError, Mirror, StartError, StartOptions};
 pub use host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
