@@ -12,6 +12,7 @@
 //! | [`create`] | what a new member is filled with |
 //! | [`assemble`] | the pure decision who is in-sync and whether to start |
 //! | [`engine`] | the running mirror: write, read, flush, discard, loss, join, resync |
+//! | [`scrub_log`] | what scrubs have done and found |
 //! | [`control`] | the control protocol and the status document |
 //!
 //! Rules named `R1` to `R17` in comments are those of the README's section "The rules".
@@ -28,6 +29,7 @@ mod histories;
 pub mod host;
 pub mod layout;
 mod records;
+pub mod scrub_log;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod superblock;
