@@ -13,6 +13,7 @@
 //! | [`assemble`] | the pure decision who is in-sync and whether to start |
 //! | [`verdict`] | the pure decision which copy of a block is right |
 //! | [`engine`] | the running mirror: write, read, flush, discard, loss, join, resync |
+//! | [`scrub_log`] | what scrubs have done and found |
 //! | [`control`] | the control protocol and the status document |
 //!
 //! Rules named `R1` to `R17` in comments are those of the README's section "The rules".
@@ -29,6 +30,7 @@ mod histories;
 pub mod host;
 pub mod layout;
 mod records;
+pub mod scrub_log;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod superblock;
