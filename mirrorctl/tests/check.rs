@@ -74,10 +74,14 @@ fn sound_members_are_clean_and_the_document_says_what_was_looked_at() {
             document["extents"],
             json!({"cool": 3, "hot": 1, "unwritten": 1, "discarded": 1})
         );
-        assert_eq!(
-            document["blocks"],
-            json!({"checked": COOL_BLOCKS, "without-checksum": 0, "hot-compared": 1024, "hot-differing": 0})
-        );
+        let blocks = json!({
+            "checked": COOL_BLOCKS,
+            "without-checksum": 0,
+            "filled-in": 0,
+            "hot-compared": 1024,
+            "hot-differing": 0,
+        });
+        assert_eq!(document["blocks"], blocks);
         for empty in ["findings", "not-given"] {
             assert_eq!(document[empty], json!([]), "{empty}");
         }
@@ -331,6 +335,15 @@ fn the_newest_state_counts_and_older_copies_are_expected_after_an_unclean_stop()
             .contains("(slot 0): copy B of the extent-state map: sector 0 older"),
         "{ran:?}"
     );
+}
+
+/// So a join leaves them.
+#[test]
+fn the_same_states_with_another_stamp_are_no_finding() {
+    let (dir, members) = made(2);
+    members.put_states(1, 9, &members::STATES);
+    let ran = check(&dir, &members).ok();
+    assert!(ran.stdout.contains("nothing is wrong"), "{ran:?}");
 }
 
 #[test]

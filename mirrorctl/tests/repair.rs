@@ -140,7 +140,8 @@ fn checksums_that_are_not_known_are_filled_in() {
     }
     let found = run(&dir, &["check", "--json"], &members).ok().json();
     assert_eq!(found["blocks"]["without-checksum"], COOL_BLOCKS);
-    run(&dir, &["repair"], &members).ok();
+    let done = run(&dir, &["--json", "repair"], &members).ok().json();
+    assert_eq!(done["blocks"]["filled-in"], COOL_BLOCKS);
     assert_eq!(differences(&members, &before), []);
     let found = run(&dir, &["check", "--json"], &members).ok().json();
     assert_eq!(found["blocks"]["without-checksum"], 0);

@@ -47,7 +47,8 @@ The document of --json (fields are only ever added):
   not-given         members that were not given: slot, state, address
   start-refused     why a start of these members would be refused, or null
   extents           cool, hot, unwritten, discarded
-  blocks            checked, without-checksum, hot-compared, hot-differing
+  blocks            checked, without-checksum (and how many of these a repair has filled-in),
+                    hot-compared, hot-differing
   elapsed-ms        how long reading and comparing the blocks took
   counts            for each kind of finding, how many blocks or how many findings without any
   findings          class (expected, mendable, incomplete, metadata, damaged), kind, path, slot,
@@ -175,6 +176,9 @@ fn counted(inspection: &Inspection, line: &mut impl FnMut(&str)) {
             ", {} of them without a known checksum",
             blocks.without_checksum
         ));
+        if blocks.filled_in > 0 {
+            words.push_str(&format!(", {} of those filled in", blocks.filled_in));
+        }
     }
     if blocks.hot > 0 {
         words.push_str(&format!(
@@ -275,6 +279,7 @@ struct ExtentsDocument {
 struct BlocksDocument {
     checked: u64,
     without_checksum: u64,
+    filled_in: u64,
     hot_compared: u64,
     hot_differing: u64,
 }
@@ -324,6 +329,7 @@ fn document(mode: Mode, inspection: &Inspection, findings: &[Finding]) -> Docume
         blocks: BlocksDocument {
             checked: blocks.checked,
             without_checksum: blocks.without_checksum,
+            filled_in: blocks.filled_in,
             hot_compared: blocks.hot,
             hot_differing: blocks.hot_differing,
         },

@@ -8,26 +8,20 @@
 //! Each member is read by a thread of its own, in order and 1 MiB at a time, a little ahead of
 //! the one that compares.
 
-use dirty_map::{BLOCK_BYTES, BLOCKS_PER_EXTENT, Block, EXTENT_BYTES, Extent, ExtentState};
-use dirty_map::{StateMap, Sum, SumPage};
+use dirty_map::{BLOCK_BYTES, Block, EXTENT_BYTES, Extent, ExtentState, StateMap, Sum, SumPage};
 use mirror::layout::{PAGE_BYTES, RegionKind};
 use mirror::verdict::{BlockVerdict, Held, Members, Mend, Proof, judge};
 use std::ops::Range;
-use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::time::Instant;
 
 use super::device::{BLOCK, Buffer};
 use super::member::{CHUNK_PAGES, Member};
 use super::mend::{self, Failed, Job};
 use super::report::{Class, Finding, Findings, Kind, Outcome};
+use super::stream::{Copy, Piece, Stream, blocks_of, pieces};
 use super::{Assembly, Mode};
 use crate::failure::Failure;
 use crate::progress::Progress;
-
-/// Bytes read at once.
-const PIECE: usize = 1 << 20;
-/// Pieces of a member in memory: one being compared, one waiting, one being read.
-const PIECES_AHEAD: usize = 3;
 
 /// What is looked at.
 pub(super) struct View<'a> {
@@ -68,96 +62,14 @@ pub(crate) struct Blocks {
     pub(crate) checked: u64,
     /// Of those, blocks of which a member has no checksum although checksums are kept.
     pub(crate) without_checksum: u64,
+    /// Of those, blocks of which every member has one now.
+    pub(crate) filled_in: u64,
     /// Of hot extents.
     pub(crate) hot: u64,
     /// Of those, blocks that differ.
     pub(crate) hot_differing: u64,
     /// How long it took, in milliseconds.
     pub(crate) millis: u64,
-}
-
-/// A part of an extent that is read at once.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    extent: Extent,
-    hot: bool,
-    /// First byte of the device.
-    offset: u64,
-    len: usize,
-    first: bool,
-    last: bool,
-}
-
-/// Everything to read, in order.
-fn pieces(states: &StateMap, size_bytes: u64) -> impl Iterator<Item = Piece> {
-    let mut next = states.next_written(Extent(0));
-    let extents = std::iter::from_fn(move || {
-        let extent = next?;
-        next = states.next_written(Extent(extent.0 + 1));
-        Some(extent)
-    });
-    extents.flat_map(move |extent| {
-        let start = extent.start_bytes();
-        let end = size_bytes.min(start + EXTENT_BYTES);
-        let hot = states.get(extent) == ExtentState::Hot;
-        (start..end).step_by(PIECE).map(move |offset| {
-            let stop = end.min(offset + PIECE as u64);
-            Piece {
-                extent,
-                hot,
-                offset,
-                len: usize::try_from(stop - offset).unwrap_or(0),
-                first: offset == start,
-                last: stop == end,
-            }
-        })
-    })
-}
-
-/// One member's copy of a piece.
-struct Copy {
-    buffer: Buffer,
-    len: usize,
-    bad: Vec<Range<usize>>,
-}
-
-impl Copy {
-    fn all(&self) -> &[u8] {
-        &self.buffer.get()[..self.len]
-    }
-
-    /// A block; `None` when it cannot be read.
-    fn block(&self, range: &Range<usize>) -> Option<&[u8]> {
-        let bad = self.bad.iter().any(|bad| bad.contains(&range.start));
-        (!bad).then(|| &self.buffer.get()[range.clone()])
-    }
-}
-
-/// Copies as they are read.
-struct Stream {
-    copies: Receiver<Result<Copy, Failure>>,
-    free: Sender<Buffer>,
-}
-
-fn read_ahead(
-    view: &View<'_>,
-    member: &Member,
-    to: &SyncSender<Result<Copy, Failure>>,
-    free: &Receiver<Buffer>,
-) {
-    for piece in pieces(view.states, view.assembly.config.layout.size_bytes) {
-        let Ok(mut buffer) = free.recv() else { return };
-        let part = &mut buffer.get_mut()[..piece.len];
-        let read = member.device.read(view.data_offset() + piece.offset, part);
-        let copy = read.map(|bad| Copy {
-            buffer,
-            len: piece.len,
-            bad,
-        });
-        if to.send(copy).is_err() {
-            return;
-        }
-    }
 }
 
 /// Looks at all blocks, and mends them when asked to.
@@ -168,16 +80,9 @@ pub(super) fn look(
 ) -> Result<Blocks, Failure> {
     let began = Instant::now();
     let mut blocks = std::thread::scope(|scope| {
-        let streams = view.in_sync().map(|member| {
-            let (to, copies) = sync_channel(PIECES_AHEAD);
-            let (free, free_to_read) = channel();
-            for _ in 0..PIECES_AHEAD {
-                // The reader takes it, or has gone with the scope.
-                drop(free.send(Buffer::new(PIECE)));
-            }
-            scope.spawn(move || read_ahead(view, member, &to, &free_to_read));
-            Stream { copies, free }
-        });
+        let streams = view
+            .in_sync()
+            .map(|member| Stream::begin(scope, view, member));
         Walk::new(view, streams.collect(), findings).run(progress)
     })?;
     blocks.millis = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -244,8 +149,7 @@ impl<'a, 'b> Walk<'a, 'b> {
         for piece in pieces(states, size_bytes) {
             let mut copies = Vec::with_capacity(self.streams.len());
             for stream in &self.streams {
-                let gone = || Failure::failed("A reader has ended early.");
-                copies.push(stream.copies.recv().map_err(|_| gone())??);
+                copies.push(stream.next()?);
             }
             if piece.first {
                 self.begin(&piece)?;
@@ -259,8 +163,7 @@ impl<'a, 'b> Walk<'a, 'b> {
                 self.end(piece.extent);
             }
             for (stream, copy) in self.streams.iter().zip(copies) {
-                // At the end nobody takes it any more.
-                drop(stream.free.send(copy.buffer));
+                stream.give_back(copy);
             }
             done += piece.len as u64;
             progress.share("checked", done, total);
@@ -392,8 +295,8 @@ impl<'a, 'b> Walk<'a, 'b> {
             Proof::Equal => format!("{source} can be read"),
             Proof::Majority => format!("most members hold what {source} holds"),
         };
-        for index in 0..copies_of(&self.sums) {
-            let Held { content, sum } = held[index];
+        for (index, held) in held.iter().enumerate().take(self.sums.len()) {
+            let Held { content, sum } = *held;
             let fits = content.map(|content| Some(Sum::of(block, content)) == sum);
             let (kind, what) = match fits {
                 _ if !mend.rewrite.contains(index) => {
@@ -422,7 +325,7 @@ impl<'a, 'b> Walk<'a, 'b> {
                 Some(job),
             );
         }
-        let any = |which: Members| which.iter().any(|member| member < copies_of(&self.sums));
+        let any = |which: Members| which.iter().any(|member| member < self.sums.len());
         let rewrites = any(mend.rewrite);
         let something = rewrites || keeps && (any(mend.stale) || any(mend.unknown));
         if something && self.view.mode == Mode::Repair {
@@ -438,7 +341,7 @@ impl<'a, 'b> Walk<'a, 'b> {
     fn hopeless(&mut self, block: Block, range: &Range<usize>, held: &[Held<'_>], kind: Kind) {
         let each = held
             .iter()
-            .take(copies_of(&self.sums))
+            .take(self.sums.len())
             .enumerate()
             .map(|(index, held)| {
                 let what = match (held.content, held.sum) {
@@ -552,6 +455,11 @@ impl<'a, 'b> Walk<'a, 'b> {
             let done = mend::apply(self.view, extent, &mut self.sums, &self.jobs);
             self.unsynced |= done.unsynced;
             failed = done.failed;
+            if failed.is_empty() {
+                let jobs = self.jobs.iter();
+                let filled = jobs.filter(|job| !job.mend.unknown.is_empty()).count();
+                self.blocks.filled_in += filled as u64;
+            }
         }
         let rewritten = |index: usize| self.jobs.iter().any(|job| job.mend.unknown.contains(index));
         for Pending {
@@ -586,19 +494,4 @@ fn outcome_of(failed: &[Failed], index: usize, job: Option<usize>) -> Outcome {
         failed.member == index && (failed.job.is_none() || failed.job == job || job.is_none())
     });
     why.map_or(Outcome::Mended, |failed| Outcome::Left(failed.why.clone()))
-}
-
-/// How many of those judged are here.
-fn copies_of(sums: &[Sums]) -> usize {
-    sums.len()
-}
-
-/// The blocks of a piece with their places in it; the device's last one may be short.
-fn blocks_of(piece: &Piece) -> impl Iterator<Item = (Block, Range<usize>)> + use<> {
-    let len = piece.len;
-    let first = piece.offset / BLOCK_BYTES;
-    debug_assert!(len.div_ceil(BLOCK) as u64 <= BLOCKS_PER_EXTENT);
-    (first..)
-        .zip((0..len).step_by(BLOCK))
-        .map(move |(block, start)| (Block(block), start..len.min(start + BLOCK)))
 }

@@ -135,10 +135,11 @@ fn read_parts(
         Err(error) if has_gone(&error) => return Err(error),
         Err(_) => {}
     }
-    let Some(&step) = SMALLER.iter().find(|&&step| step < out.len()) else {
-        return Ok(vec![0..out.len()]);
-    };
     let mut bad: Vec<Range<usize>> = Vec::new();
+    let Some(&step) = SMALLER.iter().find(|&&step| step < out.len()) else {
+        bad.push(0..out.len());
+        return Ok(bad);
+    };
     for (index, part) in out.chunks_mut(step).enumerate() {
         let start = index * step;
         for range in read_parts(read, offset + start as u64, part)? {

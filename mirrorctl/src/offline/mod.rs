@@ -7,6 +7,7 @@
 //! | [`maps`] | every map sector in both copies, and the in-sync members against each other |
 //! | [`blocks`] | the blocks of written extents: copies against checksums and each other |
 //! | [`mend`] | nothing: it writes what [`blocks`] found to be right |
+//! | [`stream`] | nothing: it reads a member ahead of [`blocks`] |
 //! | [`report`] | what is said of it all |
 //!
 //! Both commands take the same way, so that a repair mends exactly what a check finds. A check
@@ -38,6 +39,7 @@ mod maps;
 mod member;
 mod mend;
 pub(crate) mod report;
+mod stream;
 #[cfg(test)]
 mod tests;
 

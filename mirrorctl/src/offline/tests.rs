@@ -61,7 +61,10 @@ impl Drop for Made {
     }
 }
 
-fn kinds(findings: &[Finding]) -> Vec<(Kind, Class, Option<u8>, Option<(u64, u64)>)> {
+/// A finding without its words: kind, class, slot and bytes.
+type Short = (Kind, Class, Option<u8>, Option<(u64, u64)>);
+
+fn kinds(findings: &[Finding]) -> Vec<Short> {
     let slot = |finding: &Finding| finding.member.as_ref().and_then(|(_, slot)| *slot);
     let each = findings.iter();
     each.map(|f| (f.kind, f.class, slot(f), f.bytes)).collect()
