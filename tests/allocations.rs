@@ -169,6 +169,8 @@ fn started(machine: &Rc<Machine>) -> Rc<Mirror<Still, MemoryDisk>> {
         deadline: Duration::from_secs(5),
         hot_budget: None,
         hot_memory_bytes: mirror::engine::HOT_CAP_BYTES,
+        check_reads: true,
+        sum_cache_bytes: 1 << 20,
     };
     let host = Rc::new(Still(Rc::clone(machine)));
     drive(machine, Mirror::start(host, candidates.collect(), options)).unwrap()

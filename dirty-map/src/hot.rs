@@ -168,11 +168,11 @@ fn for_words(range: &Range<u64>, mut visit: impl FnMut(usize, u64)) {
     }
 }
 
-/// Spreads consecutive extent numbers over a table.
+/// Spreads consecutive numbers of extents or blocks over a table.
 #[derive(Clone, Copy, Debug, Default)]
-struct ExtentHasher(u64);
+pub(crate) struct NumberHasher(u64);
 
-impl Hasher for ExtentHasher {
+impl Hasher for NumberHasher {
     fn finish(&self) -> u64 {
         self.0
     }
@@ -182,7 +182,10 @@ impl Hasher for ExtentHasher {
         }
     }
     fn write_u32(&mut self, number: u32) {
-        let mixed = (self.0 ^ u64::from(number)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.write_u64(u64::from(number));
+    }
+    fn write_u64(&mut self, number: u64) {
+        let mixed = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 = mixed ^ mixed >> 29;
     }
 }
@@ -214,7 +217,7 @@ impl Entry {
 /// The state of all hot extents. Times are given by the caller and must not go back.
 #[derive(Debug)]
 pub struct HotExtents {
-    entries: HashMap<Extent, Entry, BuildHasherDefault<ExtentHasher>>,
+    entries: HashMap<Extent, Entry, BuildHasherDefault<NumberHasher>>,
     pool: Pool,
     /// Extents that got unflushed blocks since the last flush began; may name one twice.
     written: Vec<Extent>,
@@ -412,6 +415,20 @@ impl HotExtents {
         extents.map(Extent).any(|extent| {
             let entry = self.entries.get(&extent);
             entry.is_some_and(|e| self.pool.touches(e.unequalised, &within(extent, &blocks)))
+        })
+    }
+
+    /// The blocks of a hot extent, a bit each, that are unflushed, under a flush, or may differ
+    /// between members.
+    #[must_use]
+    pub fn unsettled(&self, extent: Extent) -> [u64; WORDS] {
+        let Some(entry) = self.entries.get(&extent) else {
+            return [0; WORDS];
+        };
+        let masks = [entry.unflushed, entry.flushing, entry.unequalised];
+        std::array::from_fn(|word| {
+            let words = masks.iter().map(|&mask| self.pool.word(mask, word));
+            words.fold(0, |all, word| all | word)
         })
     }
 

@@ -188,7 +188,7 @@ fn quiet_begins_when_the_last_write_ends() {
 #[test]
 fn consecutive_extents_spread_over_a_table() {
     use std::hash::BuildHasher;
-    let spread = BuildHasherDefault::<ExtentHasher>::default();
+    let spread = BuildHasherDefault::<NumberHasher>::default();
     let hashes: Vec<u64> = (0..4096).map(|n| spread.hash_one(Extent(n))).collect();
     // A table goes by the lowest bits, and by the highest seven within a group.
     let low: BTreeSet<u64> = hashes.iter().map(|hash| hash % 4096).collect();

@@ -10,6 +10,8 @@
 //! | [`MissedMap`] | the blocks that one absent member lacks, 1 bit | at most 33 MiB a TiB; uniform parts none |
 //! | [`Summary`] | which pages of a missed map count on disk | 1 bit for 120 MiB of device |
 //! | [`SumPage`] | the checksums of an extent's blocks | 4 KiB |
+//! | [`HotSums`] | checksums of hot extents that are not on disk yet | at most the given cap, and some 100 bytes a hot extent |
+//! | [`SumCache`] | pages of checksums read or written lately | at most the given cap |
 //! | [`HotExtents`] | what is in flight, unflushed and un-equalised in hot extents | at most the given cap |
 //!
 //! # A map sector
@@ -46,17 +48,21 @@
 #![forbid(unsafe_code)]
 
 mod hot;
+mod hot_sums;
 mod missed;
 mod sector;
 mod state;
+mod sum_cache;
 mod summary;
 mod sums;
 mod units;
 
 pub use hot::{HOT_CAP_BYTES, HotExtents};
+pub use hot_sums::{Base, HotSums, Known};
 pub use missed::{MISSED_PER_SECTOR, MissedMap};
 pub use sector::{Address, Kind, PAYLOAD_BYTES, SECTOR_BYTES, SectorError, Stamp, decode, encode};
 pub use state::{ExtentState, STATES_PER_SECTOR, StateMap};
+pub use sum_cache::SumCache;
 pub use summary::{SUMMARY_PER_SECTOR, Summary};
 pub use sums::{SUM_PAGE_BYTES, Sum, SumPage};
 pub use units::{

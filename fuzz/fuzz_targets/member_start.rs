@@ -58,6 +58,8 @@ fn options(force: bool) -> StartOptions {
         deadline: Duration::from_secs(5),
         hot_budget: None,
         hot_memory_bytes: mirror::engine::HOT_CAP_BYTES,
+        check_reads: true,
+        sum_cache_bytes: 1 << 20,
     }
 }
 

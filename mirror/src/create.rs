@@ -243,6 +243,7 @@ pub fn blank_maps(superblock: &Superblock) -> Vec<(u64, Vec<u8>)> {
     let region_kinds = [
         (RegionKind::Position, Kind::Position),
         (RegionKind::State, Kind::State),
+        (RegionKind::Scrub, Kind::Scrub),
     ]
     .map(|kinds| (kinds, 0..1))
     .into_iter()

@@ -31,6 +31,8 @@ impl Errno {
     pub const INVALID: Self = Self(22);
     /// Beyond the end of the device.
     pub const NO_SPACE: Self = Self(28);
+    /// What was read does not fit its checksum (`EILSEQ`, as the kernel's block layer has it).
+    pub const CHECKSUM: Self = Self(84);
     /// The device does not offer this operation.
     pub const NOT_SUPPORTED: Self = Self(95);
     /// No answer within the deadline.

@@ -11,6 +11,7 @@
 //! | [`superblock`] | the superblock: byte table, encoding, decoding |
 //! | [`create`] | what a new member is filled with |
 //! | [`assemble`] | the pure decision who is in-sync and whether to start |
+//! | [`verdict`] | the pure decision which copy of a block is right |
 //! | [`engine`] | the running mirror: write, read, flush, discard, loss, join, resync |
 //! | [`scrub_log`] | what scrubs have done and found |
 //! | [`budget`] | how often a member may need a block rewritten |
@@ -37,6 +38,7 @@ pub mod scrub_log;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod superblock;
+pub mod verdict;
 
 pub use engine::{Candidate, ControlError, Mirror, StartError, StartOptions};
 pub use host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};

@@ -39,6 +39,8 @@ pub(crate) struct Machine {
     pub(crate) data_offset: u64,
     /// Memory for hot extents; of every fourth seed so little that they have to make room.
     hot_memory_bytes: usize,
+    /// Whether reads are checked against checksums.
+    check_reads: bool,
 }
 
 pub(crate) fn path(slot: usize) -> String {
@@ -61,7 +63,7 @@ impl Machine {
                 .collect(),
             size_bytes: Some(size_bytes),
             logical_block_bytes: None,
-            checksums: true,
+            checksums: seed % 8 != 5,
             random: (0..20).map(|i| u128::from(seed) << 64 | (i + 1)).collect(),
             now_secs: 0,
         };
@@ -82,7 +84,8 @@ impl Machine {
             rules: None,
             next_version: Rc::new(Cell::new(1)),
             data_offset: plan.data_offset,
-            hot_memory_bytes: if seed % 4 == 3 { 700 } else { HOT_CAP_BYTES },
+            hot_memory_bytes: if seed % 4 == 3 { 1400 } else { HOT_CAP_BYTES },
+            check_reads: seed % 16 != 6,
         };
         machine.connect();
         machine
@@ -96,6 +99,8 @@ impl Machine {
             deadline: Duration::from_secs(5),
             hot_budget: None,
             hot_memory_bytes: self.hot_memory_bytes,
+            check_reads: self.check_reads,
+            sum_cache_bytes: 10_000,
         }
     }
 
@@ -110,6 +115,7 @@ impl Machine {
             next_version: Rc::new(Cell::new(self.next_version.get())),
             data_offset: self.data_offset,
             hot_memory_bytes: self.hot_memory_bytes,
+            check_reads: self.check_reads,
         };
         fork.disks
             .iter()

@@ -220,14 +220,17 @@ fn md_write_versus_recovery() {
         machine.fail(1).unwrap();
         wr(&machine, 0, 1 << 20);
         machine.re_add(1).unwrap();
+        let written = Rc::new(Cell::new(0));
         for block in 0..24_u64 {
-            let client = machine.client();
+            let (client, written) = (machine.client(), written.clone());
             machine.world.spawn_task(async move {
                 let at = (block * 37 % 256) << 12;
                 client.write(at, 4096, false).await.unwrap();
+                written.set(written.get() + 1);
             });
         }
         machine.wait_in_sync();
+        assert!(machine.world.run(1_000_000, || written.get() == 24));
         machine.compare_members();
         machine.check_all(&format!("seed {seed}"));
     }

@@ -42,12 +42,27 @@ pub(crate) struct Args {
     /// Memory that the state of hot extents may take [default: decided by the engine]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) hot_memory: Option<u16>,
+    /// Whether reads are checked against the checksums of their blocks
+    #[arg(long, value_enum, default_value_t = CheckReads::Always)]
+    pub(crate) check_reads: CheckReads,
+    /// Memory for checksums that have been read [default: decided by the engine]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) checksum_cache: Option<u16>,
     /// Descriptor that receives one line of JSON when the mirror is up or has failed
     #[arg(long, value_name = "FD")]
     pub(crate) ready_fd: Option<i32>,
     /// The members' devices or image files
     #[arg(required = true, value_name = "MEMBER_PATH")]
     pub(crate) members: Vec<String>,
+}
+
+/// When reads are checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CheckReads {
+    /// Each; what does not fit is answered from another member, and the bad copy rewritten
+    Always,
+    /// Never; only a scrub checks
+    ScrubOnly,
 }
 
 /// How applications reach the mirror.

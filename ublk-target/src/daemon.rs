@@ -15,9 +15,10 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use mirror::control::{ErrorKind, MemberState};
+use mirror::engine::SUM_CACHE_BYTES_DEFAULT;
 use mirror::{Candidate, ControlError, Mirror, StartOptions};
 
-use crate::cli::{Args, FrontKind};
+use crate::cli::{Args, CheckReads, FrontKind};
 use crate::control;
 use crate::disk::{self, LocalDisk, OpenError};
 use crate::front_nbd::{Listener, NbdServer};
@@ -383,6 +384,10 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
         hot_memory_bytes: args
             .hot_memory
             .map_or(mirror::engine::HOT_CAP_BYTES, |mib| usize::from(mib) << 20),
+        check_reads: args.check_reads == CheckReads::Always,
+        sum_cache_bytes: args
+            .checksum_cache
+            .map_or(SUM_CACHE_BYTES_DEFAULT, |mib| usize::from(mib) << 20),
     };
     let host = Rc::new(RingHost::new(&ring));
     Mirror::start(host, candidates, options)

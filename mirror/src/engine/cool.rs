@@ -2,8 +2,8 @@
 //!
 //! An extent cools about ten seconds after its last write, when nothing in it is in flight,
 //! unflushed or un-equalised (R3). Extents cool in batches: one flush, one commit of the missed
-//! bits that belong to them, one commit of their states. Between the two commits a write may
-//! take an extent back; it is then simply hot again.
+//! bits that belong to them, their checksums, one commit of their states. Before the last a write
+//! may take an extent back; it is then simply hot again.
 //!
 //! While writes are answered or maps change, and once more after that, a position sector is
 //! committed each second: it names the commit before, so that an older image of a member is
@@ -12,6 +12,7 @@
 use super::Mirror;
 use super::fan_out::TICKS_PER_DEADLINE;
 use super::maps::Page;
+use super::sums::Store;
 use crate::host::{Disk, Errno, Host};
 use dirty_map::{Extent, ExtentState};
 use std::rc::Rc;
@@ -65,6 +66,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let quiet = self.maps.borrow_mut().hot.coolable(now, QUIET, BATCH);
         self.cool(quiet).await?;
+        self.store_hot().await?;
+        if self.maps.borrow_mut().queue_log() {
+            self.wrote_since_tick.set(true);
+        }
         let wrote = self.wrote_since_tick.replace(false);
         if self.wrote_before_tick.replace(wrote) || wrote {
             self.maps.borrow_mut().dirty.insert(Page::POSITION);
@@ -105,21 +110,39 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 maps.queue_missed(slot);
             }
         }
-        // The missed bits first: an extent that is cool says nothing about absent members.
-        let missed_durable = self.commit().await;
+        let durable = self.make_ready_to_cool(&extents).await;
         {
             let mut maps = self.maps.borrow_mut();
+            let maps = &mut *maps;
             for extent in extents {
                 if !maps.cooling.remove(&extent) {
                     continue;
                 }
-                match missed_durable {
-                    Ok(()) => maps.set_state(extent, ExtentState::Cool),
-                    Err(_) => maps.hot.insert(extent, self.coarse_now.get()),
+                if durable.is_err() {
+                    maps.hot.insert(extent, self.coarse_now.get());
+                    continue;
+                }
+                maps.set_state(extent, ExtentState::Cool);
+                maps.sums.end(extent);
+                if let Some(cooled) = &mut maps.cooled {
+                    cooled.insert(extent);
                 }
             }
         }
-        missed_durable?;
+        durable?;
         self.commit().await
+    }
+
+    /// What says more than that an extent is hot: an extent that is cool says nothing about
+    /// absent members, and its checksums are believed.
+    async fn make_ready_to_cool(&self, extents: &[Extent]) -> Result<(), Errno> {
+        self.commit().await?;
+        let mut pages: Vec<Extent> = {
+            let maps = self.maps.borrow();
+            let wanted = |e: &&Extent| maps.cooling.contains(e) && maps.sums.is_wanted(**e);
+            extents.iter().filter(wanted).copied().collect()
+        };
+        pages.sort_unstable();
+        self.store_pages(&pages, Store::ToCool).await
     }
 }

@@ -2,23 +2,38 @@
 //!
 //! At a start after an unclean stop every block of every hot extent is *un-equalised*: a write
 //! may have reached some members and not others. Before such a block is read, all in-sync
-//! copies are compared under the range lock; where they differ, the chosen source (the in-sync
-//! member with the lowest slot that can read the block) is written to the others with FUA, and
-//! only then the read is answered. So two reads never disagree, even when the source dies
-//! between them. A background task does the same for the blocks that nobody reads.
+//! copies are compared under the range lock; where they differ, one is chosen and written to the
+//! others with FUA, and only then the read is answered. So two reads never disagree, even when
+//! the source dies between them. A background task does the same for the blocks that nobody
+//! reads.
+//!
+//! The chosen copy is the one that fits a checksum: the one in memory, where there is one, else
+//! that of any in-sync member's page, which is of some content that the block has had. When
+//! none fits, or two different ones do, it is that of the in-sync member with the lowest slot
+//! that can read the block. What was found equal, or made so, has a known checksum from then on.
 //!
 //! A block that a failed flush covered is *suspect*: its copies look equal, and at the next power
 //! cut one disk may have it and the other not. Such a block is written to every in-sync member,
 //! the source included, equal or not.
-//!
-//! Checksums as the arbiter belong to a later version of the format's use; their place is
-//! reserved.
 
-use super::{Mirror, Receiver, front, length};
-use crate::host::{Disk, DiskRequest, Errno, Host, Span};
-use dirty_map::{BLOCK_BYTES, Block, blocks_covering};
+use super::Mirror;
+use super::copies::Copies;
+use crate::host::{Disk, DiskRequest, Errno, Host};
+use crate::layout::SLOTS_MAX;
+use dirty_map::{BLOCK_BYTES, Block, Known, Sum, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
+
+/// Which copy of a block is taken.
+struct Choice {
+    block: Block,
+    /// The member that holds it, by its index among the copies.
+    source: usize,
+    /// Members that hold the same, a bit each.
+    equal: u16,
+    /// Its checksum, where checksums are kept.
+    sum: Option<Sum>,
+}
 
 /// Blocks that are compared in one step.
 const STEP_BLOCKS: u64 = 64;
@@ -33,12 +48,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.equalise(blocks).await
     }
 
-    /// The background task: ends when nothing is un-equalised any more, and begins again when
-    /// a write fails on every member.
+    /// The background task: goes on whenever there is something un-equalised.
     pub(super) async fn run_equalise(self: Rc<Self>) {
+        let mut from = None;
         loop {
-            let next = self.maps.borrow().hot.next_unequalised(None);
+            let next = self.maps.borrow().hot.next_unequalised(from);
             let Some(run) = next.filter(|_| !self.stopping.get()) else {
+                from = None;
                 self.host.sleep(super::cool::TICK).await;
                 continue;
             };
@@ -50,6 +66,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             } else {
                 run.start..run.end.min(run.start + STEP_BLOCKS)
             };
+            // What cannot be read holds up nothing that comes after it.
+            from = Some(piece.end);
             let pass = self.gate.enter().await;
             let result = self.equalise(piece).await;
             drop(pass);
@@ -64,23 +82,52 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Makes all in-sync copies of `blocks` (of one extent) equal, in steps under one lock.
     async fn equalise(&self, blocks: Range<u64>) -> Result<(), Errno> {
+        let _lock = self.locks.lock(self.block_bytes(&blocks)).await;
+        self.equalise_locked(blocks).await
+    }
+
+    /// [`Mirror::equalise`] for a caller that holds the lock.
+    pub(super) async fn equalise_locked(&self, blocks: Range<u64>) -> Result<(), Errno> {
+        if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
+            return Ok(());
+        }
         let range = self.block_bytes(&blocks);
-        let _lock = self.locks.lock(range.clone()).await;
         if !self.is_hot(&range) {
             // After a discard that could not be recorded (R1).
             self.heat(&range).await?;
         }
-        let mut at = blocks.start;
+        // Taken out of the mask all at once, when all is equal: it may stand for the extent as a
+        // whole.
+        let (mut at, mut failed, mut done) = (blocks.start, Ok(()), Vec::new());
         while at < blocks.end {
             let step = at..(at + STEP_BLOCKS).min(blocks.end);
             at = step.end;
             let range = self.block_bytes(&step);
-            if !range.is_empty() && self.maps.borrow().hot.is_unequalised(step) {
-                self.equalise_step(&range).await?;
+            let unequal = self.maps.borrow().hot.is_unequalised(step.clone());
+            if range.is_empty() || !unequal {
+                continue;
+            }
+            if let Err(errno) = self.equalise_step(&range).await {
+                failed = failed.and(Err(errno));
+                // Each block for itself: what cannot be read stays alone with it.
+                for block in step {
+                    let range = self.block_bytes(&(block..block + 1));
+                    if !range.is_empty() && self.equalise_step(&range).await.is_ok() {
+                        done.push(block..block + 1);
+                    }
+                }
+            } else {
+                done.push(step);
             }
         }
-        self.maps.borrow_mut().hot.clear_unequalised(blocks);
-        Ok(())
+        if failed.is_ok() {
+            done = vec![blocks];
+        }
+        let mut maps = self.maps.borrow_mut();
+        for blocks in done {
+            maps.hot.clear_unequalised(blocks);
+        }
+        failed
     }
 
     /// Writes every suspect block anew on all in-sync members.
@@ -103,91 +150,117 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     async fn equalise_step(&self, range: &Range<u64>) -> Result<(), Errno> {
         let view = self.view();
-        let in_sync: Vec<Receiver<D>> = view
-            .receivers
-            .iter()
-            .filter(|r| r.in_sync)
-            .cloned()
-            .collect();
         let blocks = blocks_covering(range.start, range.end - range.start);
-        let suspect = self.maps.borrow().suspect.any_in(blocks);
-        if in_sync.len() < 2 && !suspect {
+        let suspect = self.maps.borrow().suspect.any_in(blocks.clone());
+        if view.receivers.iter().filter(|r| r.in_sync).count() < 2 && !suspect {
+            // Nothing to compare with: which of its contents a block has is not known.
+            self.record_equal(blocks.map(|block| (Block(block), None)));
             return Ok(());
         }
-        let copies = self.read_copies(&in_sync, range).await;
-        let source = copies.iter().find_map(|copy| copy.as_ref().ok()).cloned();
-        let Some(source) = source else {
-            return Err(copies
-                .into_iter()
-                .find_map(Result::err)
-                .unwrap_or(Errno::IO));
-        };
-        let mut lacking = [None; crate::layout::SLOTS_MAX];
-        for (receiver, copy) in in_sync.iter().zip(&copies) {
-            let copy = copy.as_ref().ok().filter(|_| !suspect);
-            let written = self.write_differing(receiver, copy, &source, range);
-            lacking[usize::from(receiver.slot)] = written.await.err();
+        let copies = self.read_copies(range).await;
+        let choices = self.choose(&copies).await.ok_or_else(|| {
+            tracing::debug!("blocks {blocks:?} cannot be read on any in-sync member");
+            copies.error.unwrap_or(Errno::IO)
+        })?;
+        let mut lacking = [None; SLOTS_MAX];
+        for (member, receiver) in copies.members.iter().enumerate() {
+            let written = self.write_chosen(&copies, &choices, member, suspect).await;
+            lacking[usize::from(receiver.slot)] = written.err();
         }
         self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;
+        self.record_equal(choices.iter().map(|choice| (choice.block, choice.sum)));
         self.losses_effective().await
     }
 
-    /// Reads `range` from each member into a buffer of its own.
-    async fn read_copies(
-        &self,
-        members: &[Receiver<D>],
-        range: &Range<u64>,
-    ) -> Vec<Result<Span<H::Buffer>, Errno>> {
-        let len = length(range.end - range.start);
-        let mut copies = Vec::with_capacity(members.len());
-        for member in members {
-            let buffer = self
-                .host
-                .allocate(len.next_multiple_of(length(BLOCK_BYTES)));
-            let span = front(&buffer, len);
-            let offset = self.data_offset + range.start;
-            let read = self
-                .to_one(
-                    member,
-                    DiskRequest::Read {
-                        offset,
-                        span: span.clone(),
-                    },
-                )
-                .await;
-            copies.push(read.map(|()| span));
+    /// Records what the checksums of equal blocks are.
+    fn record_equal(&self, sums: impl Iterator<Item = (Block, Option<Sum>)>) {
+        if !self.sums.are_kept() {
+            return;
         }
-        copies
+        let mut maps = self.maps.borrow_mut();
+        for (block, sum) in sums {
+            maps.sums.set(block, sum);
+        }
     }
 
-    /// Writes the blocks of `source` that differ from `copy` (all, when there is none) to one
-    /// member, durably.
-    async fn write_differing(
-        &self,
-        receiver: &Receiver<D>,
-        copy: Option<&Span<H::Buffer>>,
-        source: &Span<H::Buffer>,
-        range: &Range<u64>,
-    ) -> Result<(), Errno> {
-        let block = length(BLOCK_BYTES);
-        let mut at = 0;
-        while at < source.len {
-            let len = block.min(source.len - at);
-            let piece = source.slice(at, len);
-            let equal = copy.is_some_and(|copy| {
-                copy.slice(at, len)
-                    .read(|have| piece.read(|want| have == want))
-            });
-            if !equal {
-                let offset = self.data_offset + range.start + at as u64;
-                let write = DiskRequest::Write {
-                    offset,
-                    span: piece,
-                    fua: true,
-                };
-                self.to_one(receiver, write).await?;
+    /// Chooses a copy of each block; `None` when there is a block that no member can read.
+    async fn choose(&self, copies: &Copies<D>) -> Option<Vec<Choice>> {
+        let kept = self.sums.are_kept();
+        let mut differ = false;
+        copies.for_each_block(|_, contents| {
+            let mut readable = contents.iter().flatten();
+            let first = readable.next();
+            differ |= readable.any(|other| Some(other) != first);
+        });
+        let stored = if differ && kept {
+            self.stored_pages(Block(copies.range.start / BLOCK_BYTES).extent())
+                .await
+        } else {
+            [const { None }; SLOTS_MAX]
+        };
+        let (mut choices, mut all) = (Vec::new(), true);
+        copies.for_each_block(|block, contents| {
+            let fits = |content: &[u8]| {
+                let sum = Sum::of(block, content);
+                match self.maps.borrow().sums.get(block) {
+                    Known::Sum(known) => known == sum,
+                    Known::Stored | Known::Nothing => {
+                        let mut pages = stored.iter().flatten();
+                        pages.any(|page| page.get(block) == Some(sum))
+                    }
+                }
+            };
+            let readable = || contents.iter().enumerate().filter(|(_, c)| c.is_some());
+            let Some((first, content)) = readable().next() else {
+                all = false;
+                return;
+            };
+            let mut source = first;
+            if kept && readable().any(|(_, other)| other != content) {
+                let mut fitting = readable().filter(|(_, c)| c.is_some_and(fits));
+                if let Some((one, chosen)) = fitting.next()
+                    && fitting.all(|(_, other)| other == chosen)
+                {
+                    source = one;
+                }
             }
-            at += len;
+            let equal = |copy: &Option<&[u8]>| *copy == contents[source];
+            let has = contents.iter().map(equal);
+            let content = contents[source].unwrap_or_default();
+            choices.push(Choice {
+                block,
+                source,
+                equal: (0..)
+                    .zip(has)
+                    .fold(0, |all, (at, has)| all | u16::from(has) << at),
+                sum: kept.then(|| Sum::of(block, content)),
+            });
+        });
+        all.then_some(choices)
+    }
+
+    /// Writes to one member, durably, the chosen copies of blocks that it holds differently, or
+    /// of all.
+    async fn write_chosen(
+        &self,
+        copies: &Copies<D>,
+        choices: &[Choice],
+        member: usize,
+        all: bool,
+    ) -> Result<(), Errno> {
+        for (at, choice) in choices.iter().enumerate() {
+            if choice.equal >> member & 1 != 0 && !all {
+                continue;
+            }
+            let Some(span) = copies.span(choice.source, &(at..at + 1)) else {
+                return Err(Errno::IO);
+            };
+            let write = DiskRequest::Write {
+                offset: self.data_offset + choice.block.0 * BLOCK_BYTES,
+                span,
+                fua: true,
+            };
+            self.to_one(&copies.members[member], write).await?;
         }
         Ok(())
     }

@@ -9,10 +9,11 @@
 //! A member whose data area was all zero when it joined is spared the zeroing, but only for
 //! extents that never left *unwritten*.
 
+use super::sums::STORED_EVERY;
 use super::{FanOut, Mirror, PIECE_BYTES, Receiver, View, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
-use dirty_map::{Extent, ExtentState};
+use dirty_map::{Base, Extent, ExtentState};
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -118,7 +119,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     }
                     self.ahead.borrow_mut().used(extent);
                 }
-                match maps.states.get(extent) {
+                let before = maps.states.get(extent);
+                let base = match before {
+                    ExtentState::Unwritten | ExtentState::Discarded => Base::Zeroes,
+                    ExtentState::Cool => Base::Stored,
+                    // It has begun before a commit that failed.
+                    ExtentState::Hot => Base::Doubtful,
+                };
+                maps.sums
+                    .begin(extent, base, self.coarse_now.get() + STORED_EVERY);
+                match before {
                     // A commit that failed may have left it hot in memory only.
                     _ if intent => maps.set_state(extent, ExtentState::Hot),
                     ExtentState::Hot => {}

@@ -11,7 +11,10 @@
 //!    requests (R1).
 //! 4. A loss that was not recorded block-exactly is, by a round: with step 2 durable it is
 //!    known exactly. A former member that gets a full resync is marked so in its superblock.
-//!    Then the member gets every map as the in-sync members have it, and a flush.
+//!    Then the member gets the checksums of extents that its own map calls hot, which may have
+//!    cooled without it, and a flush: its map is the only record of which these are. (Most of them
+//!    before step 3, and here those that have cooled since.) Then it gets every map as the in-sync
+//!    members have it, and a flush.
 //! 5. A round with a new epoch: in-sync members first, then the member, whose superblock now
 //!    says *resyncing*. The slot's base becomes the position of step 4: an older image of this
 //!    member would need bits that are cleared from now on.
@@ -27,11 +30,12 @@ use crate::assemble::{Seen, Verdict, judge_return};
 use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
 use crate::create::{blank_maps, hint, random_uuid};
 use crate::host::{Disk, Errno, Host};
-use crate::layout::{PAGE_BYTES, RegionKind};
+use crate::layout::{PAGE_BYTES, RegionKind, SCRUB_PAGES};
 use crate::records;
 use crate::superblock::{SlotState, Superblock, SuperblockError};
 use crate::{ControlError, create};
 use dirty_map::{Extent, Stamp};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use uuid::Uuid;
 
@@ -47,6 +51,8 @@ struct Joiner<D> {
     reason: String,
     /// Extents that join its missed map (R12).
     own_hot: Vec<Extent>,
+    /// Extents of which its checksums may be old though it lacks no block of them, in order.
+    old_sums: Vec<Extent>,
 }
 
 impl<D> Joiner<D> {
@@ -116,6 +122,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let superblock = &surveyed.seen.superblock;
         let slot = superblock.own_slot;
         let (kind, reason, own_hot) = self.decide_return(&surveyed, full)?;
+        let old_sums = match kind {
+            ResyncKind::Delta => own_hot_extents(&surveyed.states, self.maps.borrow().states.len()),
+            // It gets all of them with their blocks.
+            ResyncKind::Full => Vec::new(),
+        };
         self.may_join(slot, &path)?;
         if dry_run {
             return Ok(format!(
@@ -137,6 +148,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             kind,
             reason,
             own_hot,
+            old_sums,
         })
         .await
     }
@@ -230,6 +242,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             kind: ResyncKind::Full,
             reason: "it is a new disk".to_owned(),
             own_hot: Vec::new(),
+            old_sums: Vec::new(),
         };
         self.join(joiner).await
     }
@@ -315,19 +328,34 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 "the missed map could not be recorded on the in-sync members: {errno}"
             ))
         })?;
+        self.maps.borrow_mut().cooled = Some(BTreeSet::new());
+        let joined = self.join_prepared(&joiner).await;
+        self.maps.borrow_mut().cooled = None;
+        joined?;
+        Ok(self.begin_resync(joiner).await)
+    }
+
+    /// Steps 3 to 5.
+    async fn join_prepared(&self, joiner: &Joiner<D>) -> Result<(), ControlError> {
+        self.bring_sums(joiner, &joiner.old_sums).await?;
         let _closed = self.gate.close().await;
         let _turn = self.membership.enter().await;
         if self.stopping.get() {
             return Err(failed("the mirror is stopping".to_owned()));
         }
-        if !joiner.is_new() && self.slots.borrow()[usize::from(slot)].held_out {
+        if !joiner.is_new() && self.slots.borrow()[usize::from(joiner.slot)].held_out {
             return Err(refuse(format!(
                 "{} has been taken out meanwhile",
                 joiner.path
             )));
         }
-        let base = self.prepare_joiner(&joiner).await?;
-        self.join_round(&joiner, base).await?;
+        let base = self.prepare_joiner(joiner).await?;
+        self.join_round(joiner, base).await
+    }
+
+    /// Step 6; says what has come of the join.
+    async fn begin_resync(self: &Rc<Self>, joiner: Joiner<D>) -> String {
+        let slot = joiner.slot;
         let message = if joiner.is_new() {
             let path = &joiner.path;
             format!("{path} (slot {slot}) joined as a new disk and is resyncing (full)")
@@ -357,7 +385,26 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if let Err(errno) = self.commit_now().await {
             tracing::warn!("the map commit after a join failed: {errno}");
         }
-        Ok(message)
+        message
+    }
+
+    /// Copies checksums to the joiner, durably.
+    async fn bring_sums(&self, joiner: &Joiner<D>, extents: &[Extent]) -> Result<(), ControlError> {
+        let extents: Vec<Extent> = {
+            let maps = self.maps.borrow();
+            let written = extents.iter().copied().filter(|&e| maps.is_written(e));
+            written.collect()
+        };
+        let brought = match self.copy_pages(&extents, &joiner.disk).await {
+            Ok(()) if !extents.is_empty() => member_io::flush(&*self.host, &*joiner.disk).await,
+            brought => brought,
+        };
+        brought.map_err(|errno| {
+            failed(format!(
+                "{} failed while its checksums were written: {errno}",
+                joiner.path
+            ))
+        })
     }
 
     /// Step 4; returns the position that the member has then.
@@ -367,6 +414,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 "what the member lacks could not be recorded on the in-sync members: {errno}"
             ))
         })?;
+        let cooled = self.maps.borrow_mut().cooled.take().unwrap_or_default();
+        let cooled: Vec<Extent> = {
+            let old = &joiner.old_sums;
+            let cooled = cooled.into_iter();
+            cooled.filter(|e| old.binary_search(e).is_ok()).collect()
+        };
+        self.bring_sums(joiner, &cooled).await?;
         self.write_maps_to(joiner).await.map_err(|errno| {
             failed(format!(
                 "{} failed while its maps were written: {errno}",
@@ -503,6 +557,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut pages = vec![Page::POSITION];
         let states = pages_of(u64::from(maps.states.sectors()));
         pages.extend((0..states).map(|index| page(RegionKind::State, 0, index)));
+        let log = (0..SCRUB_PAGES).map_while(|index| u32::try_from(index).ok());
+        pages.extend(log.map(|index| page(RegionKind::Scrub, 0, index)));
         for (slot, missed) in (0..).zip(&maps.missed).filter(|(slot, _)| *slot != except) {
             let summaries = pages_of(u64::from(missed.summary.sectors()));
             pages.extend((0..summaries).map(|index| page(RegionKind::Summary, slot, index)));

@@ -8,12 +8,15 @@
 //! The pages of one copy follow each other in a region of the member; a page holds
 //! [`SECTORS_PER_PAGE`] sectors.
 
+use super::StartOptions;
 use crate::bytes::put;
-use crate::layout::{Layout, PAGE_BYTES, RegionKind, SECTORS_PER_PAGE, SLOTS_MAX, extents_of};
+use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE, SLOTS_MAX, extents_of};
+use crate::scrub_log::{self, ScrubLog};
+use crate::superblock::Superblock;
 use dirty_map::{
-    Address, BLOCKS_PER_EXTENT, Extent, ExtentState, HotExtents, Kind, MISSED_PER_SECTOR,
+    Address, BLOCKS_PER_EXTENT, Extent, ExtentState, HotExtents, HotSums, Kind, MISSED_PER_SECTOR,
     MissedMap, PAYLOAD_BYTES, SECTOR_BYTES, STATES_PER_SECTOR, SUMMARY_PER_SECTOR, Stamp, StateMap,
-    Summary, encode,
+    SumCache, Summary, encode,
 };
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
@@ -75,6 +78,16 @@ pub(super) struct Maps {
     pub(super) unrecorded: HashSet<Extent>,
     /// Extents being zeroed and made hot by some write.
     pub(super) preparing: HashSet<Extent>,
+    /// Checksums of hot extents.
+    pub(super) sums: HotSums,
+    /// Pages of the checksum table, as an in-sync member has them.
+    pub(super) pages: SumCache,
+    /// Blocks of which no copy is provably right: they read as an error until written anew.
+    pub(super) damaged: MissedMap,
+    /// What scrubs have done and found.
+    pub(super) log: ScrubLog,
+    /// Extents that have cooled while a member is joining, if one is.
+    pub(super) cooled: Option<BTreeSet<Extent>>,
     /// Blocks whose flush failed everywhere and that were not written anew (R7).
     pub(super) suspect: MissedMap,
     /// Pages to commit.
@@ -90,7 +103,13 @@ pub(super) struct Maps {
 }
 
 impl Maps {
-    pub(super) fn new(layout: &Layout, slots: usize, tag: u32, hot_memory_bytes: usize) -> Self {
+    pub(super) fn new(config: &Superblock, options: &StartOptions) -> Self {
+        let (layout, slots) = (&config.layout, config.slots.len());
+        let hot_memory_bytes = if config.checksums {
+            options.hot_memory_bytes / 2
+        } else {
+            options.hot_memory_bytes
+        };
         let extents = u32::try_from(extents_of(layout.size_bytes)).unwrap_or(u32::MAX);
         let blocks = u64::from(extents) * BLOCKS_PER_EXTENT;
         let missed = |_| Missed {
@@ -107,6 +126,11 @@ impl Maps {
             cooling: HashSet::new(),
             unrecorded: HashSet::new(),
             preparing: HashSet::new(),
+            sums: HotSums::new(options.hot_memory_bytes / 2),
+            pages: SumCache::new(options.sum_cache_bytes),
+            damaged: MissedMap::new(blocks),
+            log: ScrubLog::new(),
+            cooled: None,
             suspect: MissedMap::new(blocks),
             dirty: BTreeSet::new(),
             stamp: Stamp {
@@ -115,7 +139,7 @@ impl Maps {
             },
             effective: 0,
             completed: 0,
-            tag,
+            tag: config.tag(),
         }
     }
 
@@ -207,6 +231,19 @@ impl Maps {
         }
     }
 
+    /// Has the changed pages of the scrub log committed next; whether there are any.
+    pub(super) fn queue_log(&mut self) -> bool {
+        let changed = self.log.take_dirty();
+        for &sector in &changed {
+            self.dirty.insert(Page {
+                kind: RegionKind::Scrub,
+                slot: 0,
+                index: sector / narrow(SECTORS_PER_PAGE),
+            });
+        }
+        !changed.is_empty()
+    }
+
     /// Takes the pages to commit, at most `max`.
     pub(super) fn take_dirty(&mut self, max: usize) -> Vec<Page> {
         let taken: Vec<Page> = self.dirty.iter().take(max).copied().collect();
@@ -232,6 +269,9 @@ impl Maps {
                 }
                 (RegionKind::Summary, Some(m)) if index < m.summary.sectors() => {
                     m.summary.write_payload(index, &mut payload);
+                }
+                (RegionKind::Scrub, _) if index < scrub_log::SECTORS => {
+                    self.log.payload(index, &mut payload);
                 }
                 (RegionKind::Position, _) => {
                     put(&mut payload, EFFECTIVE_AT, self.effective.to_le_bytes());

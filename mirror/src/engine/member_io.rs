@@ -327,7 +327,7 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
     Ok(Surveyed { seen, states })
 }
 
-/// The extents that a member's own map calls hot; a damaged sector counts as hot throughout.
+/// The extents that a member's own map calls hot, in order; a damaged sector counts as hot throughout.
 pub(super) fn own_hot_extents(states: &RegionImage, extents: u32) -> Vec<Extent> {
     let mut map = StateMap::new(extents);
     let mut hot = Vec::new();
@@ -352,5 +352,6 @@ pub(super) fn own_hot_extents(states: &RegionImage, extents: u32) -> Vec<Extent>
         hot.push(extent);
         from = Extent(extent.0 + 1);
     }
+    hot.sort_unstable();
     hot
 }

@@ -13,6 +13,8 @@
 //! | `zero_ahead.rs` | zeroing extents before anybody writes to them |
 //! | `read.rs` | the read path, failover, repair of a bad copy |
 //! | `zeroes.rs` | discard and write-zeroes |
+//! | `sums.rs`, `edges.rs` | checksums of blocks, and of blocks that are written in part |
+//! | `settle.rs` | a second look at blocks: which copy is right, and making the others so |
 //! | `commit.rs` | group commit of map pages |
 //! | `loss.rs` | losing a member, rounds of superblock updates |
 //! | `join.rs` | bringing a member back or a new one in |
@@ -40,6 +42,8 @@
 
 mod commit;
 mod cool;
+mod copies;
+mod edges;
 mod equalise;
 mod fan_out;
 mod heat;
@@ -49,8 +53,10 @@ mod maps;
 mod member_io;
 mod read;
 mod resync;
+mod settle;
 mod start;
 mod status;
+mod sums;
 mod wait;
 mod write;
 mod zero_ahead;
@@ -78,6 +84,8 @@ pub const PIECE_BYTES: usize = 1 << 20;
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(30);
 /// Hot extents that may exist before it is reported, unless told otherwise: 64 GiB to equalise.
 pub const HOT_BUDGET_DEFAULT: u32 = 16384;
+/// Memory for pages of the checksum table, unless told otherwise: those of 120 GiB.
+pub const SUM_CACHE_BYTES_DEFAULT: usize = 128 << 20;
 
 /// Choices at start.
 #[derive(Clone, Debug)]
@@ -93,7 +101,13 @@ pub struct StartOptions {
     /// Budget of hot extents; exceeded and reported rather than waited on.
     pub hot_budget: Option<u32>,
     /// Bytes that the state of hot extents may take; when they are used up, extents cool early.
+    /// Half of it is for their checksums, where they are kept.
     pub hot_memory_bytes: usize,
+    /// Check what is read against its checksum, and answer with another copy where it does not
+    /// fit.
+    pub check_reads: bool,
+    /// Bytes that pages of the checksum table may take in memory.
+    pub sum_cache_bytes: usize,
 }
 
 /// An opened device that may be a member.
@@ -229,6 +243,7 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     /// Held from the decision that a device may join until it has.
     joining: Exclusive,
     cooling: Exclusive,
+    sums: sums::SumIo<H::Buffer>,
     commits: Commits,
     flushes: write::Flushes,
     stalls: StallWatch,

@@ -2,17 +2,21 @@
 //!
 //! Unwritten and discarded extents read as zeroes (R11). Everything else is read from one
 //! in-sync member: the one with the least in flight. Blocks that may differ between members are
-//! equalised first (R5). When a member cannot read, another one answers, and the bad copy is
-//! rewritten under the range lock and read back. When none of them can read all of a range, its
-//! halves are read each for itself, down to single sectors: what is bad on one member is good on
-//! another.
+//! equalised first (R5). When a member cannot read, another one answers, and the bad copy gets a
+//! second look (`settle.rs`). When none of them can read all of a range, its halves are read each
+//! for itself, down to single sectors: what is bad on one member is good on another.
+//!
+//! What was read has to fit the checksums that are at hand, the page of an extent being read
+//! beside the data if it is not there. Where it does not fit, because a copy is bad or only
+//! because a write came between, the blocks get a second look and are read again under the range
+//! lock. So checks are of whole blocks: a read of a part reads all of the block.
 
 use super::fan_out::Limited;
 use super::heat::extents;
 use super::write::intersect;
-use super::{Mirror, front, length};
+use super::{Mirror, length};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
-use dirty_map::{BLOCK_BYTES, blocks_covering};
+use dirty_map::blocks_covering;
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -38,21 +42,58 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Ok(span);
         }
         let _pass = self.gate.enter().await;
+        let whole = self.checked_range(&range);
+        let result = if whole == range {
+            self.read_range(&range, span).await
+        } else {
+            let all = self.fresh_span(length(whole.end - whole.start));
+            let read = self.read_range(&whole, all).await;
+            read.map(|read| read.slice(length(range.start - whole.start), span.len))
+        };
+        self.answer(result)
+    }
+
+    /// What has to be read for `range` to be checked.
+    fn checked_range(&self, range: &Range<u64>) -> Range<u64> {
+        if self.options.check_reads {
+            self.whole_blocks(range)
+        } else {
+            range.clone()
+        }
+    }
+
+    async fn read_range(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: Span<H::Buffer>,
+    ) -> Result<Span<H::Buffer>, Errno> {
         let plain = {
             let maps = self.maps.borrow();
-            extents(&range).all(|extent| maps.is_written(extent))
+            extents(range).all(|extent| maps.is_written(extent))
                 && !maps
                     .hot
                     .is_unequalised(blocks_covering(range.start, range.end - range.start))
         };
         let result = if plain {
-            self.read_written(&range, span.clone())
+            self.read_written(range, span.clone())
                 .await
                 .map(|moved| moved.unwrap_or(span))
         } else {
-            self.read_mixed(&range, span).await
+            self.read_mixed(range, span).await
         };
-        self.answer(result)
+        match result {
+            Err(Errno::CHECKSUM) => match self.read_again(&self.whole_blocks(range)).await {
+                // No copy fits.
+                Err(Errno::CHECKSUM) => Err(Errno::IO),
+                Ok(all) => {
+                    let whole = self.whole_blocks(range);
+                    let start = length(range.start - whole.start);
+                    Ok(all.slice(start, length(range.end - range.start)))
+                }
+                failed => failed,
+            },
+            result => result,
+        }
     }
 
     /// Reads a range of which parts may be unwritten or un-equalised.
@@ -102,17 +143,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(Some(zeroes))
     }
 
-    fn fresh_span(&self, len: usize) -> Span<H::Buffer> {
-        front(
-            &self
-                .host
-                .allocate(len.next_multiple_of(length(BLOCK_BYTES))),
-            len,
-        )
-    }
-
     /// Reads a range of written, equal extents, failing over. `None` when the bytes are in
-    /// `span`; else the span they are in.
+    /// `span`; else the span they are in. `CHECKSUM` when they do not fit.
     ///
     /// Counts as a read under way from its first step, which follows the caller's look at the
     /// extents' states without a wait: a discard destroys nothing before the read has ended.
@@ -122,7 +154,31 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         span: Span<H::Buffer>,
     ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let _reading = self.reads.begin();
-        match self.read_whole(range, span.clone(), None).await {
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        if self.maps.borrow().damaged.any_in(blocks) {
+            return Err(Errno::IO);
+        }
+        let checked = self.options.check_reads && self.sums.are_kept();
+        if checked {
+            self.want_pages(range);
+        }
+        let moved = self.read_unchecked(range, span.clone()).await?;
+        if checked {
+            self.pages_at_hand(range).await;
+            if !self.fits(range, moved.as_ref().unwrap_or(&span)) {
+                return Err(Errno::CHECKSUM);
+            }
+        }
+        Ok(moved)
+    }
+
+    /// [`Mirror::read_written`] of whatever the members hold.
+    pub(super) async fn read_unchecked(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: Span<H::Buffer>,
+    ) -> Result<Option<Span<H::Buffer>>, Errno> {
+        match self.read_whole(range, span.clone()).await {
             Err(errno) if self.in_sync_members() > 1 => {
                 self.read_in_halves(range, span, errno).await
             }
@@ -146,7 +202,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 let read = if span.buffer.in_use() {
                     Err(Errno::TIMED_OUT)
                 } else {
-                    self.read_whole(&half, piece, None).await
+                    self.read_whole(&half, piece).await
                 };
                 match read {
                     Ok(None) => {}
@@ -176,13 +232,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.view().receivers.iter().filter(|r| r.in_sync).count()
     }
 
-    /// Reads a range from one member, the best that is not `except`; from another one when that
-    /// fails. `None` when the bytes are in `span`; else the span they are in.
+    /// Reads a range from the best member; from another one when that fails. `None` when the bytes are in `span`; else the span they are in.
     async fn read_whole(
         self: &Rc<Self>,
         range: &Range<u64>,
         span: Span<H::Buffer>,
-        except: Option<u8>,
     ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let (mut span, mut moved) = (span, false);
         let mut failed: Vec<u8> = Vec::new();
@@ -192,7 +246,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let candidates = view
                 .receivers
                 .iter()
-                .filter(|r| r.in_sync && Some(r.slot) != except && !failed.contains(&r.slot));
+                .filter(|r| r.in_sync && !failed.contains(&r.slot));
             let Some(member) = candidates.min_by_key(|r| r.disk.in_flight()) else {
                 return Err(last_error);
             };
@@ -211,8 +265,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             };
             match result {
                 Ok(()) => {
-                    for slot in failed {
-                        self.spawn_repair(slot, range.clone());
+                    if !failed.is_empty() {
+                        let range = range.clone();
+                        self.spawn(|mirror| mirror.repair(range));
                     }
                     return Ok(moved.then_some(span));
                 }
@@ -228,104 +283,5 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
-    }
-
-    fn spawn_repair(self: &Rc<Self>, slot: u8, range: Range<u64>) {
-        self.spawn(|mirror| async move { mirror.repair(slot, range).await });
-    }
-
-    /// Rewrites a copy that could not be read, from one that can, and reads it back. A repair
-    /// is a write: the extents are hot first (R1) and the range lock is held from the read to
-    /// the end of the write (R4).
-    async fn repair(self: Rc<Self>, slot: u8, range: Range<u64>) {
-        let blocks = blocks_covering(range.start, range.end - range.start);
-        let range = self.block_bytes(&blocks);
-        let _pass = self.gate.enter().await;
-        let mut at = range.start;
-        while at < range.end {
-            let piece = at..(at + super::PIECE_BYTES as u64).min(range.end);
-            at = piece.end;
-            let lock = self.locks.lock(piece.clone()).await;
-            if self.stopping.get() || self.write_blocked.get() {
-                return;
-            }
-            if extents(&piece).any(|extent| !self.maps.borrow().is_written(extent)) {
-                continue;
-            }
-            if self.heat(&piece).await.is_err() {
-                return;
-            }
-            self.begin_repair(&piece);
-            lock.set_issued(true);
-            let repaired = self.rewrite_copy(slot, &piece).await;
-            self.end_repair(&piece);
-            drop(lock);
-            match repaired {
-                Ok(true) => {
-                    let count = blocks_covering(piece.start, piece.end - piece.start);
-                    let mut slots = self.slots.borrow_mut();
-                    slots[usize::from(slot)].repaired_blocks += count.end - count.start;
-                }
-                Ok(false) => return,
-                Err(errno) => {
-                    self.begin_loss(slot, &format!("rewriting a bad sector failed: {errno}"));
-                    return;
-                }
-            }
-        }
-    }
-
-    /// In flight like any write, or its extents might cool under it (R3).
-    fn begin_repair(&self, range: &Range<u64>) {
-        let mut maps = self.maps.borrow_mut();
-        let now = self.coarse_now.get();
-        for extent in extents(range) {
-            maps.hot.begin_write(extent, now);
-        }
-    }
-
-    /// The rewritten blocks join the unflushed set like any write's.
-    fn end_repair(&self, range: &Range<u64>) {
-        let mut maps = self.maps.borrow_mut();
-        let now = self.coarse_now.get();
-        let blocks = blocks_covering(range.start, range.end - range.start);
-        for extent in extents(range) {
-            maps.hot
-                .end_write(extent, intersect(&blocks, &extent.blocks()), now);
-        }
-    }
-
-    /// Copies `range` onto the in-sync member in `slot` from others, as far as they can read
-    /// it. `Ok(false)` when nothing could be copied.
-    async fn rewrite_copy(self: &Rc<Self>, slot: u8, range: &Range<u64>) -> Result<bool, Errno> {
-        let mut copied = false;
-        let mut left = vec![range.clone()];
-        while let Some(part) = left.pop() {
-            let own = self.fresh_span(length(part.end - part.start));
-            let span = match self.read_whole(&part, own.clone(), Some(slot)).await {
-                Ok(moved) => moved.unwrap_or(own),
-                Err(_) if self.in_sync_members() > 1 => {
-                    left.extend(self.halves(&part).into_iter().flatten());
-                    continue;
-                }
-                Err(_) => return Ok(copied),
-            };
-            let view = self.view();
-            let mut in_sync = view.receivers.iter().filter(|r| r.in_sync);
-            let Some(target) = in_sync.find(|r| r.slot == slot) else {
-                return Ok(false);
-            };
-            let offset = self.data_offset + part.start;
-            let write = DiskRequest::Write {
-                offset,
-                span: span.clone(),
-                fua: true,
-            };
-            self.to_one(target, write).await?;
-            self.to_one(target, DiskRequest::Read { offset, span })
-                .await?;
-            copied = true;
-        }
-        Ok(copied)
     }
 }

@@ -6,16 +6,19 @@
 //! (R4). Runs that are all zero are zeroed instead of copied and counted apart. Blocks of
 //! extents that read as zeroes need nothing at all.
 //!
-//! Copied blocks stay missed until a flush of the member has made them durable; then their
-//! bits are cleared and committed, which is also what a restart resumes from. When no bit is
+//! Copied blocks stay missed until the pages of their extents' checksums have been copied too and
+//! a flush of the member has made both durable; then their bits are cleared and committed, which
+//! is also what a restart resumes from. When no bit is
 //! left, the gate closes, and if that is still so, a round makes the member in-sync.
 
+use super::settle::Look;
 use super::{Mirror, PIECE_BYTES, Receiver, Running, front, length};
 use crate::control::ResyncStatus;
-use crate::host::{Buffer, Disk, DiskRequest, Errno, Host};
+use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use crate::records;
 use dirty_map::{BLOCK_BYTES, Block, Extent};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
@@ -36,6 +39,14 @@ struct Batch {
     blocks: Cell<u64>,
     lanes: Cell<usize>,
     failed: Cell<Option<Errno>>,
+}
+
+impl Batch {
+    fn note_copied(&self, blocks: Range<u64>) {
+        self.blocks
+            .set(self.blocks.get() + blocks.end - blocks.start);
+        self.copied.borrow_mut().push(blocks);
+    }
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -120,6 +131,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let copied = batch.copied.take();
         let _pass = self.gate.enter().await;
         if !copied.is_empty() {
+            if let Err(errno) = self.copy_pages_of(&copied, &target).await {
+                self.begin_loss(slot, &format!("a write during resync failed: {errno}"));
+                return Err(errno);
+            }
             if let Err(errno) = self.to_one(&target, DiskRequest::Flush).await {
                 self.begin_loss(slot, &format!("a flush during resync failed: {errno}"));
                 return Err(errno);
@@ -143,6 +158,21 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
+    /// Copies the checksums of the extents that `copied` is of, as far as they are on disk.
+    async fn copy_pages_of(
+        &self,
+        copied: &[Range<u64>],
+        target: &Receiver<D>,
+    ) -> Result<(), Errno> {
+        let extents: BTreeSet<Extent> = {
+            let maps = self.maps.borrow();
+            let extents = copied.iter().map(|blocks| Block(blocks.start).extent());
+            extents.filter(|&extent| maps.is_written(extent)).collect()
+        };
+        let extents: Vec<Extent> = extents.into_iter().collect();
+        self.copy_pages(&extents, &target.disk).await
+    }
+
     /// One lane: takes runs from the shared cursor until the batch is full or done.
     async fn run_lane(self: &Rc<Self>, slot: u8, batch: &Batch) {
         let mut buffer = self.host.allocate(PIECE_BYTES);
@@ -164,12 +194,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if buffer.in_use() {
                 buffer = self.host.allocate(PIECE_BYTES);
             }
-            match self.copy_run(slot, extent, &run, &buffer).await {
-                Ok(()) => {
-                    batch.blocks.set(batch.blocks.get() + run.end - run.start);
-                    batch.copied.borrow_mut().push(run);
-                }
-                Err(errno) => batch.failed.set(Some(errno)),
+            if let Err(errno) = self.copy_run(slot, extent, &run, &buffer, batch).await {
+                batch.failed.set(Some(errno));
             }
         }
     }
@@ -181,47 +207,87 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         extent: Extent,
         run: &Range<u64>,
         buffer: &H::Buffer,
+        batch: &Batch,
     ) -> Result<(), Errno> {
         let range = self.block_bytes(run);
         if range.is_empty() || !self.maps.borrow().is_written(extent) {
             // Reads as zeroes whatever the disk holds, and is zeroed before its next use, on
             // this member too, because it receives.
+            batch.note_copied(run.clone());
             return Ok(());
         }
-        // Before the lock: equalising takes it itself.
-        self.equalise_for_read(&range).await?;
         let _lock = self.locks.lock(range.clone()).await;
         let Some(target) = self.resync_target(slot) else {
             return Err(Errno::NO_DEVICE);
         };
         if !self.maps.borrow().is_written(extent) {
+            batch.note_copied(run.clone());
             return Ok(());
         }
-        let unequal = self.maps.borrow().hot.is_unequalised(run.clone());
-        if unequal {
-            // A write failed on every member since: try this run again in the next batch.
-            return Err(Errno::IO);
-        }
         let own = front(buffer, length(range.end - range.start));
-        let span = self.read_written(&range, own.clone()).await?.unwrap_or(own);
+        match self.read_settled(&range, own.clone(), Look::RESYNC).await {
+            Ok(moved) => {
+                let span = moved.unwrap_or(own);
+                self.write_copy(&target, range, span).await?;
+                batch.note_copied(run.clone());
+                Ok(())
+            }
+            Err(_) => self.copy_singly(&target, run, batch).await,
+        }
+    }
+
+    /// Copies the blocks of a run of which not all can be read, each for itself. One of which no
+    /// copy is right is copied as wrong as it is: its checksum comes too and says so.
+    async fn copy_singly(
+        self: &Rc<Self>,
+        target: &Receiver<D>,
+        run: &Range<u64>,
+        batch: &Batch,
+    ) -> Result<(), Errno> {
+        let mut failed = Ok(());
+        for block in run.clone() {
+            let range = self.block_bytes(&(block..block + 1));
+            if range.is_empty() {
+                continue;
+            }
+            let mut own = self.fresh_span(length(range.end - range.start));
+            let mut read = self.read_settled(&range, own.clone(), Look::RESYNC).await;
+            if read.is_err() && self.maps.borrow().damaged.any_in(block..block + 1) {
+                own = self.fresh_span(own.len);
+                read = self.read_unchecked(&range, own.clone()).await;
+            }
+            match read {
+                Ok(moved) => {
+                    self.write_copy(target, range, moved.unwrap_or(own)).await?;
+                    batch.note_copied(block..block + 1);
+                }
+                Err(errno) => failed = failed.and(Err(errno)),
+            }
+        }
+        failed
+    }
+
+    /// Writes what was read of `range` to the resyncing member, under the caller's lock.
+    async fn write_copy(
+        &self,
+        target: &Receiver<D>,
+        range: Range<u64>,
+        span: Span<H::Buffer>,
+    ) -> Result<(), Errno> {
+        let slot = target.slot;
         let all_zero = span.read(is_zero);
         let offset = self.data_offset + range.start;
         let bytes = range.end - range.start;
         let result = if all_zero {
-            let lacking = self
-                .zero_on_each(std::slice::from_ref(&target), range)
-                .await;
+            let lacking = self.zero_on_each(std::slice::from_ref(target), range).await;
             lacking[usize::from(slot)].map_or(Ok(()), Err)
         } else {
-            self.to_one(
-                &target,
-                DiskRequest::Write {
-                    offset,
-                    span,
-                    fua: false,
-                },
-            )
-            .await
+            let write = DiskRequest::Write {
+                offset,
+                span,
+                fua: false,
+            };
+            self.to_one(target, write).await
         };
         if let Err(errno) = result {
             self.begin_loss(slot, &format!("a write during resync failed: {errno}"));

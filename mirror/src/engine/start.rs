@@ -19,6 +19,7 @@
 
 use super::maps::{Maps, Page, pages_of};
 use super::member_io::{self, RegionImage, Surveyed, read_pages, read_region, survey};
+use super::sums::{STORED_EVERY, SumIo};
 use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
 use crate::ControlError;
 use crate::assemble::{AssembleOptions, Plan, Refusal, Seen, Verdict, assemble};
@@ -26,8 +27,9 @@ use crate::control::{ErrorKind, IoCounts};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE};
 use crate::records;
+use crate::scrub_log;
 use crate::superblock::{LastStop, SlotState, Superblock};
-use dirty_map::{Extent, ExtentState, STATES_PER_SECTOR};
+use dirty_map::{Base, Extent, ExtentState, STATES_PER_SECTOR};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
@@ -115,12 +117,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .slots
             .iter()
             .map(|record| Slot::absent(record.address.clone()));
-        let maps = Maps::new(
-            &config.layout,
-            config.slots.len(),
-            config.tag(),
-            options.hot_memory_bytes,
-        );
+        let maps = Maps::new(&config, &options);
         Self {
             slots: RefCell::new(slots.collect()),
             view: RefCell::new(Rc::new(View {
@@ -134,6 +131,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             membership: super::Exclusive::default(),
             joining: super::Exclusive::default(),
             cooling: super::Exclusive::default(),
+            sums: SumIo::new(&config),
             commits: super::Commits::default(),
             flushes: super::write::Flushes::default(),
             stalls: super::StallWatch::default(),
@@ -227,6 +225,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let states: Vec<&RegionImage> = in_sync.iter().map(|p| &p.surveyed.states).collect();
         self.load_states(&states)?;
+        self.load_log(&in_sync).await;
         let lost: Vec<u8> = plan.lost.iter().map(|(slot, _)| *slot).collect();
         let absent = self.view().absent.clone();
         for &slot in absent.iter().filter(|slot| !lost.contains(slot)) {
@@ -279,6 +278,37 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         Ok(())
+    }
+
+    /// Reads what scrubs have done and found. A sector that is damaged everywhere loses what it
+    /// held.
+    async fn load_log(&self, in_sync: &[&Present<D>]) {
+        let config = self.config.borrow().clone();
+        let Some(region) = config.layout.find(RegionKind::Scrub, 0) else {
+            return;
+        };
+        let mut images = Vec::new();
+        for member in in_sync {
+            images.push(read_region(&*self.host, &*member.disk, &config, region).await);
+        }
+        let images: Vec<&RegionImage> = images.iter().collect();
+        let mut maps = self.maps.borrow_mut();
+        let maps = &mut *maps;
+        for sector in 0..scrub_log::SECTORS {
+            let merged = newest_sector(&images, sector);
+            if let Some(payload) = merged.payload.and_then(|payload| payload.try_into().ok()) {
+                maps.log.load(sector, payload);
+            }
+            if merged.uneven {
+                maps.log.mark_dirty(sector);
+            }
+        }
+        if config.checksums {
+            for blocks in maps.log.damaged_runs() {
+                maps.damaged.set(blocks);
+            }
+        }
+        maps.queue_log();
     }
 
     /// Reads the missed map of a slot that was not in-sync already.
@@ -373,6 +403,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut from = Extent(0);
         while let Some(extent) = maps.states.next_in(ExtentState::Hot, from) {
             maps.hot.insert(extent, now);
+            maps.sums.begin(extent, Base::Doubtful, now + STORED_EVERY);
             maps.hot.begin_write(extent, now);
             maps.hot.end_write(extent, extent.blocks(), now);
             if in_sync > 1 || suspect {

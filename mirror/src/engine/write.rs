@@ -1,16 +1,18 @@
 //! The write path, and flush.
 //!
 //! ```text
-//!  range lock ─ extents hot? ─no─► zero, group commit ─┐            (R1, R11; heat.rs)
-//!                   │yes                               │
-//!                   ▼                                  ▼
-//!  in flight; missed bits of absent slots ◄────────────┘            (R4)
+//!  range lock; parts of blocks: read the rest for the checksum          (edges.rs)
+//!                   ▼
+//!             extents hot? ─no─► zero, group commit ─┐            (R1, R11; heat.rs)
+//!                   │yes                             │
+//!                   ▼                                ▼
+//!  in flight; missed bits of absent slots ◄──────────┘            (R4)
 //!                   ▼
 //!  every receiving member at once, from one buffer                  (R6)
 //!                   ▼
 //!  all outcomes in, or the deadline: judge                          (R8)
 //!                   ▼
-//!  blocks join the unflushed set; unlock
+//!  blocks join the unflushed set, their checksums are recorded; unlock   (sums.rs)
 //!                   ▼
 //!  a loss pending? wait until it is effective                       (R2)
 //!                   ▼
@@ -20,11 +22,12 @@
 use super::fan_out::Outcomes;
 use super::heat::extents;
 use super::wait::{RangeGuard, WaitList};
-use super::{Mirror, Receiver, View};
+use super::{Mirror, View};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use dirty_map::{blocks_covering, blocks_within};
 use std::cell::Cell;
 use std::ops::Range;
+use std::rc::Rc;
 
 /// Flushes share: all that wait while one runs are served by the next one.
 #[derive(Default)]
@@ -45,54 +48,53 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ///
     /// `INVALID` or `NO_SPACE` for a range that does not fit the device, otherwise the members'
     /// common error.
-    pub async fn write(&self, offset: u64, span: Span<H::Buffer>, fua: bool) -> Result<(), Errno> {
+    pub async fn write(
+        self: &Rc<Self>,
+        offset: u64,
+        span: Span<H::Buffer>,
+        fua: bool,
+    ) -> Result<(), Errno> {
         let range = self.check(offset, span.len as u64)?;
         self.count(|counts| {
             counts.writes += 1;
             counts.written_bytes += span.len as u64;
         });
-        let at = self.data_offset + offset;
-        let request = |_: &Receiver<D>| DiskRequest::Write {
-            offset: at,
-            span: span.clone(),
-            fua,
-        };
-        self.answer(self.write_through(range, fua, request).await)
-    }
-
-    /// The write path for any request that changes `range` on every member in one operation.
-    pub(super) async fn write_through(
-        &self,
-        range: Range<u64>,
-        fua: bool,
-        request: impl FnMut(&Receiver<D>) -> DiskRequest<H::Buffer>,
-    ) -> Result<(), Errno> {
         if range.is_empty() {
             return Ok(());
         }
         let _pass = self.gate.enter().await;
-        let lock = self.locks.lock(range.clone()).await;
-        self.write_locked(&lock, &range, fua, request).await
+        let lock = self.locks.lock(self.whole_blocks(&range)).await;
+        self.answer(self.write_locked(&lock, &range, &span, fua).await)
     }
 
-    /// [`Mirror::write_through`] for a caller that is inside the gate and holds the lock.
+    /// Writes `data` to `range` for a caller that is inside the gate and holds the lock of its
+    /// whole blocks.
     pub(super) async fn write_locked(
-        &self,
+        self: &Rc<Self>,
         lock: &RangeGuard<'_>,
         range: &Range<u64>,
+        data: &Span<H::Buffer>,
         fua: bool,
-        request: impl FnMut(&Receiver<D>) -> DiskRequest<H::Buffer>,
     ) -> Result<(), Errno> {
         self.refuse_unsafe(fua)?;
+        let edges = self.read_edges(range).await?;
         if !self.is_hot(range) {
             self.heat(range).await?;
         }
         let (view, failures) = (self.view(), self.flush_failures.get());
         self.begin_write(&view, range);
         lock.set_issued(true);
+        let request = |_: &_| DiskRequest::Write {
+            offset: self.data_offset + range.start,
+            span: data.clone(),
+            fua,
+        };
         let outcomes = self.to_receivers(&view, request).await;
         let result = self.judge_write(range, &outcomes);
         self.end_write(range, result.is_ok(), failures);
+        if result.is_ok() {
+            self.record_sums(range, data, &edges);
+        }
         lock.set_issued(false);
         self.losses_effective().await?;
         result
@@ -178,6 +180,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if written && maps.hot.unequalised_blocks() > 0 {
             // Whole blocks that every in-sync member has just taken are equal again.
             maps.hot.clear_unequalised(blocks_within(range.start, len));
+        }
+        if written && !maps.damaged.is_clear() {
+            let blocks = blocks_within(range.start, len);
+            if maps.damaged.clear(blocks.clone()) > 0 {
+                maps.log.cleared(&blocks);
+            }
         }
         if written && !maps.suspect.is_clear() {
             maps.suspect.clear(blocks_within(range.start, len));

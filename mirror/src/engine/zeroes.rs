@@ -8,11 +8,13 @@
 //! write path with zeroes as its data.
 
 use super::heat::extents;
+use super::sums::STORED_EVERY;
 use super::write::intersect;
 use super::{Mirror, PIECE_BYTES, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
-use dirty_map::{Extent, ExtentState};
+use dirty_map::{Base, Extent, ExtentState};
 use std::ops::Range;
+use std::rc::Rc;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Forgets the content of the whole extents in the range; they read as zeroes afterwards.
@@ -35,7 +37,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// # Errors
     ///
     /// As [`Mirror::write`].
-    pub async fn write_zeroes(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
+    pub async fn write_zeroes(
+        self: &Rc<Self>,
+        offset: u64,
+        len: u64,
+        fua: bool,
+    ) -> Result<(), Errno> {
         let range = self.check(offset, len)?;
         self.count(|counts| counts.discards += 1);
         let (head, whole, tail) = self.split(&range);
@@ -98,10 +105,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.take_back(&written);
             return Err(errno);
         }
+        self.forget_sums(&written);
         // A read that began before may still be on its way to what the discard destroys.
         self.reads.drained().await;
         self.discard_on_members(&written).await;
         self.losses_effective().await
+    }
+
+    /// Their content is gone, and what was known of it.
+    fn forget_sums(&self, discarded: &[Extent]) {
+        let mut maps = self.maps.borrow_mut();
+        for &extent in discarded {
+            maps.sums.end(extent);
+            maps.pages.forget(extent);
+            if maps.damaged.clear(extent.blocks()) > 0 {
+                maps.log.cleared(&extent.blocks());
+            }
+        }
     }
 
     /// The discard is not durable: the extents hold their data still.
@@ -117,6 +137,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 maps.miss(slot, extent.blocks());
             }
             maps.hot.insert(extent, now);
+            maps.sums.begin(extent, Base::Stored, now + STORED_EVERY);
             maps.unrecorded.insert(extent);
             // What was known of its unflushed blocks is gone: assume the worst.
             maps.hot.set_unequalised_all(extent);
@@ -142,7 +163,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Writes zeroes over part of an extent, or parts of two; what reads as zeroes already is
     /// left alone.
-    async fn zero_part(&self, range: Range<u64>, fua: bool) -> Result<(), Errno> {
+    async fn zero_part(self: &Rc<Self>, range: Range<u64>, fua: bool) -> Result<(), Errno> {
         let mut at = range.start;
         while at < range.end {
             let Some(extent) = extents(&(at..at + 1)).next() else {
@@ -152,19 +173,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let piece = at..within.end.min(at + PIECE_BYTES as u64);
             at = piece.end;
             let _pass = self.gate.enter().await;
-            let lock = self.locks.lock(piece.clone()).await;
+            let lock = self.locks.lock(self.whole_blocks(&piece)).await;
             // Under the lock: a discard of the extent is over, and durable, or has not begun.
             if !self.maps.borrow().is_written(extent) {
                 continue;
             }
             let span = front(&self.zeroes, length(piece.end - piece.start));
-            let offset = self.data_offset + piece.start;
-            let request = |_: &_| DiskRequest::Write {
-                offset,
-                span: span.clone(),
-                fua,
-            };
-            self.write_locked(&lock, &piece, fua, request).await?;
+            self.write_locked(&lock, &piece, &span, fua).await?;
         }
         Ok(())
     }

@@ -78,6 +78,30 @@ pub(crate) struct Options {
     /// Memory that the state of hot extents may take, beyond which they cool early
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
     hot_memory: Option<u16>,
+    /// Check reads against the checksums of their blocks: `always` [default], or `scrub-only`
+    #[arg(long, value_enum)]
+    check_reads: Option<CheckReads>,
+    /// Memory for checksums that have been read
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
+    checksum_cache: Option<u16>,
+}
+
+/// When reads are checked.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum CheckReads {
+    /// Each; what does not fit is answered from another member, and the bad copy rewritten
+    Always,
+    /// Never; only a scrub checks
+    ScrubOnly,
+}
+
+impl CheckReads {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Always => "always",
+            Self::ScrubOnly => "scrub-only",
+        }
+    }
 }
 
 impl Options {
@@ -107,6 +131,9 @@ impl Options {
         option("--deadline", self.deadline.map(number));
         option("--hot-budget", self.hot_budget.map(number));
         option("--hot-memory", self.hot_memory.map(|n| number(n.into())));
+        option("--check-reads", self.check_reads.map(|c| c.word().into()));
+        let cache = self.checksum_cache.map(|n| number(n.into()));
+        option("--checksum-cache", cache);
         if self.force {
             args.push("--force".into());
         }
@@ -231,6 +258,8 @@ mod tests {
             deadline: Some(7),
             hot_budget: Some(9),
             hot_memory: Some(64),
+            check_reads: Some(CheckReads::ScrubOnly),
+            checksum_cache: Some(8),
         };
         let run = RunDir::new(Path::new("/r")).unwrap();
         let args = options.arguments(&run, "m", &["/a".into(), "-b".into()]);
@@ -238,8 +267,8 @@ mod tests {
         assert_eq!(
             text.join(" "),
             "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
-             --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 --force \
-             --no-intent-unsafe-for-benchmarks -- /a -b"
+             --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
+             --check-reads scrub-only --checksum-cache 8 --force --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
     }

@@ -1,0 +1,614 @@
+//! A second look at blocks: which copy is right, and making the others so.
+//!
+//! Reads that do not fit a checksum, copies that cannot be read, and the scrubber all come here.
+//! Under the range lock, so that a write on its way is never taken for damage: every in-sync
+//! member's copy and checksum of each block is read, [`judge`] says what is right, and
+//!
+//! 1. copies that are not are rewritten with FUA and read back (a repair is a write: the extent
+//!    is hot first, R1; the lock is held from the read to the end of the write, R4). A member
+//!    that fails this is lost, unless it is the last in-sync one (R8).
+//! 2. checksums that are not are recorded like a write's, after the copies: the pages follow when
+//!    the extent cools, and absent members will lack them (R4);
+//! 3. a block with no copy that is provably right is *damaged*: nothing of it is overwritten, and
+//!    it reads as an error until it is written anew. Its checksum stays and says so after a
+//!    restart too.
+//!
+//! What was found and done goes to the [scrub log](crate::scrub_log).
+
+use super::copies::Copies;
+use super::heat::extents;
+use super::write::intersect;
+use super::{Mirror, PIECE_BYTES, Receiver, length};
+use crate::host::{Disk, DiskRequest, Errno, Host, Span};
+use crate::layout::SLOTS_MAX;
+use crate::scrub_log::{Done, Finding, FoundBy, What};
+use crate::verdict::{BlockVerdict, Held, Mend, Proof, judge};
+use dirty_map::{BLOCK_BYTES, Block, Extent, Known, Sum, SumPage, blocks_covering};
+use std::ops::Range;
+use std::rc::Rc;
+
+/// What one look at an extent has shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Checked {
+    /// The extent was written lately; nothing, or not all of it, was looked at.
+    pub skipped_hot: bool,
+    /// Blocks that were checked.
+    pub blocks: u64,
+    /// Bytes read from members.
+    pub member_bytes: u64,
+    /// Things that were not as they should be.
+    pub findings: u64,
+    /// Blocks of which a copy or a checksum was made right.
+    pub repaired: u64,
+    /// Blocks of which no copy is right.
+    pub damaged: u64,
+}
+
+impl Checked {
+    fn add(&mut self, other: Self) {
+        self.skipped_hot |= other.skipped_hot;
+        self.blocks += other.blocks;
+        self.member_bytes += other.member_bytes;
+        self.findings += other.findings;
+        self.repaired += other.repaired;
+        self.damaged += other.damaged;
+    }
+}
+
+/// Who looks, and whether anything is written.
+#[derive(Clone, Copy)]
+pub(super) struct Look {
+    pub(super) by: FoundBy,
+    pub(super) repair: bool,
+}
+
+impl Look {
+    /// For an application that reads.
+    pub(super) const READ: Self = Self {
+        by: FoundBy::Read,
+        repair: true,
+    };
+    /// For a resync that copies.
+    pub(super) const RESYNC: Self = Self {
+        by: FoundBy::Resync,
+        repair: true,
+    };
+}
+
+/// Checksums of an extent's blocks: from memory, else from the members' pages.
+struct Sums {
+    stored: [Option<SumPage>; SLOTS_MAX],
+}
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Reads `range`, whole blocks of one extent, as it is right. The caller holds its lock.
+    ///
+    /// # Errors
+    ///
+    /// When there is no right copy of a block.
+    pub(super) async fn read_settled(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+        span: Span<H::Buffer>,
+        look: Look,
+    ) -> Result<Option<Span<H::Buffer>>, Errno> {
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        self.equalise_locked(blocks.clone()).await?;
+        match self.read_written(range, span.clone()).await {
+            Err(Errno::CHECKSUM) => {}
+            result => return result,
+        }
+        self.settle(&blocks, look).await?;
+        // Into a buffer that nothing else may have.
+        let own = self.fresh_span(span.len);
+        let moved = self.read_written(range, own.clone()).await?;
+        Ok(Some(moved.unwrap_or(own)))
+    }
+
+    /// Reads a range anew after a read that did not fit: no write comes between.
+    pub(super) async fn read_again(
+        self: &Rc<Self>,
+        range: &Range<u64>,
+    ) -> Result<Span<H::Buffer>, Errno> {
+        let _lock = self.locks.lock(range.clone()).await;
+        let whole = self.fresh_span(length(range.end - range.start));
+        for extent in extents(range) {
+            let part = intersect(range, &self.extent_bytes(extent));
+            let len = length(part.end - part.start);
+            let within = whole.slice(length(part.start - range.start), len);
+            if !self.maps.borrow().is_written(extent) {
+                within.fill(|bytes| bytes.fill(0));
+                continue;
+            }
+            let own = self.fresh_span(len);
+            let read = self
+                .read_settled(&part, own.clone(), Look::READ)
+                .await?
+                .unwrap_or(own);
+            read.read(|from| within.fill(|to| to.copy_from_slice(from)));
+        }
+        Ok(whole)
+    }
+
+    /// A copy could not be read: a second look at the range, in steps.
+    pub(super) async fn repair(self: Rc<Self>, range: Range<u64>) {
+        let _pass = self.gate.enter().await;
+        for extent in extents(&range) {
+            let part = intersect(&range, &self.extent_bytes(extent));
+            let blocks = blocks_covering(part.start, part.end - part.start);
+            let _lock = self.locks.lock(self.block_bytes(&blocks)).await;
+            if self.stopping.get() || self.write_blocked.get() {
+                return;
+            }
+            if !self.maps.borrow().is_written(extent) {
+                continue;
+            }
+            let settled = match self.equalise_locked(blocks.clone()).await {
+                Ok(()) => self.settle(&blocks, Look::READ).await,
+                Err(errno) => Err(errno),
+            };
+            if let Err(errno) = settled {
+                tracing::warn!("blocks {blocks:?} could not be repaired: {errno}");
+                return;
+            }
+        }
+    }
+
+    /// Checks all of an extent, and repairs what is wrong if `repair` says so. One that is hot is
+    /// left alone.
+    ///
+    /// # Errors
+    ///
+    /// When nothing could be read or nothing written, or the mirror stops.
+    pub async fn check_extent(
+        self: &Rc<Self>,
+        extent: Extent,
+        repair: bool,
+    ) -> Result<Checked, Errno> {
+        let look = Look {
+            by: FoundBy::Scrub,
+            repair,
+        };
+        let mut checked = Checked::default();
+        let all = self.extent_bytes(extent);
+        let mut at = all.start;
+        while at < all.end {
+            let piece = at..(at + PIECE_BYTES as u64).min(all.end);
+            at = piece.end;
+            let _pass = self.gate.enter().await;
+            if self.stopping.get() {
+                return Err(Errno::IO);
+            }
+            {
+                let maps = self.maps.borrow();
+                if !maps.is_written(extent) {
+                    return Ok(checked);
+                }
+                if maps.sums.contains(extent) {
+                    checked.skipped_hot = true;
+                    return Ok(checked);
+                }
+            }
+            checked.add(self.check_piece(extent, &piece, look).await?);
+        }
+        Ok(checked)
+    }
+
+    /// Without the lock first, so that nobody waits for what is as it should be.
+    async fn check_piece(
+        self: &Rc<Self>,
+        extent: Extent,
+        piece: &Range<u64>,
+        look: Look,
+    ) -> Result<Checked, Errno> {
+        let copies = self.read_copies(piece).await;
+        let sums = self.sums_of(&copies).await;
+        let verdicts = self.judge_all(&copies, &sums, None);
+        let mut checked = Checked {
+            blocks: verdicts.len() as u64,
+            member_bytes: copies.bytes_read(),
+            ..Checked::default()
+        };
+        let pages_missing = self.unreadable_pages(&copies, &sums);
+        if pages_missing.is_empty() && verdicts.iter().all(|v| *v == BlockVerdict::Fine) {
+            return Ok(checked);
+        }
+        let _lock = self.locks.lock(piece.clone()).await;
+        if self.stopping.get() || self.write_blocked.get() {
+            return Err(Errno::IO);
+        }
+        if !self.maps.borrow().is_written(extent) {
+            return Ok(checked);
+        }
+        let blocks = blocks_covering(piece.start, piece.end - piece.start);
+        self.equalise_locked(blocks.clone()).await?;
+        let settled = self.settle(&blocks, look).await?;
+        checked.add(Checked {
+            blocks: 0,
+            ..settled
+        });
+        Ok(checked)
+    }
+
+    /// The second look at `blocks` of one extent, which the caller has locked and equalised.
+    pub(super) async fn settle(
+        self: &Rc<Self>,
+        blocks: &Range<u64>,
+        look: Look,
+    ) -> Result<Checked, Errno> {
+        let range = self.block_bytes(blocks);
+        let copies = self.read_copies(&range).await;
+        let sums = self.sums_of(&copies).await;
+        let composed = self.compose_unreadable(&copies).await;
+        let verdicts = self.judge_all(&copies, &sums, composed.as_deref());
+        let mut checked = Checked {
+            blocks: verdicts.len() as u64,
+            member_bytes: copies.bytes_read(),
+            ..Checked::default()
+        };
+        let pages_missing = self.unreadable_pages(&copies, &sums);
+        let mends = |v: &BlockVerdict| matches!(v, BlockVerdict::Mend(_));
+        if look.repair && (verdicts.iter().any(mends) || !pages_missing.is_empty()) {
+            self.heat(&range).await?;
+            self.begin_repair(&range);
+            let repaired =
+                self.mend_all(&copies, composed.as_deref(), &verdicts, look, &mut checked);
+            repaired.await;
+            self.end_repair(&range);
+        }
+        for (at, verdict) in verdicts.iter().enumerate() {
+            self.note_verdict(&copies, at, verdict, look, &mut checked);
+        }
+        for slot in pages_missing {
+            self.note_page(slot, blocks, look, &mut checked);
+        }
+        Ok(checked)
+    }
+
+    /// In flight like any write, or its extents might cool under it (R3).
+    fn begin_repair(&self, range: &Range<u64>) {
+        let mut maps = self.maps.borrow_mut();
+        let now = self.coarse_now.get();
+        for extent in extents(range) {
+            maps.hot.begin_write(extent, now);
+        }
+    }
+
+    /// The rewritten blocks join the unflushed set like any write's.
+    fn end_repair(&self, range: &Range<u64>) {
+        let mut maps = self.maps.borrow_mut();
+        let now = self.coarse_now.get();
+        let blocks = blocks_covering(range.start, range.end - range.start);
+        for extent in extents(range) {
+            maps.hot
+                .end_write(extent, intersect(&blocks, &extent.blocks()), now);
+        }
+    }
+
+    /// The pages of the extent that `copies` are of, where memory does not know better.
+    async fn sums_of(&self, copies: &Copies<D>) -> Sums {
+        let mut stored = [const { None }; SLOTS_MAX];
+        let from_disk = |block| self.maps.borrow().sums.get(block) == Known::Stored;
+        if self.sums.are_kept() && copies.blocks().any(from_disk) {
+            let extent = Block(copies.range.start / BLOCK_BYTES).extent();
+            stored = self.stored_pages(extent).await;
+        }
+        Sums { stored }
+    }
+
+    /// What a member's checksum of `block` is.
+    fn sum_on(&self, sums: &Sums, slot: u8, block: Block) -> Option<Sum> {
+        if !self.sums.are_kept() {
+            return None;
+        }
+        match self.maps.borrow().sums.get(block) {
+            Known::Sum(sum) => Some(sum),
+            Known::Stored => sums.stored[usize::from(slot)].as_ref()?.get(block),
+            Known::Nothing => None,
+        }
+    }
+
+    /// Members whose page of checksums was wanted and could not be read.
+    fn unreadable_pages(&self, copies: &Copies<D>, sums: &Sums) -> Vec<u8> {
+        let wanted = sums.stored.iter().any(Option::is_some);
+        let unreadable = |r: &&Receiver<D>| {
+            sums.stored[usize::from(r.slot)].is_none() && self.stalls.is_in_sync(r.slot)
+        };
+        let members = copies.members.iter().filter(|_| wanted);
+        members.filter(unreadable).map(|r| r.slot).collect()
+    }
+
+    /// What to think of each block. `composed` is what could be put together, from sectors of
+    /// several members, of blocks that none can read as a whole.
+    fn judge_all(
+        &self,
+        copies: &Copies<D>,
+        sums: &Sums,
+        composed: Option<&[Option<Span<H::Buffer>>]>,
+    ) -> Vec<BlockVerdict> {
+        let mut verdicts = Vec::new();
+        copies.for_each_block(|block, contents| {
+            let members = copies.members.iter().zip(contents);
+            let held: Vec<Held<'_>> = members
+                .map(|(member, content)| Held {
+                    content: *content,
+                    sum: self.sum_on(sums, member.slot, block),
+                })
+                .collect();
+            let at = verdicts.len();
+            let more = composed.and_then(|composed| composed[at].as_ref());
+            let verdict = match more {
+                None => judge(block, &held),
+                Some(span) => span.read(|bytes| {
+                    let more = Held {
+                        content: Some(bytes),
+                        sum: None,
+                    };
+                    let all: Vec<_> = held.iter().copied().chain([more]).collect();
+                    judge(block, &all)
+                }),
+            };
+            verdicts.push(match verdict {
+                // There is no checksum to fill in.
+                BlockVerdict::Mend(mend) if !self.sums.are_kept() && mend.rewrite.is_empty() => {
+                    BlockVerdict::Fine
+                }
+                verdict => verdict,
+            });
+        });
+        verdicts
+    }
+
+    /// Of blocks that no member can read as a whole, what can be read sector by sector.
+    async fn compose_unreadable(
+        self: &Rc<Self>,
+        copies: &Copies<D>,
+    ) -> Option<Vec<Option<Span<H::Buffer>>>> {
+        let mut nowhere = Vec::new();
+        copies.for_each_block(|block, contents| {
+            nowhere.push((block, contents.iter().all(Option::is_none)));
+        });
+        if !nowhere.iter().any(|(_, unreadable)| *unreadable) {
+            return None;
+        }
+        let mut composed = Vec::with_capacity(nowhere.len());
+        for (Block(block), unreadable) in nowhere {
+            let mut content = None;
+            if unreadable {
+                let range = self.block_bytes(&(block..block + 1));
+                let own = self.fresh_span(length(range.end - range.start));
+                let read = self.read_unchecked(&range, own.clone()).await;
+                content = read.ok().map(|moved| moved.unwrap_or(own));
+            }
+            composed.push(content);
+        }
+        Some(composed)
+    }
+
+    /// Rewrites copies, then records checksums.
+    async fn mend_all(
+        &self,
+        copies: &Copies<D>,
+        composed: Option<&[Option<Span<H::Buffer>>]>,
+        verdicts: &[BlockVerdict],
+        look: Look,
+        checked: &mut Checked,
+    ) {
+        let mut at = 0;
+        while at < verdicts.len() {
+            let BlockVerdict::Mend(mend) = &verdicts[at] else {
+                at += 1;
+                continue;
+            };
+            let alike = |v: &&BlockVerdict| {
+                matches!(v, BlockVerdict::Mend(m)
+                    if (m.source, m.rewrite) == (mend.source, mend.rewrite))
+            };
+            let mut run = at..at + verdicts[at..].iter().take_while(alike).count();
+            if mend.source >= copies.members.len() {
+                run.end = at + 1;
+            }
+            let source = match copies.members.get(mend.source) {
+                Some(_) => copies.span(mend.source, &run),
+                None => composed.and_then(|composed| composed[at].clone()),
+            };
+            let offset = copies.range.start + at as u64 * BLOCK_BYTES;
+            for member in mend.rewrite.iter().filter(|&m| m < copies.members.len()) {
+                let (Some(source), target) = (&source, &copies.members[member]) else {
+                    continue;
+                };
+                let first = offset / BLOCK_BYTES;
+                let blocks = first..first + (run.end - run.start) as u64;
+                if self.rewrite(target, offset, source).await {
+                    let mut slots = self.slots.borrow_mut();
+                    slots[usize::from(target.slot)].repaired_blocks += blocks.end - blocks.start;
+                } else {
+                    // When it comes back, the block is copied whether it has changed or not.
+                    self.maps.borrow_mut().miss(target.slot, blocks.clone());
+                    let slot = Some(target.slot);
+                    self.report(slot, blocks, What::Unreadable, Done::MemberFailed, look);
+                    checked.findings += 1;
+                }
+            }
+            at = run.end;
+        }
+        self.record_mended(copies, verdicts);
+    }
+
+    /// Writes `source` to one member and reads it back; one that fails is lost.
+    async fn rewrite(&self, target: &Receiver<D>, offset: u64, source: &Span<H::Buffer>) -> bool {
+        let offset = self.data_offset + offset;
+        let same = |r: &Receiver<D>| r.in_sync && Rc::ptr_eq(&r.disk, &target.disk);
+        if !self.view().receivers.iter().any(same) {
+            return false;
+        }
+        let write = DiskRequest::Write {
+            offset,
+            span: source.clone(),
+            fua: true,
+        };
+        let back = self.fresh_span(source.len);
+        let read = DiskRequest::Read {
+            offset,
+            span: back.clone(),
+        };
+        let result = match self.to_one(target, write).await {
+            Ok(()) => self.to_one(target, read).await,
+            failed => failed,
+        };
+        let problem = match result {
+            Ok(()) if source.read(|want| back.read(|have| want == have)) => return true,
+            Ok(()) => "what was rewritten reads back as something else".to_owned(),
+            Err(errno) => format!("rewriting a bad block failed: {errno}"),
+        };
+        self.begin_loss(target.slot, &problem);
+        false
+    }
+
+    /// Records the checksums of what is right now.
+    fn record_mended(&self, copies: &Copies<D>, verdicts: &[BlockVerdict]) {
+        if !self.sums.are_kept() {
+            return;
+        }
+        let view = self.view();
+        let mut maps = self.maps.borrow_mut();
+        let maps = &mut *maps;
+        for (block, verdict) in copies.blocks().zip(verdicts) {
+            let BlockVerdict::Mend(mend) = verdict else {
+                continue;
+            };
+            let known =
+                mend.stale.is_empty() && !mend.unknown.iter().any(|m| m < copies.members.len());
+            if known {
+                continue;
+            }
+            maps.sums.set(block, Some(mend.sum));
+            for &slot in &view.absent {
+                maps.miss(slot, block.0..block.0 + 1);
+            }
+        }
+    }
+
+    /// Writes down what was found of one block and what was done about it.
+    fn note_verdict(
+        &self,
+        copies: &Copies<D>,
+        at: usize,
+        verdict: &BlockVerdict,
+        look: Look,
+        checked: &mut Checked,
+    ) {
+        let block = copies.range.start / BLOCK_BYTES + at as u64;
+        let blocks = block..block + 1;
+        match verdict {
+            BlockVerdict::Fine => {
+                let mut maps = self.maps.borrow_mut();
+                if maps.damaged.clear(blocks.clone()) > 0 {
+                    maps.log.cleared(&blocks);
+                }
+            }
+            BlockVerdict::Mend(mend) => self.note_mend(copies, at, mend, look, checked),
+            BlockVerdict::Damaged | BlockVerdict::Undecidable => {
+                let mut readable = false;
+                copies.for_each_block(|b, contents| {
+                    readable |= b.0 == block && contents.iter().any(Option::is_some);
+                });
+                let what = match verdict {
+                    _ if !readable => What::Unreadable,
+                    BlockVerdict::Damaged => What::ChecksumFailed,
+                    _ => What::CopiesDiffer,
+                };
+                // Without a table nothing would ever clear it but a write.
+                let marks = readable && self.sums.are_kept();
+                if marks {
+                    self.maps.borrow_mut().damaged.set(blocks.clone());
+                }
+                self.report(None, blocks, what, Done::Damaged, look);
+                checked.findings += 1;
+                checked.damaged += 1;
+            }
+        }
+    }
+
+    fn note_mend(
+        &self,
+        copies: &Copies<D>,
+        at: usize,
+        mend: &Mend,
+        look: Look,
+        checked: &mut Checked,
+    ) {
+        let block = copies.range.start / BLOCK_BYTES + at as u64;
+        let blocks = block..block + 1;
+        let found = (checked.findings, look.repair);
+        for member in mend.rewrite.iter() {
+            let Some(receiver) = copies.members.get(member) else {
+                continue;
+            };
+            if look.repair && !self.stalls.is_in_sync(receiver.slot) {
+                // Reported when it was lost.
+                continue;
+            }
+            let unreadable = !copies.readable_at(member, at);
+            let what = match unreadable {
+                true => What::Unreadable,
+                false if mend.proof == Proof::Checksum => What::ChecksumFailed,
+                false => What::CopiesDiffer,
+            };
+            let done = if look.repair {
+                Done::Rewritten
+            } else {
+                Done::CheckOnly
+            };
+            self.report(Some(receiver.slot), blocks.clone(), what, done, look);
+            checked.findings += 1;
+        }
+        for member in mend.stale.iter() {
+            let slot = copies.members.get(member).map(|r| r.slot);
+            let done = if look.repair {
+                Done::ChecksumMended
+            } else {
+                Done::CheckOnly
+            };
+            self.report(slot, blocks.clone(), What::ChecksumStale, done, look);
+            checked.findings += 1;
+        }
+        if found.1 && checked.findings > found.0 {
+            checked.repaired += 1;
+        }
+        let mut maps = self.maps.borrow_mut();
+        if maps.damaged.clear(blocks.clone()) > 0 {
+            maps.log.cleared(&blocks);
+        }
+    }
+
+    /// A page of checksums could not be read: it is made anew when its extent cools.
+    fn note_page(&self, slot: u8, blocks: &Range<u64>, look: Look, checked: &mut Checked) {
+        let done = if look.repair {
+            Done::ChecksumMended
+        } else {
+            Done::CheckOnly
+        };
+        if look.repair {
+            self.maps
+                .borrow_mut()
+                .sums
+                .want(Block(blocks.start).extent());
+        }
+        self.report(Some(slot), blocks.clone(), What::PageUnreadable, done, look);
+        checked.findings += 1;
+    }
+
+    fn report(&self, slot: Option<u8>, blocks: Range<u64>, what: What, done: Done, look: Look) {
+        let finding = Finding {
+            when_secs: self.host.wall_clock_secs(),
+            slot,
+            blocks,
+            what,
+            done,
+            by: look.by,
+        };
+        tracing::warn!("{finding:?}");
+        self.maps.borrow_mut().log.add(&finding);
+    }
+}
