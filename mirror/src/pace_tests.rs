@@ -374,11 +374,8 @@ fn judgements() {
         100,
         "and nothing was tried"
     );
-    assert_eq!(
-        judged(None, 1000, 1120, moved),
-        90,
-        "a little over the limit"
-    );
+    let little = judged(None, 1000, 1120, moved);
+    assert!((80..100).contains(&little), "a little over: {little}");
     assert!(judged(None, 1000, 1300, moved) <= 40, "far over the limit");
     assert_eq!(judged(Some(3000), 3000, 3000, moved), 200);
     assert!(
