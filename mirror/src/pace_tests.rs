@@ -374,7 +374,7 @@ fn judgements() {
         100,
         "and nothing was tried"
     );
-    let little = judged(None, 1000, 1120, moved);
+    let little = judged(None, 1000, 1104, moved);
     assert!((80..100).contains(&little), "a little over: {little}");
     assert!(judged(None, 1000, 1300, moved) <= 40, "far over the limit");
     assert_eq!(judged(Some(3000), 3000, 3000, moved), 200);
