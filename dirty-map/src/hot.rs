@@ -12,9 +12,10 @@
 //! Extents are found again for cooling without looking at all of them: each write second has a
 //! bucket, and only extents in buckets that have become old enough are looked at.
 
+use crate::hash::NumberHasher;
 use crate::units::{BLOCKS_PER_EXTENT, Block, Extent};
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::BuildHasherDefault;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -165,28 +166,6 @@ fn for_words(range: &Range<u64>, mut visit: impl FnMut(usize, u64)) {
         let mask = (u64::MAX >> (64 - (stop - at))) << (at % 64);
         visit(usize::try_from(at / 64).unwrap_or(0), mask);
         at = stop;
-    }
-}
-
-/// Spreads consecutive numbers of extents or blocks over a table.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct NumberHasher(u64);
-
-impl Hasher for NumberHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-    fn write(&mut self, bytes: &[u8]) {
-        for &byte in bytes {
-            self.write_u32(u32::from(byte));
-        }
-    }
-    fn write_u32(&mut self, number: u32) {
-        self.write_u64(u64::from(number));
-    }
-    fn write_u64(&mut self, number: u64) {
-        let mixed = (self.0 ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 = mixed ^ mixed >> 29;
     }
 }
 

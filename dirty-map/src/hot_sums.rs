@@ -10,7 +10,7 @@
 //! blocks have no checksums then until they are written or scrubbed. That is never wrong, and
 //! less protected.
 
-use crate::hot::NumberHasher;
+use crate::hash::NumberHasher;
 use crate::sums::{SUM_PAGE_BYTES, Sum, SumPage};
 use crate::units::{BLOCKS_PER_EXTENT, Block, Extent};
 use std::collections::{HashMap, VecDeque};

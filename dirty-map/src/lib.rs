@@ -47,6 +47,7 @@
 //! of a hot extent each entry is one that the block has had.
 #![forbid(unsafe_code)]
 
+mod hash;
 mod hot;
 mod hot_sums;
 mod missed;

@@ -159,17 +159,6 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         .iter()
         .map(|_| random_uuid(draw()))
         .collect();
-    let slots = request
-        .members
-        .iter()
-        .zip(&members)
-        .map(|(new, &uuid)| SlotRecord {
-            member: Some(uuid),
-            state: SlotState::InSync,
-            zeroed: new.zeroed,
-            address: hint(&new.path),
-            ..SlotRecord::empty()
-        });
     let template = Superblock {
         mirror,
         member: Uuid::nil(),
@@ -180,7 +169,7 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         epoch,
         history: Vec::new(),
         own_slot: 0,
-        slots: slots.collect(),
+        slots: first_slots(request, &members),
         last_stop: LastStop::Clean,
         flush_failed: false,
         forced: false,
@@ -214,6 +203,18 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         mirror,
         members: plans.collect(),
     })
+}
+
+/// Every first member in-sync in its slot.
+fn first_slots(request: &CreateRequest, members: &[Uuid]) -> Vec<SlotRecord> {
+    let record = |(new, &uuid): (&NewMember, &Uuid)| SlotRecord {
+        member: Some(uuid),
+        state: SlotState::InSync,
+        zeroed: new.zeroed,
+        address: hint(&new.path),
+        ..SlotRecord::empty()
+    };
+    request.members.iter().zip(members).map(record).collect()
 }
 
 /// Both copies of a superblock with their offsets.

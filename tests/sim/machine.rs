@@ -50,6 +50,18 @@ pub(crate) fn path(slot: usize) -> String {
 impl Machine {
     /// A new mirror of `members` disks, not started.
     pub(crate) fn new(seed: u64, members: usize, size_bytes: u64) -> Self {
+        Self::made(seed, members, size_bytes, seed % 8 != 5)
+    }
+
+    /// A new mirror that keeps checksums, checks reads against them, and has memory for that.
+    pub(crate) fn with_checksums(seed: u64, members: usize, size_bytes: u64) -> Self {
+        let mut machine = Self::made(seed, members, size_bytes, true);
+        machine.hot_memory_bytes = HOT_CAP_BYTES;
+        machine.check_reads = true;
+        machine
+    }
+
+    fn made(seed: u64, members: usize, size_bytes: u64, checksums: bool) -> Self {
         let world = World::new(seed);
         let request = CreateRequest {
             name: "m".into(),
@@ -63,7 +75,7 @@ impl Machine {
                 .collect(),
             size_bytes: Some(size_bytes),
             logical_block_bytes: None,
-            checksums: seed % 8 != 5,
+            checksums,
             random: (0..20).map(|i| u128::from(seed) << 64 | (i + 1)).collect(),
             now_secs: 0,
         };

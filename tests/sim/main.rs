@@ -11,6 +11,7 @@
 #![allow(dead_code)]
 
 mod cases;
+mod checksums;
 mod crashes;
 mod double_faults;
 mod histories;
@@ -24,3 +25,4 @@ mod races;
 mod rounds;
 mod runner;
 mod script;
+mod sums;

@@ -14,7 +14,9 @@
 //! | `read.rs` | the read path, failover, repair of a bad copy |
 //! | `zeroes.rs` | discard and write-zeroes |
 //! | `sums.rs`, `edges.rs` | checksums of blocks, and of blocks that are written in part |
+//! | `check.rs` | checking an extent for the scrubber |
 //! | `settle.rs` | a second look at blocks: which copy is right, and making the others so |
+//! | `copies.rs` | the members' copies of a range side by side |
 //! | `commit.rs` | group commit of map pages |
 //! | `loss.rs` | losing a member, rounds of superblock updates |
 //! | `join.rs` | bringing a member back or a new one in |
@@ -40,6 +42,7 @@
 //! new writes set its missed bits; no write is acknowledged until the round that records the
 //! loss is effective (R2).
 
+mod check;
 mod commit;
 mod cool;
 mod copies;
@@ -76,6 +79,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use wait::{Exclusive, Gate, RangeLocks, ReadPhases, WaitList};
 
+pub use check::Checked;
 pub use start::StartError;
 
 /// Largest piece in which the engine itself moves data, in bytes.

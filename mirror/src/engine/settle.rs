@@ -15,45 +15,18 @@
 //!
 //! What was found and done goes to the [scrub log](crate::scrub_log).
 
+use super::check::Checked;
 use super::copies::Copies;
 use super::heat::extents;
 use super::write::intersect;
-use super::{Mirror, PIECE_BYTES, Receiver, length};
+use super::{Mirror, Receiver, length};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::SLOTS_MAX;
 use crate::scrub_log::{Done, Finding, FoundBy, What};
 use crate::verdict::{BlockVerdict, Held, Mend, Proof, judge};
-use dirty_map::{BLOCK_BYTES, Block, Extent, Known, Sum, SumPage, blocks_covering};
+use dirty_map::{BLOCK_BYTES, Block, Known, Sum, SumPage, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
-
-/// What one look at an extent has shown.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Checked {
-    /// The extent was written lately; nothing, or not all of it, was looked at.
-    pub skipped_hot: bool,
-    /// Blocks that were checked.
-    pub blocks: u64,
-    /// Bytes read from members.
-    pub member_bytes: u64,
-    /// Things that were not as they should be.
-    pub findings: u64,
-    /// Blocks of which a copy or a checksum was made right.
-    pub repaired: u64,
-    /// Blocks of which no copy is right.
-    pub damaged: u64,
-}
-
-impl Checked {
-    fn add(&mut self, other: Self) {
-        self.skipped_hot |= other.skipped_hot;
-        self.blocks += other.blocks;
-        self.member_bytes += other.member_bytes;
-        self.findings += other.findings;
-        self.repaired += other.repaired;
-        self.damaged += other.damaged;
-    }
-}
 
 /// Who looks, and whether anything is written.
 #[derive(Clone, Copy)]
@@ -76,7 +49,7 @@ impl Look {
 }
 
 /// Checksums of an extent's blocks: from memory, else from the members' pages.
-struct Sums {
+pub(super) struct Sums {
     stored: [Option<SumPage>; SLOTS_MAX],
 }
 
@@ -154,82 +127,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Checks all of an extent, and repairs what is wrong if `repair` says so. One that is hot is
-    /// left alone.
-    ///
-    /// # Errors
-    ///
-    /// When nothing could be read or nothing written, or the mirror stops.
-    pub async fn check_extent(
-        self: &Rc<Self>,
-        extent: Extent,
-        repair: bool,
-    ) -> Result<Checked, Errno> {
-        let look = Look {
-            by: FoundBy::Scrub,
-            repair,
-        };
-        let mut checked = Checked::default();
-        let all = self.extent_bytes(extent);
-        let mut at = all.start;
-        while at < all.end {
-            let piece = at..(at + PIECE_BYTES as u64).min(all.end);
-            at = piece.end;
-            let _pass = self.gate.enter().await;
-            if self.stopping.get() {
-                return Err(Errno::IO);
-            }
-            {
-                let maps = self.maps.borrow();
-                if !maps.is_written(extent) {
-                    return Ok(checked);
-                }
-                if maps.sums.contains(extent) {
-                    checked.skipped_hot = true;
-                    return Ok(checked);
-                }
-            }
-            checked.add(self.check_piece(extent, &piece, look).await?);
-        }
-        Ok(checked)
-    }
-
-    /// Without the lock first, so that nobody waits for what is as it should be.
-    async fn check_piece(
-        self: &Rc<Self>,
-        extent: Extent,
-        piece: &Range<u64>,
-        look: Look,
-    ) -> Result<Checked, Errno> {
-        let copies = self.read_copies(piece).await;
-        let sums = self.sums_of(&copies).await;
-        let verdicts = self.judge_all(&copies, &sums, None);
-        let mut checked = Checked {
-            blocks: verdicts.len() as u64,
-            member_bytes: copies.bytes_read(),
-            ..Checked::default()
-        };
-        let pages_missing = self.unreadable_pages(&copies, &sums);
-        if pages_missing.is_empty() && verdicts.iter().all(|v| *v == BlockVerdict::Fine) {
-            return Ok(checked);
-        }
-        let _lock = self.locks.lock(piece.clone()).await;
-        if self.stopping.get() || self.write_blocked.get() {
-            return Err(Errno::IO);
-        }
-        if !self.maps.borrow().is_written(extent) {
-            return Ok(checked);
-        }
-        let blocks = blocks_covering(piece.start, piece.end - piece.start);
-        self.equalise_locked(blocks.clone()).await?;
-        let settled = self.settle(&blocks, look).await?;
-        checked.add(Checked {
-            blocks: 0,
-            ..settled
-        });
-        Ok(checked)
-    }
-
     /// The second look at `blocks` of one extent, which the caller has locked and equalised.
     pub(super) async fn settle(
         self: &Rc<Self>,
@@ -286,7 +183,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// The pages of the extent that `copies` are of, where memory does not know better.
-    async fn sums_of(&self, copies: &Copies<D>) -> Sums {
+    pub(super) async fn sums_of(&self, copies: &Copies<D>) -> Sums {
         let mut stored = [const { None }; SLOTS_MAX];
         let from_disk = |block| self.maps.borrow().sums.get(block) == Known::Stored;
         if self.sums.are_kept() && copies.blocks().any(from_disk) {
@@ -309,7 +206,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Members whose page of checksums was wanted and could not be read.
-    fn unreadable_pages(&self, copies: &Copies<D>, sums: &Sums) -> Vec<u8> {
+    pub(super) fn unreadable_pages(&self, copies: &Copies<D>, sums: &Sums) -> Vec<u8> {
         let wanted = sums.stored.iter().any(Option::is_some);
         let unreadable = |r: &&Receiver<D>| {
             sums.stored[usize::from(r.slot)].is_none() && self.stalls.is_in_sync(r.slot)
@@ -320,7 +217,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// What to think of each block. `composed` is what could be put together, from sectors of
     /// several members, of blocks that none can read as a whole.
-    fn judge_all(
+    pub(super) fn judge_all(
         &self,
         copies: &Copies<D>,
         sums: &Sums,

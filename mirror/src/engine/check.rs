@@ -1,0 +1,142 @@
+//! Checking an extent for the scrubber.
+//!
+//! All in-sync members' copies are read, and held against their checksums and each other, without
+//! a lock: nobody waits for what is as it should be. Whatever looks wrong, because it is or only
+//! because a write came between, gets a second look under the range lock (`settle.rs`).
+
+use super::settle::Look;
+use super::{Mirror, PIECE_BYTES};
+use crate::host::{Disk, Errno, Host};
+use crate::scrub_log::{FoundBy, ScrubLog};
+use crate::verdict::BlockVerdict;
+use dirty_map::{Extent, blocks_covering};
+use std::cell::Ref;
+use std::ops::Range;
+use std::rc::Rc;
+
+/// What one look at an extent has shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Checked {
+    /// The extent was written lately; nothing, or not all of it, was looked at.
+    pub skipped_hot: bool,
+    /// Blocks that were checked.
+    pub blocks: u64,
+    /// Bytes read from members.
+    pub member_bytes: u64,
+    /// Things that were not as they should be.
+    pub findings: u64,
+    /// Blocks of which a copy or a checksum was made right.
+    pub repaired: u64,
+    /// Blocks of which no copy is right.
+    pub damaged: u64,
+}
+
+impl Checked {
+    pub(super) fn add(&mut self, other: Self) {
+        self.skipped_hot |= other.skipped_hot;
+        self.blocks += other.blocks;
+        self.member_bytes += other.member_bytes;
+        self.findings += other.findings;
+        self.repaired += other.repaired;
+        self.damaged += other.damaged;
+    }
+}
+
+impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
+    /// Checks all of an extent, and repairs what is wrong if `repair` says so. One that is hot is
+    /// left alone.
+    ///
+    /// # Errors
+    ///
+    /// When nothing could be read or nothing written, or the mirror stops.
+    pub async fn check_extent(
+        self: &Rc<Self>,
+        extent: Extent,
+        repair: bool,
+    ) -> Result<Checked, Errno> {
+        let look = Look {
+            by: FoundBy::Scrub,
+            repair,
+        };
+        let mut checked = Checked::default();
+        let all = self.extent_bytes(extent);
+        let mut at = all.start;
+        while at < all.end {
+            let piece = at..(at + PIECE_BYTES as u64).min(all.end);
+            at = piece.end;
+            let _pass = self.gate.enter().await;
+            if self.stopping.get() {
+                return Err(Errno::IO);
+            }
+            {
+                let maps = self.maps.borrow();
+                if !maps.is_written(extent) {
+                    return Ok(checked);
+                }
+                // Later it may be hot by a repair, or be looked at as well.
+                if piece.start == all.start && maps.hot.contains(extent) {
+                    checked.skipped_hot = true;
+                    return Ok(checked);
+                }
+            }
+            checked.add(self.check_piece(extent, &piece, look).await?);
+        }
+        Ok(checked)
+    }
+
+    /// What scrubs and reads have done and found.
+    pub fn scrub_log(&self) -> Ref<'_, ScrubLog> {
+        Ref::map(self.maps.borrow(), |maps| &maps.log)
+    }
+
+    /// Changes the log; what has changed is written with the next tick's commit.
+    pub fn with_scrub_log<R>(&self, change: impl FnOnce(&mut ScrubLog) -> R) -> R {
+        change(&mut self.maps.borrow_mut().log)
+    }
+
+    /// The first extent, from `from` on, that has been written.
+    pub fn next_written(&self, from: Extent) -> Option<Extent> {
+        self.maps.borrow().states.next_written(from)
+    }
+
+    /// Extents of the device.
+    pub fn extents(&self) -> u32 {
+        self.maps.borrow().states.len()
+    }
+
+    /// Without the lock first, so that nobody waits for what is as it should be.
+    async fn check_piece(
+        self: &Rc<Self>,
+        extent: Extent,
+        piece: &Range<u64>,
+        look: Look,
+    ) -> Result<Checked, Errno> {
+        let copies = self.read_copies(piece).await;
+        let sums = self.sums_of(&copies).await;
+        let verdicts = self.judge_all(&copies, &sums, None);
+        let mut checked = Checked {
+            blocks: verdicts.len() as u64,
+            member_bytes: copies.bytes_read(),
+            ..Checked::default()
+        };
+        let pages_missing = self.unreadable_pages(&copies, &sums);
+        if pages_missing.is_empty() && verdicts.iter().all(|v| *v == BlockVerdict::Fine) {
+            return Ok(checked);
+        }
+        let _lock = self.locks.lock(piece.clone()).await;
+        if self.stopping.get() || self.write_blocked.get() {
+            return Err(Errno::IO);
+        }
+        if !self.maps.borrow().is_written(extent) {
+            return Ok(checked);
+        }
+        let blocks = blocks_covering(piece.start, piece.end - piece.start);
+        self.equalise_locked(blocks.clone()).await?;
+        let settled = self.settle(&blocks, look).await?;
+        checked.add(Checked {
+            blocks: 0,
+            ..settled
+        });
+        Ok(checked)
+    }
+}
