@@ -1,11 +1,12 @@
 //! What an operator sees.
 
-use crate::{Look, Scrubber, Subject, schedule};
+use crate::{Scrubber, Subject, schedule};
 use dirty_map::{BLOCK_BYTES, EXTENT_BYTES, Extent};
 use mirror::control::{
     MAP_CELLS_MAX, ScrubBy, ScrubClass, ScrubDone, ScrubEnding, ScrubFinding, ScrubMap, ScrubPass,
     ScrubReport, ScrubRun, ScrubState, ScrubStatus, ScrubTotals, ScrubWhat,
 };
+use mirror::engine::ExtentLook;
 use mirror::host::Host;
 use mirror::scrub_log::{Done, EndedPass, Ending, Finding, FoundBy, Pass, ScrubLog, Totals, What};
 use std::time::Duration;
@@ -79,10 +80,10 @@ impl<S: Subject> Scrubber<S> {
                 self.subject.host().sleep(Duration::from_micros(100)).await;
             }
             let class = match self.subject.look(Extent(number)) {
-                Look::Unwritten => ScrubClass::Unwritten,
-                Look::Cool => ScrubClass::Written,
-                Look::Hot => ScrubClass::Hot,
-                Look::Missed => ScrubClass::Missed,
+                ExtentLook::Unwritten => ScrubClass::Unwritten,
+                ExtentLook::Cool => ScrubClass::Written,
+                ExtentLook::Hot => ScrubClass::Hot,
+                ExtentLook::Missed => ScrubClass::Missed,
             };
             worsen(&mut classes, number / per_cell, class);
         }

@@ -5,9 +5,10 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`sweep`](self) | the order of a pass: once around, then what was hot again |
+//! | `sweep` | the order of a pass: once around, then what was hot again |
 //! | `schedule` | when a pass is due, and how fast it has to be to end in time |
 //! | `documents` | what an operator sees |
+//! | `engine` | the engine's mirror as a [`Subject`] |
 //! | `wait` | waiting for a while, or for news |
 //!
 //! # A pass
@@ -27,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 mod documents;
+mod engine;
 mod schedule;
 mod sweep;
 #[cfg(test)]
@@ -35,6 +37,7 @@ mod wait;
 
 use dirty_map::{EXTENT_BYTES, Extent};
 use mirror::control::ErrorKind;
+use mirror::engine::{Checked, ExtentLook};
 use mirror::pace::{Limits, Pacer};
 use mirror::scrub_log::{Choices, Ending, Pass, ScrubLog};
 use mirror::{ControlError, Errno, Host};
@@ -60,36 +63,6 @@ const AFTER_ERROR: Duration = Duration::from_secs(1);
 /// How often a lane that has nothing to do looks at the others.
 const LANE_RECHECK: Duration = Duration::from_millis(50);
 
-/// What one check of an extent found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Checked {
-    /// Nothing was checked, because the extent is hot.
-    pub skipped_hot: bool,
-    /// Blocks checked.
-    pub blocks: u64,
-    /// Bytes read from members.
-    pub member_bytes: u64,
-    /// Findings.
-    pub findings: u64,
-    /// Blocks repaired.
-    pub repaired: u64,
-    /// Blocks damaged.
-    pub damaged: u64,
-}
-
-/// What an extent is to someone who looks at the map.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Look {
-    /// Reads as zeroes; there is nothing to check.
-    Unwritten,
-    /// All copies are equal.
-    Cool,
-    /// Written lately.
-    Hot,
-    /// A member lacks some of it.
-    Missed,
-}
-
 /// A mirror, as the scrubber sees it.
 pub trait Subject: 'static {
     /// Time, randomness and tasks.
@@ -108,7 +81,7 @@ pub trait Subject: 'static {
     fn written(&self) -> u64;
 
     /// What an extent looks like.
-    fn look(&self, extent: Extent) -> Look;
+    fn look(&self, extent: Extent) -> ExtentLook;
 
     /// Checks an extent, and repairs it if told so.
     ///
@@ -126,9 +99,8 @@ pub trait Subject: 'static {
     /// The budget of errors that a member may have, as text.
     fn error_budget(&self) -> String;
 
-    /// From now on, until it is given `None`, the latencies of foreground requests go to the
-    /// pacer.
-    fn sample(&self, pacer: Option<Rc<RefCell<Pacer>>>);
+    /// The latencies of foreground requests go to `pacer` from now on, or no longer.
+    fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool);
 }
 
 /// What the operator chose when the daemon was started; a command overrides it.
@@ -351,7 +323,7 @@ impl<S: Subject> Scrubber<S> {
         self.noted.set(self.now());
         self.pacer.replace(Pacer::new(Limits::SCRUB, self.now()));
         self.limit();
-        self.subject.sample(Some(self.pacer.clone()));
+        self.subject.sample(&self.pacer, true);
         self.lanes.set(LANES);
         for _ in 0..LANES {
             let own = self.clone();
@@ -362,7 +334,7 @@ impl<S: Subject> Scrubber<S> {
         while self.lanes.get() > 0 {
             self.wait(LOOK_EVERY).await;
         }
-        self.subject.sample(None);
+        self.subject.sample(&self.pacer, false);
         self.note();
         let over = self.sweep.take().is_some_and(|sweep| sweep.is_over());
         if self.cancelled.take() {

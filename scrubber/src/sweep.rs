@@ -1,7 +1,7 @@
 //! The order of a pass: once around, then what was hot again. Pure.
 
-use crate::Checked;
 use dirty_map::Extent;
+use mirror::engine::Checked;
 use mirror::scrub_log::{Pass, coarsened};
 use std::ops::Range;
 use std::time::Duration;

@@ -80,13 +80,13 @@ impl Subject for Fake {
     fn written(&self) -> u64 {
         self.0.written.borrow().len() as u64
     }
-    fn look(&self, extent: Extent) -> Look {
+    fn look(&self, extent: Extent) -> ExtentLook {
         if self.0.hot.borrow().contains_key(&extent.0) {
-            Look::Hot
+            ExtentLook::Hot
         } else if self.0.written.borrow().contains(&extent.0) {
-            Look::Cool
+            ExtentLook::Cool
         } else {
-            Look::Unwritten
+            ExtentLook::Unwritten
         }
     }
     async fn check(&self, extent: Extent, repair: bool) -> Result<Checked, Errno> {
@@ -125,8 +125,8 @@ impl Subject for Fake {
     fn error_budget(&self) -> String {
         "64/24".to_owned()
     }
-    fn sample(&self, pacer: Option<Rc<RefCell<Pacer>>>) {
-        self.0.pacer.replace(pacer);
+    fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool) {
+        self.0.pacer.replace(on.then(|| pacer.clone()));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::invariants::Rules;
 use crate::oracle::{Oracle, Version, fill};
+use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::engine::HOT_CAP_BYTES;
@@ -113,6 +114,7 @@ impl Machine {
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
             sum_cache_bytes: 10_000,
+            error_budget: ErrorBudget::Unlimited,
         }
     }
 
