@@ -135,6 +135,7 @@ pub struct Scrubber<S: Subject> {
     wanted: Cell<Option<bool>>,
     cancelled: Cell<bool>,
     stopping: Cell<bool>,
+    running: Cell<bool>,
     /// Lanes that still work.
     lanes: Cell<usize>,
     news: News,
@@ -154,6 +155,7 @@ impl<S: Subject> Scrubber<S> {
             wanted: Cell::new(None),
             cancelled: Cell::new(false),
             stopping: Cell::new(false),
+            running: Cell::new(false),
             lanes: Cell::new(0),
             news: News::default(),
             noted: Cell::new(now),
@@ -163,6 +165,7 @@ impl<S: Subject> Scrubber<S> {
 
     /// Scrubs until [`Scrubber::stop`].
     pub async fn run(self: Rc<Self>) {
+        self.running.set(true);
         while !self.stopping.get() {
             if self.paused() || !self.has_work() {
                 self.wait(LOOK_EVERY).await;
@@ -170,13 +173,18 @@ impl<S: Subject> Scrubber<S> {
             }
             self.scrub().await;
         }
+        self.running.set(false);
+        self.news.tell();
     }
 
-    /// Ends the task soon, with the pass noted; the next start goes on with it. Call before the
-    /// mirror stops.
-    pub fn stop(&self) {
+    /// Ends the task, with the pass noted; the next start goes on with it. Call before the mirror
+    /// stops.
+    pub async fn stop(&self) {
         self.stopping.set(true);
         self.news.tell();
+        while self.running.get() {
+            self.wait(LOOK_EVERY).await;
+        }
     }
 
     /// Begins a pass, or says why not; the other choices hold in either case.

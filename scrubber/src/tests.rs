@@ -513,8 +513,8 @@ fn a_stop_leaves_the_pass_to_the_next_start() {
     let mut stage = Stage::new(1, 1000, 0..1000, BY_COMMAND);
     stage.start();
     stage.until(|| stage.fake.0.checks.borrow().len() > 500);
-    stage.scrubber.stop();
-    stage.for_a_while(Duration::from_secs(100));
+    let scrubber = stage.scrubber.clone();
+    stage.world.block_on(async move { scrubber.stop().await });
     let before = stage.checked().len();
     assert!(before < 520, "{before}");
     stage.restart(BY_COMMAND);

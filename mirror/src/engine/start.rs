@@ -524,6 +524,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.options.write_intent {
             self.cool(quiet).await?;
             // So that every member's maps name the last commit that wrote something (R16).
+            self.maps.borrow_mut().queue_log();
             self.maps.borrow_mut().dirty.insert(Page::POSITION);
             self.commit().await?;
         }
