@@ -32,6 +32,7 @@ SUBJECTS = {
     "quorum": "qemu quorum",
     "mirror": "ublk-mirror",
     "mirror-no-intent": "ublk-mirror, intent off",
+    "mirror-no-sums": "ublk-mirror, checksums off",
 }
 COLORS = {
     "bare": "#9aa0a6",
@@ -41,6 +42,7 @@ COLORS = {
     "quorum": "#8a6fb0",
     "mirror": "#1f6fb2",
     "mirror-no-intent": "#8fc1e8",
+    "mirror-no-sums": "#5aa5a0",
 }
 PLACES = {
     "guest-6.12-2cpu": "kernel 6.12, two processors",
@@ -50,6 +52,7 @@ PLACES = {
     "native": "NBD on this machine",
 }
 WRITE32, READ32, WRITE1 = "randwrite-4k-qd32", "randread-4k-qd32", "randwrite-4k-qd1"
+SEQUENTIAL = "seqwrite-128k-qd8"
 WALL, COUNTED = "guest-6.12-2cpu", "guest-6.12-counted"
 # (what, place, numerator, denominator, job, least ratio to reach)
 RATIOS = [
@@ -61,6 +64,12 @@ RATIOS = [
     ("random read QD32 / rublk's one-disk loop", WALL, "mirror", "rublk-loop", READ32, 0.95),
     ("random read QD32 / rublk's one-disk loop", COUNTED, "mirror", "rublk-loop", READ32, 0.95),
     ("random write QD1 / rublk's one-disk loop", COUNTED, "mirror", "rublk-loop", WRITE1, 0.9),
+    ("random write QD32, checksums on / off", "native", "mirror", "mirror-no-sums", WRITE32, 0.97),
+    ("sequential write 128k, checksums on / off", "native", "mirror", "mirror-no-sums", SEQUENTIAL, 0.95),
+    ("random write QD32, checksums on / off", WALL, "mirror", "mirror-no-sums", WRITE32, 0.97),
+    ("sequential write 128k, checksums on / off", WALL, "mirror", "mirror-no-sums", SEQUENTIAL, 0.95),
+    ("random write QD32, checksums on / off", COUNTED, "mirror", "mirror-no-sums", WRITE32, 0.97),
+    ("sequential write 128k, checksums on / off", COUNTED, "mirror", "mirror-no-sums", SEQUENTIAL, 0.95),
     ("random write QD32 / qemu's quorum", "native", "mirror", "quorum", WRITE32, 1.3),
     ("random read QD32 / qemu's quorum", "native", "mirror", "quorum", READ32, 1.3),
     (
@@ -167,7 +176,7 @@ def place_section(runs, place, kernel):
             for job, title in JOBS.items()
         ]
         parts += [
-            "ublk-mirror (intent on) over each of the others:",
+            "ublk-mirror (intent and checksums on) over each of the others:",
             table(["job"] + [SUBJECTS[other] for other in others], rows),
         ]
     return "\n\n".join(parts)

@@ -18,7 +18,7 @@ shift 3
 . "$PROJECT_DIR/tests/guest/lib.sh"
 
 RUBLK=$PROJECT_DIR/.cache/rublk/bin/rublk
-all=(bare md-none md-bitmap rublk-loop mirror mirror-no-intent)
+all=(bare md-none md-bitmap rublk-loop mirror mirror-no-intent mirror-no-sums)
 [ $# -gt 0 ] && all=("$@")
 case $mode in
 wall) rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-5} ;;
@@ -59,10 +59,11 @@ set_up() {
         TARGET=/dev/ublkb77
         wait_for 100 test -b $TARGET
         ;;
-    mirror | mirror-no-intent)
-        local options=(--front ublk --queue-depth 128)
+    mirror | mirror-no-intent | mirror-no-sums)
+        local options=(--front ublk --queue-depth 128) sums=()
+        [ "$1" = mirror-no-sums ] && sums+=(--no-checksums)
         [ "$1" = mirror-no-intent ] && options+=(--no-intent-unsafe-for-benchmarks)
-        mirrorctl create bench --force --member /dev/n0 --member /dev/n1
+        mirrorctl create bench --force "${sums[@]}" --member /dev/n0 --member /dev/n1
         mirrorctl start bench "${options[@]}"
         find_device bench
         TARGET=$DEV

@@ -20,6 +20,7 @@ export UBLK_MIRROR_RUN_DIR=$area/run PATH=$binaries:$PATH
 place=native
 rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-6}
 storage_daemon=
+CREATE=()
 mkdir -p "$out" "$area"
 
 stop_everything() {
@@ -126,12 +127,13 @@ stop_quorum() {
     storage_daemon=
 }
 
-# start_mirror NAME SIZE START_OPTIONS... : creates over two new sparse files; sets URI.
+# start_mirror NAME SIZE START_OPTIONS... : creates over two new sparse files, with the options
+# in CREATE; sets URI.
 start_mirror() {
     local name=$1 size=$2
     shift 2
     rm -f "$area/m0" "$area/m1"
-    mirrorctl create "$name" --member "$area/m0" --member "$area/m1" --size "$size"
+    mirrorctl create "$name" "${CREATE[@]}" --member "$area/m0" --member "$area/m1" --size "$size"
     mirrorctl start "$name" "$area/m0" "$area/m1" --front nbd "$@"
     URI=$(status_of "$name" device)
 }
@@ -139,7 +141,7 @@ start_mirror() {
 bench_quorum() {
     local round
     choose_area 5
-    rm -f "$out/${place}__"{mirror,mirror-no-intent,quorum}__*
+    rm -f "$out/${place}__"{mirror,mirror-no-intent,mirror-no-sums,quorum}__*
     for round in $(seq "$rounds"); do
         start_quorum
         fill "$URI" 1024
@@ -152,6 +154,12 @@ bench_quorum() {
         start_mirror bench 1100M --no-intent-unsafe-for-benchmarks
         fill "$URI" 1024
         four_jobs mirror-no-intent "$round" "$URI"
+        mirrorctl stop bench
+        CREATE=(--no-checksums)
+        start_mirror bench 1100M
+        CREATE=()
+        fill "$URI" 1024
+        four_jobs mirror-no-sums "$round" "$URI"
         mirrorctl stop bench
     done
     rm -f "$area"/q? "$area"/m?

@@ -17,6 +17,11 @@ Exit codes:
   3  refused to protect data; --force may override where the command has it
   4  not found: no such mirror, member, device or file
   5  busy or timed out: something is in use, already running or did not answer in time
+  10  check, repair: something is to be mended, and a good copy of it is there
+  11  check, repair: a member that the mirror names in-sync was not given or cannot be used
+  12  check, repair: a part of the metadata has no good copy
+  13  check, repair: blocks are damaged, no copy of them is provably right
+Of 10 to 13 the highest that applies; repair counts what is left.
 
 MEMBER is a slot number or the path of the member's device or file (write ./1 for a file
 that is named 1). Sizes take K, M, G, T, P (powers of 1024), KB, MB, ... (powers of 1000).";
@@ -34,6 +39,14 @@ pub(crate) enum Exit {
     NotFound = 4,
     /// In use, already running, or no answer in time.
     Busy = 5,
+    /// Something is to be mended.
+    Mendable = 10,
+    /// An in-sync member could not be checked.
+    Incomplete = 11,
+    /// Metadata without a good copy.
+    MetadataDamaged = 12,
+    /// Blocks without a copy that is provably right.
+    BlocksDamaged = 13,
 }
 
 impl Exit {
@@ -45,6 +58,10 @@ impl Exit {
             Self::Refused => 3,
             Self::NotFound => 4,
             Self::Busy => 5,
+            Self::Mendable => 10,
+            Self::Incomplete => 11,
+            Self::MetadataDamaged => 12,
+            Self::BlocksDamaged => 13,
         }
     }
 
@@ -143,6 +160,10 @@ mod tests {
             Exit::Refused,
             Exit::NotFound,
             Exit::Busy,
+            Exit::Mendable,
+            Exit::Incomplete,
+            Exit::MetadataDamaged,
+            Exit::BlocksDamaged,
         ] {
             let line = format!("\n  {}  ", exit.code());
             assert!(EXIT_CODES.contains(&line), "{exit:?} is not documented");

@@ -22,6 +22,7 @@ mod cmd;
 mod daemon;
 mod failure;
 mod medium;
+mod offline;
 mod output;
 mod probe;
 mod progress;

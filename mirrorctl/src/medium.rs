@@ -1,10 +1,12 @@
 //! Devices and image files that are or become members.
 //!
-//! A medium is opened in one of two ways: to look at it, which disturbs nobody, and
-//! exclusively, which the kernel grants to one opener only: `O_EXCL` on a block device (nobody
-//! has it mounted, nobody else opened it exclusively), a lock on a file. Somebody who writes to
-//! it without such a claim is looked for as well, as far as privileges reach. Nothing is ever
-//! written through a medium that was not opened exclusively, and no option gets around that.
+//! A medium is opened in one of three ways: to look at it, which disturbs nobody; exclusively,
+//! which the kernel grants to one opener only: `O_EXCL` on a block device (nobody has it
+//! mounted, nobody else opened it exclusively), a lock on a file; and to read it while nobody
+//! writes, which needs no right to write (`O_EXCL` again, a shared lock on a file). Somebody who
+//! writes to it without such a claim is looked for as well, as far as privileges reach. Nothing
+//! is ever written through a medium that was not opened exclusively, and no option gets around
+//! that.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -35,6 +37,8 @@ pub(crate) enum Kind {
 pub(crate) enum Access {
     /// To read, beside anybody else.
     Look,
+    /// To read while nobody writes.
+    Undisturbed,
     /// To read and write, alone.
     Exclusive,
 }
@@ -110,18 +114,12 @@ impl Medium {
                 path.display()
             )));
         };
-        let file = match (kind, access) {
-            (_, Access::Look) => OpenOptions::new().read(true).open(path),
-            (Kind::BlockDevice, Access::Exclusive) => {
-                let excl = rustix::fs::OFlags::EXCL.bits().cast_signed();
-                OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .custom_flags(excl)
-                    .open(path)
-            }
-            (Kind::File, Access::Exclusive) => OpenOptions::new().read(true).write(true).open(path),
-        };
+        let mut options = OpenOptions::new();
+        options.read(true).write(access == Access::Exclusive);
+        if kind == Kind::BlockDevice && access != Access::Look {
+            options.custom_flags(rustix::fs::OFlags::EXCL.bits().cast_signed());
+        }
+        let file = options.open(path);
         let file = file.map_err(|e| match e.kind() {
             io::ErrorKind::ResourceBusy => busy(path, device_users(&meta)),
             io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
@@ -133,10 +131,11 @@ impl Medium {
             }
             _ => cannot(&e),
         })?;
-        if access == Access::Exclusive {
+        if access != Access::Look {
             match kind {
-                Kind::File => claim_file(path, &file)?,
-                Kind::BlockDevice => refuse_read_only(path, &meta)?,
+                Kind::File => claim_file(path, &file, access)?,
+                Kind::BlockDevice if access == Access::Exclusive => refuse_read_only(path, &meta)?,
+                Kind::BlockDevice => {}
             }
             refuse_writers(path)?;
         }
@@ -163,6 +162,11 @@ impl Medium {
     /// The path it was opened by.
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The open device or file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Capacity in bytes.
@@ -343,14 +347,18 @@ fn refuse_writers(path: &Path) -> Result<(), Failure> {
 
 /// Takes the locks by which a daemon (flock) and others such as qemu (record locks) hold an
 /// image file.
-fn claim_file(path: &Path, file: &File) -> Result<(), Failure> {
+fn claim_file(path: &Path, file: &File, access: Access) -> Result<(), Failure> {
+    let lock = if access == Access::Exclusive {
+        FlockOperation::NonBlockingLockExclusive
+    } else {
+        FlockOperation::NonBlockingLockShared
+    };
     let shown_by = users::of_file(path);
     if !shown_by.is_empty() {
         return Err(busy(path, shown_by));
     }
-    let flock = rustix::fs::flock(file, FlockOperation::NonBlockingLockExclusive);
-    let record =
-        flock.and_then(|()| rustix::fs::fcntl_lock(file, FlockOperation::NonBlockingLockExclusive));
+    let flock = rustix::fs::flock(file, lock);
+    let record = flock.and_then(|()| rustix::fs::fcntl_lock(file, lock));
     match record {
         Ok(()) => Ok(()),
         Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::ACCESS) => Err(busy(

@@ -65,6 +65,13 @@ pub(crate) fn done(json: bool, message: &str) -> Result<(), Failure> {
     }
 }
 
+/// The text with its first letter as a capital.
+pub(crate) fn capital(text: &str) -> String {
+    let mut chars = text.chars();
+    let first = chars.next().into_iter().flat_map(char::to_uppercase);
+    first.chain(chars).collect()
+}
+
 /// Whether a person looks at standard output.
 pub(crate) fn is_terminal() -> bool {
     std::io::stdout().is_terminal()
@@ -93,6 +100,12 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sentences_begin_with_a_capital() {
+        assert_eq!(capital("a mirror"), "A mirror");
+        assert_eq!(capital(""), "");
+    }
 
     #[test]
     fn columns_are_aligned_and_lines_end_without_blanks() {

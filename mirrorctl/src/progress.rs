@@ -1,4 +1,4 @@
-//! The progress of a resync: a bar for a person, lines for a log.
+//! Progress: a bar for a person, and of a resync lines for a log.
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,9 @@ use crate::size::{human, human_millis};
 const BAR_WIDTH: u64 = 30;
 /// How often a line is printed where no bar can be drawn.
 const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// How often a bar is drawn anew where something happens all the time.
+const REDRAW_EVERY: Duration = Duration::from_millis(100);
 
 /// Draws progress.
 #[derive(Debug)]
@@ -41,6 +44,24 @@ impl Progress {
             .is_none_or(|last| last.elapsed() >= LINE_EVERY)
         {
             output::line(&sentence(resync));
+            self.last_line = Some(Instant::now());
+        }
+    }
+
+    /// Draws nothing.
+    pub(crate) fn quiet() -> Self {
+        Self {
+            bar: false,
+            ..Self::new()
+        }
+    }
+
+    /// Shows to a person how much of `total` bytes is done.
+    pub(crate) fn share(&mut self, what: &str, done: u64, total: u64) {
+        let due = |last: Instant| last.elapsed() >= REDRAW_EVERY;
+        if self.bar && self.last_line.is_none_or(due) {
+            output::raw(&format!("\r\x1b[K{}", share_bar(what, done, total)));
+            self.drawn = true;
             self.last_line = Some(Instant::now());
         }
     }
@@ -76,13 +97,30 @@ fn left_millis(resync: &ResyncStatus) -> Option<u64> {
     u64::try_from(left.checked_div(done)?).ok()
 }
 
+/// A bar of which so many tenths of a percent are filled.
+fn filled(share: u64) -> String {
+    let filled = share * BAR_WIDTH / 1000;
+    (0..BAR_WIDTH)
+        .map(|at| if at < filled { '#' } else { '.' })
+        .collect()
+}
+
 fn bar(resync: &ResyncStatus) -> String {
     let share = per_mille(resync);
-    let filled = share * BAR_WIDTH / 1000;
-    let bar: String = (0..BAR_WIDTH)
-        .map(|at| if at < filled { '#' } else { '.' })
-        .collect();
+    let bar = filled(share);
     format!("slot {} [{bar}] {}", resync.slot, tail(resync, share))
+}
+
+fn share_bar(what: &str, done: u64, total: u64) -> String {
+    let share = u128::from(done) * 1000 / u128::from(total.max(1));
+    let share = u64::try_from(share).unwrap_or(1000).min(1000);
+    format!(
+        "[{}] {}.{} %, {} {what}",
+        filled(share),
+        share / 10,
+        share % 10,
+        human(done)
+    )
 }
 
 /// The resync under way as a sentence.
@@ -155,6 +193,17 @@ mod tests {
         assert_eq!(per_mille(&resync(u64::MAX, 0, 0)), 1000);
         assert_eq!(left_millis(&resync(0, 0, 5)), None);
         assert_eq!(left_millis(&resync(10, 0, 10)), Some(230));
+    }
+
+    #[test]
+    fn a_share_of_bytes_is_drawn() {
+        assert_eq!(
+            share_bar("checked", 3 << 20, 12 << 20),
+            "[#######.......................] 25.0 %, 3.0 MiB checked"
+        );
+        assert!(share_bar("checked", 9, 8).contains("] 100.0 %"));
+        assert!(share_bar("checked", 0, 0).contains("] 0.0 %"));
+        assert!(share_bar("checked", u64::MAX, u64::MAX).contains("] 100.0 %"));
     }
 
     #[test]

@@ -13,8 +13,10 @@ mod invariants;
 mod machine;
 mod oracle;
 mod play;
+mod rot;
 mod runner;
 mod script;
+mod sums;
 
 use clap::Parser;
 use runner::{Failure, Totals, replay, run, run_one, shrink};

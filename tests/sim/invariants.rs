@@ -22,6 +22,7 @@
 
 use crate::machine::superblock_on;
 use crate::oracle::version_of;
+use crate::rot::Rotten;
 use dirty_map::{Address, Extent, ExtentState, Kind, SECTOR_BYTES, Stamp, StateMap};
 use mirror::control::{MemberState, Status};
 use mirror::layout::{Layout, RegionKind};
@@ -58,6 +59,8 @@ pub(crate) struct Rules {
     said: RefCell<HashMap<u64, Superblock>>,
     layout: Layout,
     tag: u32,
+    /// Blocks of which a copy has changed behind the mirror's back are not compared.
+    rotten: Rc<Rotten>,
 }
 
 /// A moment from which on a flush promises what was cached before.
@@ -65,13 +68,14 @@ pub(crate) struct BeforeFlush(Vec<(SimDisk, u64)>);
 
 impl Rules {
     /// Watches `disks`, at least one of which holds a superblock.
-    pub(crate) fn watching(disks: &[SimDisk]) -> Option<Rc<Self>> {
+    pub(crate) fn watching(disks: &[SimDisk], rotten: Rc<Rotten>) -> Option<Rc<Self>> {
         let superblock = disks.iter().find_map(superblock_on)?;
         let rules = Rc::new(Self {
             known: RefCell::default(),
             said: RefCell::default(),
             layout: superblock.layout.clone(),
             tag: superblock.tag(),
+            rotten,
         });
         for disk in disks {
             rules.clone().watch(disk);
@@ -240,6 +244,9 @@ impl Rules {
     /// R2: when a write is answered well, every member that its superblocks call in-sync has it.
     pub(crate) fn r2_loss_before_answer(&self, sector: u64, version: u64) {
         let known = self.known.borrow();
+        if self.rotten.concerns(sector * 512, 512) {
+            return;
+        }
         for member in Self::in_sync(&known) {
             let mut bytes = [0; 512];
             let at = self.layout.data_offset + sector * 512;
@@ -257,7 +264,13 @@ impl Rules {
     fn r3_equal_when_cool(&self, known: &[Known], extent: usize) {
         let mut first: Option<Vec<u8>> = None;
         for member in Self::in_sync(known) {
-            let found = self.settled(&member.disk, extent);
+            let mut found = self.settled(&member.disk, extent);
+            for (block, bytes) in (0..).zip(found.iter_mut().flat_map(|f| f.chunks_mut(4096))) {
+                let at = extent as u64 * EXTENT_BYTES + block * BLOCK_BYTES;
+                if self.rotten.concerns(at, BLOCK_BYTES) {
+                    bytes.fill(0);
+                }
+            }
             assert!(
                 found.is_some(),
                 "R3: extent {extent} is cool and not durable"
@@ -277,6 +290,9 @@ impl Rules {
         let Some(superblock) = &source.superblock else {
             return;
         };
+        if self.rotten.concerns(block * BLOCK_BYTES, BLOCK_BYTES) {
+            return;
+        }
         let resyncing = superblock.slots[usize::from(slot)].state == SlotState::Resyncing;
         let extent = block * BLOCK_BYTES / EXTENT_BYTES;
         let state = source.states.get(extent as usize);

@@ -2,6 +2,7 @@
 
 use crate::invariants::Rules;
 use crate::oracle::{Oracle, Version, fill};
+use crate::rot::Rotten;
 use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
@@ -42,6 +43,10 @@ pub(crate) struct Machine {
     hot_memory_bytes: usize,
     /// Whether reads are checked against checksums.
     check_reads: bool,
+    /// Whether a silent change of a copy is told, where there is a checksum.
+    tells_rot: bool,
+    /// Copies that have changed behind the mirror's back.
+    pub(crate) rotten: Rc<Rotten>,
 }
 
 pub(crate) fn path(slot: usize) -> String {
@@ -99,6 +104,8 @@ impl Machine {
             data_offset: plan.data_offset,
             hot_memory_bytes: if seed % 4 == 3 { 1400 } else { HOT_CAP_BYTES },
             check_reads: seed % 16 != 6,
+            tells_rot: checksums && seed % 16 != 6 && seed % 4 != 3,
+            rotten: Rc::default(),
         };
         machine.connect();
         machine
@@ -130,6 +137,8 @@ impl Machine {
             data_offset: self.data_offset,
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
+            tells_rot: self.tells_rot,
+            rotten: self.rotten.clone(),
         };
         fork.disks
             .iter()
@@ -163,7 +172,7 @@ impl Machine {
         let candidates = self.candidates(slots);
         let disks: Vec<SimDisk> = slots.iter().map(|&slot| self.disks[slot].clone()).collect();
         self.end_rules();
-        self.rules = Rules::watching(&disks);
+        self.rules = Rules::watching(&disks, self.rotten.clone());
         let host = Rc::new(SimHost(self.world.clone()));
         let start = SimMirror::start(host, candidates, self.options(force));
         let mirror = self.world.block_on(start)?;
@@ -296,6 +305,7 @@ impl Machine {
             next_version: self.next_version.clone(),
             data_offset: self.data_offset,
             rules: self.rules.clone(),
+            tells_rot: self.tells_rot,
         }
     }
 
@@ -303,15 +313,25 @@ impl Machine {
     pub(crate) fn check_all(&mut self, what: &str) {
         let touched = self.oracle.borrow().touched();
         let (client, oracle) = (self.client(), self.oracle.clone());
+        let rotten = self.rotten.clone();
         let found = self.world.block_on(async move {
             let mut found = Vec::new();
             for run in touched.chunk_by(|a, b| a + 1 == *b) {
                 for part in run.chunks(128) {
-                    let bytes = client
-                        .read_raw(part[0] * 512, part.len() * 512)
-                        .await
-                        .unwrap();
-                    found.push((part[0], bytes));
+                    let (offset, len) = (part[0] * 512, part.len() * 512);
+                    match client.read_raw(offset, len).await {
+                        Ok(bytes) => found.push((part[0], bytes)),
+                        Err(error) => {
+                            let may = rotten.concerns(offset, len as u64);
+                            assert!(
+                                may,
+                                "sectors {} to {}: {error}",
+                                part[0],
+                                part[part.len() - 1]
+                            );
+                            client.read_singly(part, &rotten, &mut found).await;
+                        }
+                    }
                 }
             }
             found
@@ -455,6 +475,8 @@ pub(crate) struct Client {
     /// Where a member's data begins.
     pub(crate) data_offset: u64,
     pub(crate) rules: Option<Rc<Rules>>,
+    /// Whether a silent change of a copy is told.
+    pub(crate) tells_rot: bool,
 }
 
 impl Client {
@@ -553,6 +575,16 @@ impl Client {
             assert!(checked.is_ok(), "{}", checked.unwrap_err());
         }
         Ok(())
+    }
+
+    /// Reads sectors of which some cannot be read, because their block has rotted.
+    async fn read_singly(&self, sectors: &[u64], rotten: &Rotten, found: &mut Vec<(u64, Vec<u8>)>) {
+        for &sector in sectors {
+            match self.read_raw(sector * 512, 512).await {
+                Ok(bytes) => found.push((sector, bytes)),
+                Err(error) => assert!(rotten.concerns(sector * 512, 512), "{sector}: {error}"),
+            }
+        }
     }
 
     pub(crate) async fn read_raw(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {

@@ -22,6 +22,7 @@ mod oracle;
 mod others;
 mod play;
 mod races;
+mod rot;
 mod rounds;
 mod runner;
 mod script;

@@ -2,7 +2,9 @@
 
 use crate::invariants::Rules;
 use crate::machine::{Client, Machine, path};
+use crate::rot::{self, Rotten};
 use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
+use crate::sums;
 use mirror::control::{MemberRef, MemberState};
 use mirror::sim::{Faults, Rng, SimDisk, SimHost};
 use mirror::{Disk as _, Errno, Host as _};
@@ -29,16 +31,33 @@ pub(crate) struct Bench {
     joining: RefCell<Vec<SimDisk>>,
     /// Slots whose disk has lost its power since the mirror opened it.
     outages: RefCell<BTreeSet<usize>>,
+    /// Copies that have changed silently.
+    pub(crate) rotten: Rc<Rotten>,
     requests: Cell<u64>,
     actions: Cell<u64>,
     ended: Cell<usize>,
+    /// Of so many tasks.
+    all: Cell<usize>,
 }
 
 impl Bench {
     pub(crate) fn of(machine: &Machine) -> Self {
         let bench = Self::default();
         bench.disks.replace(machine.disks.clone());
-        bench
+        Self {
+            rotten: machine.rotten.clone(),
+            ..bench
+        }
+    }
+
+    /// The disk in a slot.
+    pub(crate) fn disk(&self, slot: u8) -> SimDisk {
+        self.disks.borrow()[usize::from(slot)].clone()
+    }
+
+    /// Whether every disk has had power since the mirror opened it.
+    pub(crate) fn no_outages(&self) -> bool {
+        self.outages.borrow().is_empty()
     }
 
     /// How many slots there are.
@@ -90,6 +109,9 @@ fn build(script: &Script) -> Machine {
 }
 
 fn play_life(machine: &mut Machine, life: &Life, played: &mut Played) {
+    if life.without.is_some() {
+        machine.rotten.put_right();
+    }
     start(machine, life.without);
     machine.check_all("after the start");
     let bench = Rc::new(Bench::of(machine));
@@ -112,7 +134,15 @@ fn play_life(machine: &mut Machine, life: &Life, played: &mut Played) {
         }
         shared.ended.set(shared.ended.get() + 1);
     });
+    if life.scrub {
+        let (mirror, bench) = (machine.mirror(), bench.clone());
+        let host = SimHost(machine.world.clone());
+        machine.world.spawn_task(rot::scrub(mirror, host, move || {
+            bench.ended.get() == bench.all.get()
+        }));
+    }
     let all = life.clients.len() + 1;
+    bench.all.set(all);
     let ended = || bench.ended.get() == all;
     let finished = machine.world.run(life.steps.unwrap_or(20_000_000), ended);
     assert!(
@@ -150,6 +180,15 @@ fn start(machine: &mut Machine, without: Option<u8>) {
 
 fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
     machine.disks = bench.all_disks();
+    if end != End::Stop || !finished {
+        let members = machine.mirror().status().members;
+        let in_sync = members.iter().all(|m| m.state == MemberState::InSync);
+        let told = in_sync && bench.no_outages() && bench.joining.borrow().is_empty();
+        let disks = &machine.disks;
+        machine
+            .rotten
+            .before_a_crash(disks, machine.data_offset, told);
+    }
     // A member whose cache is gone and whose loss is not recorded takes what nobody had flushed
     // along; with a crash on top that is a power cut for the reader.
     let outages = bench.outages.borrow().clone();
@@ -202,7 +241,7 @@ fn faults(fault: Fault) -> Faults {
 
 pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
     tracing::trace!("operator: {action:?}");
-    let disk = |slot: u8| bench.disks.borrow()[usize::from(slot)].clone();
+    let disk = |slot: u8| bench.disk(slot);
     let world = &client.world;
     match action {
         Action::Fail(slot) => drop(client.mirror.fail(&MemberRef::Slot(slot)).await),
@@ -233,8 +272,10 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
                 bench.outages.borrow_mut().insert(slot);
             }
         }
+        Action::Rot(slot, block) => rot::rot(client, bench, slot, block),
         Action::Replace(slot) => replace(client, bench, slot).await,
         Action::OlderImage(slot, seconds) => {
+            bench.rotten.put_right();
             let image = disk(slot).image();
             sleep(client, seconds).await;
             if take_out(client, slot).await {
@@ -275,6 +316,8 @@ async fn take_out(client: &Client, slot: u8) -> bool {
 }
 
 async fn replace(client: &Client, bench: &Bench, slot: u8) {
+    // What it throws away may be the only good copy.
+    bench.rotten.put_right();
     if !take_out(client, slot).await {
         return;
     }
@@ -320,6 +363,7 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
         .as_ref()
         .is_err_and(|error| error.message.contains("--full"))
     {
+        bench.rotten.put_right();
         back = client
             .mirror
             .re_add(path(slot), disk.clone(), true, false)
@@ -336,12 +380,21 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
 /// In the end all members come back, hold the same, and what they hold is legal.
 fn finish(machine: &mut Machine, played: &mut Played) {
     start(machine, None);
+    let members = machine.mirror().status().members;
+    if members.iter().any(|m| m.state != MemberState::InSync) {
+        machine.rotten.put_right();
+    }
     bring_all_back(machine);
     machine.check_all("in the end");
+    rot::check_all_extents(machine);
     let mirror = machine.mirror();
     let equal = || mirror.status().extents.unequalised_blocks == 0;
     assert!(machine.run_coarsely(equal), "R5: never all equal");
+    rot::check_all_extents(machine);
     machine.compare_members();
+    if machine.stop().is_ok() {
+        sums::check(machine, "in the end");
+    }
     played.steps += machine.world.steps();
 }
 

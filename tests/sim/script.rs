@@ -43,6 +43,8 @@ pub(crate) enum Action {
     AllFaulty(Fault, u64),
     /// One sector of the data cannot be read until it is rewritten.
     Spoil(u8, u64),
+    /// A block of a disk changes silently.
+    Rot(u8, u64),
     /// Its power goes and comes back.
     PowerOf(u8),
     PowerOfAll,
@@ -71,6 +73,8 @@ pub(crate) struct Life {
     pub(crate) without: Option<u8>,
     pub(crate) clients: Vec<Vec<Request>>,
     pub(crate) operator: Vec<Action>,
+    /// A scrubber runs beside them.
+    pub(crate) scrub: bool,
     /// It ends after so many steps of the machine, wherever the clients are.
     pub(crate) steps: Option<u64>,
     pub(crate) end: End,
@@ -130,6 +134,7 @@ impl Author {
             without,
             clients,
             operator,
+            scrub: self.0.one_in(3),
             steps,
             end,
         }
@@ -179,6 +184,10 @@ impl Author {
             10 => Action::Replace(slot),
             11 => Action::OlderImage(slot, 3 + seconds),
             12 => Action::Seconds(seconds),
+            14 => {
+                let extent = self.0.below(EXTENTS);
+                Action::Rot(slot, (extent << 10) + self.0.below(70))
+            }
             13 => Action::ClearFlushError,
             _ => Action::ReturnAll,
         }
@@ -229,6 +238,9 @@ impl Script {
             for action in 0..self.lives[life].operator.len() {
                 all.push(with(&|s| _ = s.lives[life].operator.remove(action)));
             }
+            if self.lives[life].scrub {
+                all.push(with(&|s| s.lives[life].scrub = false));
+            }
             if self.lives[life].without.is_some() {
                 all.push(with(&|s| s.lives[life].without = None));
             }
@@ -258,6 +270,9 @@ impl fmt::Display for Script {
             }
             if !life.operator.is_empty() {
                 writeln!(f, "  operator: {:?}", life.operator)?;
+            }
+            if life.scrub {
+                writeln!(f, "  a scrubber")?;
             }
             match life.steps {
                 Some(steps) => writeln!(f, "  {:?} after {steps} steps", life.end)?,

@@ -112,6 +112,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         look: Look,
     ) -> Result<Checked, Errno> {
         let copies = self.read_copies(piece).await;
+        if copies.nothing_readable() {
+            return Err(copies.error.unwrap_or(Errno::IO));
+        }
         let sums = self.sums_of(&copies).await;
         let verdicts = self.judge_all(&copies, &sums, None);
         let mut checked = Checked {

@@ -74,6 +74,12 @@ impl<D: Disk> Copies<D> {
         start..(start + length(BLOCK_BYTES)).min(whole)
     }
 
+    /// Whether no member could read anything.
+    pub(super) fn nothing_readable(&self) -> bool {
+        let mut all = self.readable.iter().flatten();
+        !all.any(|&readable| readable)
+    }
+
     /// Whether a member's copy of the block with index `at` could be read.
     pub(super) fn readable_at(&self, member: usize, at: usize) -> bool {
         self.readable[member][at]

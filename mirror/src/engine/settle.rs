@@ -28,6 +28,10 @@ use dirty_map::{BLOCK_BYTES, Block, Known, Sum, SumPage, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
 
+/// Blocks that may all be unreadable on every member at once, and still be looked at sector by
+/// sector.
+const COMPOSED_MAX: u64 = 4;
+
 /// Who looks, and whether anything is written.
 #[derive(Clone, Copy)]
 pub(super) struct Look {
@@ -46,6 +50,35 @@ impl Look {
         by: FoundBy::Resync,
         repair: true,
     };
+}
+
+/// What comes of a look.
+struct Report {
+    checked: Checked,
+    findings: Vec<Finding>,
+    now_secs: u64,
+    look: Look,
+}
+
+impl Report {
+    fn add(&mut self, slot: Option<u8>, blocks: Range<u64>, what: What, done: Done) {
+        self.checked.findings += 1;
+        let goes_on = |f: &&mut Finding| {
+            (f.slot, f.what, f.done, f.blocks.end) == (slot, what, done, blocks.start)
+        };
+        if let Some(before) = self.findings.iter_mut().rev().find(goes_on) {
+            before.blocks.end = blocks.end;
+            return;
+        }
+        self.findings.push(Finding {
+            when_secs: self.now_secs,
+            slot,
+            blocks,
+            what,
+            done,
+            by: self.look.by,
+        });
+    }
 }
 
 /// Checksums of an extent's blocks: from memory, else from the members' pages.
@@ -135,31 +168,43 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ) -> Result<Checked, Errno> {
         let range = self.block_bytes(blocks);
         let copies = self.read_copies(&range).await;
+        if copies.nothing_readable() && blocks.end - blocks.start > COMPOSED_MAX {
+            // No block is at fault for what all share (R8).
+            return Err(copies.error.unwrap_or(Errno::IO));
+        }
         let sums = self.sums_of(&copies).await;
         let composed = self.compose_unreadable(&copies).await;
         let verdicts = self.judge_all(&copies, &sums, composed.as_deref());
-        let mut checked = Checked {
-            blocks: verdicts.len() as u64,
-            member_bytes: copies.bytes_read(),
-            ..Checked::default()
+        let mut report = Report {
+            checked: Checked {
+                blocks: verdicts.len() as u64,
+                member_bytes: copies.bytes_read(),
+                ..Checked::default()
+            },
+            findings: Vec::new(),
+            now_secs: self.host.wall_clock_secs(),
+            look,
         };
         let pages_missing = self.unreadable_pages(&copies, &sums);
         let mends = |v: &BlockVerdict| matches!(v, BlockVerdict::Mend(_));
         if look.repair && (verdicts.iter().any(mends) || !pages_missing.is_empty()) {
             self.heat(&range).await?;
             self.begin_repair(&range);
-            let repaired =
-                self.mend_all(&copies, composed.as_deref(), &verdicts, look, &mut checked);
+            let repaired = self.mend_all(&copies, composed.as_deref(), &verdicts, &mut report);
             repaired.await;
             self.end_repair(&range);
         }
         for (at, verdict) in verdicts.iter().enumerate() {
-            self.note_verdict(&copies, at, verdict, look, &mut checked);
+            self.note_verdict(&copies, at, verdict, &mut report);
         }
         for slot in pages_missing {
-            self.note_page(slot, blocks, look, &mut checked);
+            self.note_page(slot, blocks, &mut report);
         }
-        Ok(checked)
+        for finding in &report.findings {
+            tracing::warn!("{finding:?}");
+            self.maps.borrow_mut().log.add(finding);
+        }
+        Ok(report.checked)
     }
 
     /// In flight like any write, or its extents might cool under it (R3).
@@ -288,8 +333,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         copies: &Copies<D>,
         composed: Option<&[Option<Span<H::Buffer>>]>,
         verdicts: &[BlockVerdict],
-        look: Look,
-        checked: &mut Checked,
+        report: &mut Report,
     ) {
         let mut at = 0;
         while at < verdicts.len() {
@@ -324,8 +368,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     // When it comes back, the block is copied whether it has changed or not.
                     self.maps.borrow_mut().miss(target.slot, blocks.clone());
                     let slot = Some(target.slot);
-                    self.report(slot, blocks, What::Unreadable, Done::MemberFailed, look);
-                    checked.findings += 1;
+                    report.add(slot, blocks, What::Unreadable, Done::MemberFailed);
                 }
             }
             at = run.end;
@@ -393,19 +436,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         copies: &Copies<D>,
         at: usize,
         verdict: &BlockVerdict,
-        look: Look,
-        checked: &mut Checked,
+        report: &mut Report,
     ) {
         let block = copies.range.start / BLOCK_BYTES + at as u64;
         let blocks = block..block + 1;
         match verdict {
             BlockVerdict::Fine => {
                 let mut maps = self.maps.borrow_mut();
-                if maps.damaged.clear(blocks.clone()) > 0 {
-                    maps.log.cleared(&blocks);
-                }
+                maps.log.cleared(&blocks);
+                maps.damaged.clear(blocks);
             }
-            BlockVerdict::Mend(mend) => self.note_mend(copies, at, mend, look, checked),
+            BlockVerdict::Mend(mend) => self.note_mend(copies, at, mend, report),
             BlockVerdict::Damaged | BlockVerdict::Undecidable => {
                 let mut readable = false;
                 copies.for_each_block(|b, contents| {
@@ -421,92 +462,55 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 if marks {
                     self.maps.borrow_mut().damaged.set(blocks.clone());
                 }
-                self.report(None, blocks, what, Done::Damaged, look);
-                checked.findings += 1;
-                checked.damaged += 1;
+                report.add(None, blocks, what, Done::Damaged);
+                report.checked.damaged += 1;
             }
         }
     }
 
-    fn note_mend(
-        &self,
-        copies: &Copies<D>,
-        at: usize,
-        mend: &Mend,
-        look: Look,
-        checked: &mut Checked,
-    ) {
+    fn note_mend(&self, copies: &Copies<D>, at: usize, mend: &Mend, report: &mut Report) {
         let block = copies.range.start / BLOCK_BYTES + at as u64;
         let blocks = block..block + 1;
-        let found = (checked.findings, look.repair);
+        let (before, repair) = (report.checked.findings, report.look.repair);
+        let done = |done| if repair { done } else { Done::CheckOnly };
         for member in mend.rewrite.iter() {
             let Some(receiver) = copies.members.get(member) else {
                 continue;
             };
-            if look.repair && !self.stalls.is_in_sync(receiver.slot) {
+            if repair && !self.stalls.is_in_sync(receiver.slot) {
                 // Reported when it was lost.
                 continue;
             }
-            let unreadable = !copies.readable_at(member, at);
-            let what = match unreadable {
-                true => What::Unreadable,
-                false if mend.proof == Proof::Checksum => What::ChecksumFailed,
-                false => What::CopiesDiffer,
+            let what = match copies.readable_at(member, at) {
+                false => What::Unreadable,
+                true if mend.proof == Proof::Checksum => What::ChecksumFailed,
+                true => What::CopiesDiffer,
             };
-            let done = if look.repair {
-                Done::Rewritten
-            } else {
-                Done::CheckOnly
-            };
-            self.report(Some(receiver.slot), blocks.clone(), what, done, look);
-            checked.findings += 1;
+            let slot = Some(receiver.slot);
+            report.add(slot, blocks.clone(), what, done(Done::Rewritten));
         }
         for member in mend.stale.iter() {
             let slot = copies.members.get(member).map(|r| r.slot);
-            let done = if look.repair {
-                Done::ChecksumMended
-            } else {
-                Done::CheckOnly
-            };
-            self.report(slot, blocks.clone(), What::ChecksumStale, done, look);
-            checked.findings += 1;
+            let what = What::ChecksumStale;
+            report.add(slot, blocks.clone(), what, done(Done::ChecksumMended));
         }
-        if found.1 && checked.findings > found.0 {
-            checked.repaired += 1;
+        if repair && report.checked.findings > before {
+            report.checked.repaired += 1;
         }
         let mut maps = self.maps.borrow_mut();
-        if maps.damaged.clear(blocks.clone()) > 0 {
-            maps.log.cleared(&blocks);
-        }
+        maps.log.cleared(&blocks);
+        maps.damaged.clear(blocks);
     }
 
     /// A page of checksums could not be read: it is made anew when its extent cools.
-    fn note_page(&self, slot: u8, blocks: &Range<u64>, look: Look, checked: &mut Checked) {
-        let done = if look.repair {
+    fn note_page(&self, slot: u8, blocks: &Range<u64>, report: &mut Report) {
+        let done = if report.look.repair {
+            let extent = Block(blocks.start).extent();
+            self.maps.borrow_mut().sums.want(extent);
             Done::ChecksumMended
         } else {
             Done::CheckOnly
         };
-        if look.repair {
-            self.maps
-                .borrow_mut()
-                .sums
-                .want(Block(blocks.start).extent());
-        }
-        self.report(Some(slot), blocks.clone(), What::PageUnreadable, done, look);
-        checked.findings += 1;
-    }
-
-    fn report(&self, slot: Option<u8>, blocks: Range<u64>, what: What, done: Done, look: Look) {
-        let finding = Finding {
-            when_secs: self.host.wall_clock_secs(),
-            slot,
-            blocks,
-            what,
-            done,
-            by: look.by,
-        };
-        tracing::warn!("{finding:?}");
-        self.maps.borrow_mut().log.add(&finding);
+        report.add(Some(slot), blocks.clone(), What::PageUnreadable, done);
     }
 }

@@ -182,11 +182,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // Whole blocks that every in-sync member has just taken are equal again.
             maps.hot.clear_unequalised(blocks_within(range.start, len));
         }
-        if written && !maps.damaged.is_clear() {
+        if written {
             let blocks = blocks_within(range.start, len);
-            if maps.damaged.clear(blocks.clone()) > 0 {
-                maps.log.cleared(&blocks);
-            }
+            maps.log.cleared(&blocks);
+            maps.damaged.clear(blocks);
         }
         if written && !maps.suspect.is_clear() {
             maps.suspect.clear(blocks_within(range.start, len));

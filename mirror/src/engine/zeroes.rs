@@ -118,9 +118,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         for &extent in discarded {
             maps.sums.end(extent);
             maps.pages.forget(extent);
-            if maps.damaged.clear(extent.blocks()) > 0 {
-                maps.log.cleared(&extent.blocks());
-            }
+            maps.log.cleared(&extent.blocks());
+            maps.damaged.clear(extent.blocks());
         }
     }
 

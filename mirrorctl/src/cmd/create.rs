@@ -99,7 +99,10 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
 fn check_members(members: &[PathBuf]) -> Result<(), Failure> {
     if !MEMBERS.contains(&members.len()) {
         let error = CreateError::Members(members.len());
-        return Err(Failure::usage(format!("{}.", capital(&error.to_string()))));
+        return Err(Failure::usage(format!(
+            "{}.",
+            output::capital(&error.to_string())
+        )));
     }
     for (index, path) in members.iter().enumerate() {
         let same = |other: &&PathBuf| {
@@ -219,7 +222,7 @@ fn image_bytes(size: u64) -> u64 {
 }
 
 fn planned(request: &CreateRequest) -> Result<CreatePlan, Failure> {
-    plan(request).map_err(|e| Failure::usage(format!("{}.", capital(&e.to_string()))))
+    plan(request).map_err(|e| Failure::usage(format!("{}.", output::capital(&e.to_string()))))
 }
 
 fn random() -> Result<u128, Failure> {
@@ -342,15 +345,6 @@ fn report(
     }))
 }
 
-/// The text with its first letter as a capital.
-fn capital(text: &str) -> String {
-    let mut chars = text.chars();
-    match chars.next() {
-        Some(first) => first.to_uppercase().chain(chars).collect(),
-        None => String::new(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -363,11 +357,5 @@ mod tests {
             assert!(bytes >= MEMBER_BYTES_MIN);
             assert_eq!(bytes % 4096, 0);
         }
-    }
-
-    #[test]
-    fn sentences_begin_with_a_capital() {
-        assert_eq!(capital("a mirror"), "A mirror");
-        assert_eq!(capital(""), "");
     }
 }

@@ -6,9 +6,10 @@
 use std::path::PathBuf;
 
 use mirror::layout::RegionKind;
-use mirror::superblock::{Epoch, LastStop, SlotRecord, SlotState, Superblock, SuperblockError};
+use mirror::superblock::{Epoch, LastStop, SlotRecord, Superblock, SuperblockError};
 use serde::Serialize;
 
+use crate::cmd::slot_state;
 use crate::failure::Failure;
 use crate::medium::{Access, Medium};
 use crate::size::human;
@@ -172,14 +173,7 @@ fn epoch(epoch: &Epoch) -> EpochDocument {
 fn slot((slot, record): (usize, &SlotRecord)) -> SlotDocument {
     SlotDocument {
         slot,
-        state: match record.state {
-            SlotState::Empty => "empty",
-            SlotState::InSync => "in-sync",
-            SlotState::Resyncing => "resyncing",
-            SlotState::Stale => "stale",
-            SlotState::Faulty => "faulty",
-            SlotState::Missing => "missing",
-        },
+        state: slot_state(record.state),
         member_uuid: record.member.map(|uuid| uuid.to_string()),
         address: record.address.clone(),
         zeroed: record.zeroed,

@@ -2,13 +2,16 @@
 
 mod add;
 mod assemble;
+mod check;
 mod clear_flush_error;
 mod create;
 mod destroy;
 mod examine;
 mod fail;
+mod inspection;
 mod re_add;
 mod remove;
+mod repair;
 mod scrub;
 mod start;
 mod status;
@@ -19,6 +22,7 @@ use std::path::Path;
 
 use clap::Subcommand;
 use mirror::control::MemberRef;
+use mirror::superblock::SlotState;
 
 use crate::Context;
 use crate::failure::Failure;
@@ -39,6 +43,10 @@ pub(crate) enum Command {
     Status(status::Args),
     /// Show what a member's superblock says
     Examine(examine::Args),
+    /// Verify the members of a stopped mirror without changing them
+    Check(check::Args),
+    /// Mend the members of a stopped mirror where a good copy is there
+    Repair(repair::Args),
     /// Take a member out of service as faulty
     Fail(fail::Args),
     /// Let go of a member's device
@@ -70,6 +78,8 @@ impl Command {
             Self::Stop(args) => stop::run(&args, context),
             Self::Status(args) => status::run(&args, context),
             Self::Examine(args) => examine::run(&args, context),
+            Self::Check(args) => check::run(&args, context),
+            Self::Repair(args) => repair::run(&args, context),
             Self::Fail(args) => fail::run(&args, context),
             Self::Remove(args) => remove::run(&args, context),
             Self::ReAdd(args) => re_add::run(&args, context),
@@ -99,6 +109,18 @@ fn member_ref(text: &str) -> Result<MemberRef, Failure> {
         });
     }
     Ok(MemberRef::Path(path_text(Path::new(text))?))
+}
+
+/// A slot's state as documents and tables name it.
+fn slot_state(state: SlotState) -> &'static str {
+    match state {
+        SlotState::Empty => "empty",
+        SlotState::InSync => "in-sync",
+        SlotState::Resyncing => "resyncing",
+        SlotState::Stale => "stale",
+        SlotState::Faulty => "faulty",
+        SlotState::Missing => "missing",
+    }
 }
 
 /// An absolute path as the control protocol carries it.
