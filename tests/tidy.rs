@@ -27,7 +27,8 @@ const UNSAFE_FILE: &str = "ublk-target/src/sys.rs";
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dirty-map", &[]),
     ("mirror", &["dirty-map"]),
-    ("ublk-target", &["dirty-map", "mirror"]),
+    ("scrubber", &["dirty-map", "mirror"]),
+    ("ublk-target", &["dirty-map", "mirror", "scrubber"]),
     ("mirrorctl", &["dirty-map", "mirror"]),
 ];
 
@@ -309,7 +310,9 @@ fn the_engine_takes_time_chance_and_io_from_its_traits() {
         |s| {
             s.is("rs")
                 && !s.is_test()
-                && (s.path.starts_with("mirror/src") || s.path.starts_with("dirty-map/src"))
+                && (["mirror/src", "dirty-map/src", "scrubber/src"]
+                    .iter()
+                    .any(|f| s.path.starts_with(f)))
         },
         &strings(&[
             "Instant::now",

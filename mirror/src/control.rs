@@ -6,6 +6,12 @@
 //! is at most [`MAX_REQUEST_BYTES`] long and a reply [`MAX_LINE_BYTES`]. Fields are only ever
 //! added; a reader ignores those it does not know.
 
+mod scrub;
+
+pub use scrub::{
+    MAP_CELLS_MAX, ScrubBy, ScrubClass, ScrubDone, ScrubEnding, ScrubFinding, ScrubMap, ScrubPass,
+    ScrubReport, ScrubRun, ScrubState, ScrubStatus, ScrubTotals, ScrubWhat,
+};
 use serde::{Deserialize, Serialize};
 
 /// The longest reply that is accepted, in bytes.
@@ -82,6 +88,36 @@ pub enum Request {
     },
     /// Accept that blocks after a failed flush may be lost, and let FLUSH work again (R7).
     ClearFlushError,
+    /// Begin a pass of the scrubber, and go on if paused.
+    ScrubStart {
+        /// Repair nothing.
+        #[serde(default)]
+        check_only: bool,
+        /// No further pass begins by itself.
+        #[serde(default)]
+        once: bool,
+        /// Days from the begin of one pass to that of the next, from now on.
+        #[serde(default)]
+        days: Option<u16>,
+        /// Most MiB a second that a member is read with, from now on; 0: as much as it gives.
+        #[serde(default)]
+        ceiling_mib: Option<u32>,
+    },
+    /// Scrub nothing until told to.
+    ScrubPause,
+    /// Go on.
+    ScrubResume,
+    /// End the pass under way.
+    ScrubCancel,
+    /// What scrubs do and have done.
+    ScrubStatus,
+    /// What was found.
+    ScrubReport,
+    /// The device as a row of cells.
+    ScrubMap {
+        /// How many at most, up to [`MAP_CELLS_MAX`].
+        cells: u32,
+    },
     /// Flush, cool every extent, record the clean stop and exit.
     Stop {
         /// Stop even while the device is open.
@@ -110,6 +146,12 @@ pub enum Reply {
     },
     /// The state of the mirror.
     Status(Box<Status>),
+    /// What scrubs do and have done.
+    ScrubStatus(Box<ScrubStatus>),
+    /// What was found.
+    ScrubReport(ScrubReport),
+    /// The device as a row of cells.
+    ScrubMap(ScrubMap),
     /// Refused or failed.
     Error {
         /// What is wrong and what to do, as a sentence.
@@ -171,6 +213,9 @@ pub struct Status {
     pub last_resync: Option<ResyncStatus>,
     /// Requests and bytes since the start.
     pub io: IoCounts,
+    /// What scrubs do and have done; none from a daemon that does not scrub.
+    #[serde(default)]
+    pub scrub: Option<Box<ScrubStatus>>,
 }
 
 /// State of the whole mirror.

@@ -14,12 +14,15 @@
 //! | [`verdict`] | the pure decision which copy of a block is right |
 //! | [`engine`] | the running mirror: write, read, flush, discard, loss, join, resync |
 //! | [`scrub_log`] | what scrubs have done and found |
+//! | [`budget`] | how often a member may need a block rewritten |
+//! | [`pace`] | how fast background work may go without hurting the foreground |
 //! | [`control`] | the control protocol and the status document |
 //!
 //! Rules named `R1` to `R17` in comments are those of the README's section "The rules".
 #![forbid(unsafe_code)]
 
 pub mod assemble;
+pub mod budget;
 mod bytes;
 pub mod control;
 pub mod create;
@@ -29,6 +32,7 @@ mod epochs;
 mod histories;
 pub mod host;
 pub mod layout;
+pub mod pace;
 mod records;
 pub mod scrub_log;
 #[cfg(feature = "sim")]

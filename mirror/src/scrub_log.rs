@@ -136,6 +136,12 @@ impl Totals {
     pub fn did(&self, done: Done) -> u64 {
         self.done.get(done.place()).copied().unwrap_or(0)
     }
+
+    /// Blocks that `by` found.
+    #[must_use]
+    pub fn found_by(&self, by: FoundBy) -> u64 {
+        self.by[by.place()]
+    }
 }
 
 /// What a pass has done so far.

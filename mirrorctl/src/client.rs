@@ -86,7 +86,7 @@ pub(crate) fn ask(
 pub(crate) fn command(run_dir: &RunDir, name: &str, request: &Request) -> Result<String, Failure> {
     match ask(run_dir, name, request, PATIENT)? {
         Reply::Done { message } => Ok(message),
-        Reply::Status(_) | Reply::Error { .. } => Err(odd_reply(name)),
+        _ => Err(odd_reply(name)),
     }
 }
 
@@ -98,7 +98,7 @@ pub(crate) fn status(run_dir: &RunDir, name: &str) -> Result<Status, Failure> {
 fn status_within(run_dir: &RunDir, name: &str, patience: Duration) -> Result<Status, Failure> {
     match ask(run_dir, name, &Request::Status, patience)? {
         Reply::Status(status) => Ok(*status),
-        Reply::Done { .. } | Reply::Error { .. } => Err(odd_reply(name)),
+        _ => Err(odd_reply(name)),
     }
 }
 
@@ -165,7 +165,7 @@ fn no_answer(run_dir: &RunDir, name: &str, error: &std::io::Error, patience: Dur
     }
 }
 
-fn odd_reply(name: &str) -> Failure {
+pub(crate) fn odd_reply(name: &str) -> Failure {
     Failure::failed(format!(
         "The daemon of mirror {name} gave an answer of another kind than asked for. It may be \
          of another version: stop the mirror and start it again."

@@ -29,6 +29,7 @@ mod progress;
 mod run_dir;
 mod scan;
 mod size;
+mod when;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -22,9 +22,10 @@ import t_damage
 import t_input
 import t_life
 import t_offline
+import t_scrub
 import t_space
 
-MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space]
+MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub]
 
 
 def tests():

@@ -3,6 +3,7 @@
 use crate::invariants::Rules;
 use crate::oracle::{Oracle, Version, fill};
 use crate::rot::Rotten;
+use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::engine::HOT_CAP_BYTES;
@@ -120,6 +121,7 @@ impl Machine {
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
             sum_cache_bytes: 10_000,
+            error_budget: ErrorBudget::Unlimited,
         }
     }
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
+use mirror::budget::ErrorBudget;
 
 /// Serves one mirror in the foreground until it is told to stop.
 #[derive(Clone, Debug, Parser)]
@@ -48,6 +49,17 @@ pub(crate) struct Args {
     /// Memory for checksums that have been read [default: decided by the engine]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) checksum_cache: Option<u16>,
+    /// Days from the begin of one scrub pass to that of the next; 0: only by command
+    /// [default: as chosen by command, else 14]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=3650))]
+    pub(crate) scrub_days: Option<u16>,
+    /// Most that a scrub reads from a member a second [default: as much as it gives]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) scrub_ceiling: Option<u32>,
+    /// Blocks that may have to be rewritten on a member within so many hours before it is failed;
+    /// or `unlimited`
+    #[arg(long, value_name = "BLOCKS/HOURS", default_value_t)]
+    pub(crate) error_budget: ErrorBudget,
     /// Descriptor that receives one line of JSON when the mirror is up or has failed
     #[arg(long, value_name = "FD")]
     pub(crate) ready_fd: Option<i32>,

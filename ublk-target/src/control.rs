@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mirror::ControlError;
 use mirror::control::{ErrorKind, MAX_REQUEST_BYTES, Reply, Request, from_line, to_line};
+use scrubber::Start;
 
 use crate::batch::Batch;
 use crate::daemon::Daemon;
@@ -132,6 +133,7 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             let mut status = engine.status();
             status.device = Some(daemon.device.clone());
             status.daemon_pid = std::process::id();
+            status.scrub = Some(Box::new(daemon.scrubber.status()));
             return Reply::Status(Box::new(status));
         }
         Request::Fail { member } => engine.fail(&member).await,
@@ -152,6 +154,26 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             Ok(disk) => engine.add(path, disk, force, dry_run).await,
             Err(refused) => Err(refused),
         },
+        Request::ScrubStart {
+            check_only,
+            once,
+            days,
+            ceiling_mib,
+        } => daemon.scrubber.start(Start {
+            check_only,
+            once,
+            days,
+            ceiling_mib,
+        }),
+        Request::ScrubPause => Ok(daemon.scrubber.pause()),
+        Request::ScrubResume => Ok(daemon.scrubber.resume()),
+        Request::ScrubCancel => daemon.scrubber.cancel(),
+        Request::ScrubStatus => return Reply::ScrubStatus(Box::new(daemon.scrubber.status())),
+        Request::ScrubReport => return scrub_report(daemon),
+        Request::ScrubMap { cells } => {
+            let map = daemon.scrubber.map(engine.size_bytes(), cells).await;
+            return Reply::ScrubMap(map);
+        }
         Request::ClearFlushError => engine.clear_flush_error().await,
         Request::Stop { force } => daemon.stop_on_request(force).await,
     };
@@ -159,6 +181,17 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
         Ok(message) => Reply::Done { message },
         Err(ControlError { kind, message }) => Reply::Error { message, kind },
     }
+}
+
+fn scrub_report(daemon: &Rc<Daemon>) -> Reply {
+    let members = daemon.engine.status().members;
+    let path = |slot: u8| {
+        let member = members.iter().find(|member| member.slot == slot);
+        member.map(|member| member.path.clone())
+    };
+    let mut report = daemon.scrubber.report(path);
+    report.device = Some(daemon.device.clone());
+    Reply::ScrubReport(report)
 }
 
 async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<LocalDisk, ControlError> {

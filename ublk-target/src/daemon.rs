@@ -17,6 +17,7 @@ use std::time::Duration;
 use mirror::control::{ErrorKind, MemberState};
 use mirror::engine::SUM_CACHE_BYTES_DEFAULT;
 use mirror::{Candidate, ControlError, Mirror, StartOptions};
+use scrubber::{Scrubber, Settings};
 
 use crate::cli::{Args, CheckReads, FrontKind};
 use crate::control;
@@ -62,6 +63,8 @@ pub(crate) struct Daemon {
     pub(crate) ring: Rc<Ring>,
     /// The mirror.
     pub(crate) engine: Rc<Engine>,
+    /// What scrubs it.
+    pub(crate) scrubber: Rc<Scrubber<Rc<Engine>>>,
     /// What applications open.
     pub(crate) device: String,
     /// Control commands under way.
@@ -249,6 +252,9 @@ fn run_with_sockets(
             return Err(failure);
         }
     };
+    let scrubber = Rc::clone(&daemon.scrubber);
+    ring.block_on(async move { scrubber.stop().await })
+        .map_err(broken)?;
     let outcome = ring.block_on(stop_engine(&engine)).map_err(broken)?;
     daemon.finish(outcome.clone());
     ring.block_on(farewell(Rc::clone(&daemon)))
@@ -269,7 +275,14 @@ struct Life<'a> {
 impl Life<'_> {
     /// The front end is up: answer commands and say so.
     fn up(&self, front: Front, device: String) -> Rc<Daemon> {
+        let settings = Settings {
+            days: self.args.scrub_days,
+            ceiling_mib: self.args.scrub_ceiling,
+        };
+        let scrubber = Scrubber::new(Rc::clone(self.engine), settings);
+        self.ring.spawn(Rc::clone(&scrubber).run());
         let daemon = Rc::new(Daemon {
+            scrubber,
             ring: Rc::clone(self.ring),
             engine: Rc::clone(self.engine),
             device,
@@ -384,6 +397,7 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
         hot_memory_bytes: args
             .hot_memory
             .map_or(mirror::engine::HOT_CAP_BYTES, |mib| usize::from(mib) << 20),
+        error_budget: args.error_budget,
         check_reads: args.check_reads == CheckReads::Always,
         sum_cache_bytes: args
             .checksum_cache

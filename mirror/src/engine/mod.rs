@@ -14,6 +14,7 @@
 //! | `read.rs` | the read path, failover, repair of a bad copy |
 //! | `zeroes.rs` | discard and write-zeroes |
 //! | `sums.rs`, `edges.rs` | checksums of blocks, and of blocks that are written in part |
+//! | `background.rs` | what the scrubber needs besides: latencies, error budgets |
 //! | `check.rs` | checking an extent for the scrubber |
 //! | `settle.rs` | a second look at blocks: which copy is right, and making the others so |
 //! | `copies.rs` | the members' copies of a range side by side |
@@ -42,6 +43,7 @@
 //! new writes set its missed bits; no write is acknowledged until the round that records the
 //! loss is effective (R2).
 
+mod background;
 mod check;
 mod commit;
 mod cool;
@@ -65,8 +67,10 @@ mod write;
 mod zero_ahead;
 mod zeroes;
 
+use crate::budget::{ErrorBudget, ErrorBudgets};
 use crate::control::{ErrorKind, IoCounts, ResyncStatus};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
+use crate::pace::Pacer;
 use crate::superblock::{SlotState, Superblock};
 use commit::Commits;
 pub use dirty_map::HOT_CAP_BYTES;
@@ -79,6 +83,7 @@ use std::rc::Rc;
 use std::time::Duration;
 use wait::{Exclusive, Gate, RangeLocks, ReadPhases, WaitList};
 
+pub use background::ExtentLook;
 pub use check::Checked;
 pub use start::StartError;
 
@@ -112,6 +117,8 @@ pub struct StartOptions {
     pub check_reads: bool,
     /// Bytes that pages of the checksum table may take in memory.
     pub sum_cache_bytes: usize,
+    /// How often a member may need a block rewritten before it is lost.
+    pub error_budget: ErrorBudget,
 }
 
 /// An opened device that may be a member.
@@ -276,6 +283,9 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     /// Whether anything was between the last two.
     wrote_before_tick: Cell<bool>,
     counts: RefCell<IoCounts>,
+    budgets: RefCell<ErrorBudgets>,
+    /// Who wants to know how long requests take.
+    pacers: RefCell<Vec<Rc<RefCell<Pacer>>>>,
     resync: RefCell<Option<ResyncStatus>>,
     last_resync: RefCell<Option<ResyncStatus>>,
     /// Zeroes for members that cannot zero by themselves.

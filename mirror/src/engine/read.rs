@@ -41,6 +41,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if range.is_empty() {
             return Ok(span);
         }
+        let _timed = self.timed();
         let _pass = self.gate.enter().await;
         let whole = self.checked_range(&range);
         let result = if whole == range {

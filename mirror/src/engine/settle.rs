@@ -361,8 +361,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 let first = offset / BLOCK_BYTES;
                 let blocks = first..first + (run.end - run.start) as u64;
                 if self.rewrite(target, offset, source).await {
-                    let mut slots = self.slots.borrow_mut();
-                    slots[usize::from(target.slot)].repaired_blocks += blocks.end - blocks.start;
+                    let count = blocks.end - blocks.start;
+                    self.slots.borrow_mut()[usize::from(target.slot)].repaired_blocks += count;
+                    self.spend(target.slot, count);
                 } else {
                     // When it comes back, the block is copied whether it has changed or not.
                     self.maps.borrow_mut().miss(target.slot, blocks.clone());

@@ -23,6 +23,7 @@ use super::sums::{STORED_EVERY, SumIo};
 use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
 use crate::ControlError;
 use crate::assemble::{AssembleOptions, Plan, Refusal, Seen, Verdict, assemble};
+use crate::budget::ErrorBudgets;
 use crate::control::{ErrorKind, IoCounts};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE};
@@ -150,6 +151,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             wrote_since_tick: Cell::new(true),
             wrote_before_tick: Cell::new(false),
             counts: RefCell::new(IoCounts::default()),
+            budgets: RefCell::new(ErrorBudgets::new(options.error_budget)),
+            pacers: RefCell::default(),
             resync: RefCell::new(None),
             last_resync: RefCell::new(None),
             zeroes: host.allocate(PIECE_BYTES),
@@ -517,6 +520,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.options.write_intent {
             self.cool(quiet).await?;
             // So that every member's maps name the last commit that wrote something (R16).
+            self.maps.borrow_mut().queue_log();
             self.maps.borrow_mut().dirty.insert(Page::POSITION);
             self.commit().await?;
         }

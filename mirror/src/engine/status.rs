@@ -44,6 +44,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             extents: self.extent_counts(),
             resync,
             last_resync: self.last_resync.borrow().clone(),
+            scrub: None,
             io: *self.counts.borrow(),
         }
     }

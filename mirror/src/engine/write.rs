@@ -62,6 +62,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if range.is_empty() {
             return Ok(());
         }
+        let _timed = self.timed();
         let _pass = self.gate.enter().await;
         let lock = self.locks.lock(self.whole_blocks(&range)).await;
         self.answer(self.write_locked(&lock, &range, &span, fua).await)
@@ -215,6 +216,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// `IO` when the flush failed on every in-sync member, now or earlier.
     pub async fn flush(&self) -> Result<(), Errno> {
         self.count(|counts| counts.flushes += 1);
+        let _timed = self.timed();
         let _pass = self.gate.enter().await;
         self.answer(self.flush_inside().await)
     }

@@ -12,6 +12,7 @@ mod inspection;
 mod re_add;
 mod remove;
 mod repair;
+mod scrub;
 mod start;
 mod status;
 mod stop;
@@ -56,6 +57,8 @@ pub(crate) enum Command {
     Add(add::Args),
     /// Wait until every member is in-sync
     Wait(wait::Args),
+    /// Look for bad blocks and mend them: begin, pause, report
+    Scrub(scrub::Args),
     /// Let FLUSH work again after flushes failed on every member
     ClearFlushError(clear_flush_error::Args),
     /// Wipe the superblocks of a stopped mirror's members
@@ -82,6 +85,7 @@ impl Command {
             Self::ReAdd(args) => re_add::run(&args, context),
             Self::Add(args) => add::run(&args, context),
             Self::Wait(args) => wait::run(&args, context),
+            Self::Scrub(args) => scrub::run(&args, context),
             Self::ClearFlushError(args) => clear_flush_error::run(&args, context),
             Self::Destroy(args) => destroy::run(&args, context),
             Self::Detached(args) => crate::daemon::become_daemon(&args),

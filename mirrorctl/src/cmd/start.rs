@@ -12,6 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use clap::ValueEnum;
+use mirror::budget::ErrorBudget;
 use mirror::control::MemberState;
 
 use crate::client;
@@ -81,6 +82,16 @@ pub(crate) struct Options {
     /// Check reads against the checksums of their blocks: `always` [default], or `scrub-only`
     #[arg(long, value_enum)]
     check_reads: Option<CheckReads>,
+    /// Days from the begin of one scrub pass to that of the next; 0: only by command
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=3650))]
+    scrub_days: Option<u16>,
+    /// Most that a scrub reads from a member a second
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    scrub_ceiling: Option<u32>,
+    /// Blocks that may have to be rewritten on a member within so many hours before it is failed;
+    /// or `unlimited` [default: 64/24]
+    #[arg(long, value_name = "BLOCKS/HOURS")]
+    error_budget: Option<ErrorBudget>,
     /// Memory for checksums that have been read
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
     checksum_cache: Option<u16>,
@@ -131,6 +142,12 @@ impl Options {
         option("--deadline", self.deadline.map(number));
         option("--hot-budget", self.hot_budget.map(number));
         option("--hot-memory", self.hot_memory.map(|n| number(n.into())));
+        option("--scrub-days", self.scrub_days.map(|n| number(n.into())));
+        option("--scrub-ceiling", self.scrub_ceiling.map(number));
+        option(
+            "--error-budget",
+            self.error_budget.map(|budget| budget.to_string().into()),
+        );
         option("--check-reads", self.check_reads.map(|c| c.word().into()));
         let cache = self.checksum_cache.map(|n| number(n.into()));
         option("--checksum-cache", cache);
@@ -258,6 +275,9 @@ mod tests {
             deadline: Some(7),
             hot_budget: Some(9),
             hot_memory: Some(64),
+            scrub_days: Some(0),
+            scrub_ceiling: Some(90),
+            error_budget: Some(ErrorBudget::Unlimited),
             check_reads: Some(CheckReads::ScrubOnly),
             checksum_cache: Some(8),
         };
@@ -268,7 +288,7 @@ mod tests {
             text.join(" "),
             "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
-             --check-reads scrub-only --checksum-cache 8 --force --no-intent-unsafe-for-benchmarks -- /a -b"
+             --scrub-days 0 --scrub-ceiling 90 --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
     }

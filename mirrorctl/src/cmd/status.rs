@@ -122,6 +122,9 @@ fn text(status: &Status) -> String {
             summary(resync, status.size_bytes)
         ));
     }
+    if let Some(scrub) = &status.scrub {
+        text.push_str(&format!("  scrub: {}\n", super::scrub::line(scrub)));
+    }
     let io = &status.io;
     text.push_str(&format!(
         "  {} reads ({}), {} writes ({}), {} flushes, {} discards, {} errors, {} map commits\n",

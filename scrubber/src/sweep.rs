@@ -1,0 +1,195 @@
+//! The order of a pass: once around, then what was hot again. Pure.
+
+use dirty_map::Extent;
+use mirror::engine::Checked;
+use mirror::scrub_log::{Pass, coarsened};
+use std::ops::Range;
+use std::time::Duration;
+
+/// Ranges of extents to be visited again that are kept; more are joined, with what lies between.
+pub(crate) const RANGES_MAX: usize = 1024;
+/// How often what was hot is visited again.
+pub(crate) const ROUNDS: u32 = 4;
+
+/// What a lane is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Check this extent.
+    Extent(Extent),
+    /// Look again later: it depends on what others are checking.
+    Later,
+    /// Wait until hot extents may have cooled, then call [`Sweep::again`].
+    Cooling,
+    /// The pass is over.
+    Over,
+}
+
+/// A pass as it goes on.
+#[derive(Clone, Debug)]
+pub(crate) struct Sweep {
+    pass: Pass,
+    extents: u32,
+    /// It has been around.
+    around: bool,
+    under_way: Vec<Extent>,
+    /// To be visited in this round; the rest of them is in the pass.
+    round: Vec<Range<u32>>,
+    rounds: u32,
+    /// One lane waits for the others.
+    cooling: bool,
+    over: bool,
+}
+
+impl Sweep {
+    /// Goes on with `pass` over a device of `extents`.
+    pub(crate) fn new(pass: Pass, extents: u32) -> Self {
+        Self {
+            pass,
+            extents,
+            around: false,
+            under_way: Vec::new(),
+            round: Vec::new(),
+            rounds: 0,
+            cooling: false,
+            over: false,
+        }
+    }
+
+    /// The pass as far as it has come.
+    pub(crate) fn pass(&self) -> &Pass {
+        &self.pass
+    }
+
+    /// Whether nothing is left to do.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over
+    }
+
+    /// What to do next. An extent counts as under way until [`Sweep::checked`] or
+    /// [`Sweep::left`].
+    pub(crate) fn next(&mut self, next_written: impl Fn(Extent) -> Option<Extent>) -> Next {
+        if self.over {
+            return Next::Over;
+        }
+        let found = self
+            .next_around(&next_written)
+            .or_else(|| self.next_in_round(&next_written));
+        if let Some(extent) = found {
+            self.under_way.push(extent);
+            return Next::Extent(extent);
+        }
+        if !self.under_way.is_empty() || self.cooling {
+            return Next::Later;
+        }
+        if self.pass.left.is_empty() || self.rounds == ROUNDS {
+            self.pass.counts.left_out = count(&self.pass.left, &next_written);
+            self.over = true;
+            return Next::Over;
+        }
+        self.cooling = true;
+        Next::Cooling
+    }
+
+    /// What was left is visited again.
+    pub(crate) fn again(&mut self) {
+        self.cooling = false;
+        self.rounds += 1;
+        self.round = std::mem::take(&mut self.pass.left);
+    }
+
+    fn next_around(&mut self, next_written: impl Fn(Extent) -> Option<Extent>) -> Option<Extent> {
+        while !self.around {
+            let end = if self.pass.wrapped {
+                self.pass.start.0
+            } else {
+                self.extents
+            };
+            let found = next_written(self.pass.cursor).filter(|extent| extent.0 < end);
+            if let Some(extent) = found {
+                self.pass.cursor = Extent(extent.0 + 1);
+                return Some(extent);
+            }
+            self.pass.cursor = Extent(end);
+            if self.pass.wrapped || self.pass.start.0 == 0 {
+                self.around = true;
+            } else {
+                self.pass.wrapped = true;
+                self.pass.cursor = Extent(0);
+            }
+        }
+        None
+    }
+
+    fn next_in_round(&mut self, next_written: impl Fn(Extent) -> Option<Extent>) -> Option<Extent> {
+        while let Some(range) = self.round.first_mut() {
+            let found = next_written(Extent(range.start)).filter(|extent| extent.0 < range.end);
+            if let Some(extent) = found {
+                range.start = extent.0 + 1;
+                return Some(extent);
+            }
+            self.round.remove(0);
+        }
+        None
+    }
+
+    /// An extent has been checked.
+    pub(crate) fn checked(&mut self, extent: Extent, checked: &Checked) {
+        self.under_way.retain(|under_way| *under_way != extent);
+        let counts = &mut self.pass.counts;
+        counts.extents += 1;
+        counts.blocks += checked.blocks;
+        counts.member_bytes += checked.member_bytes;
+        counts.findings += checked.findings;
+        counts.repaired += checked.repaired;
+        counts.damaged += checked.damaged;
+    }
+
+    /// An extent has not been checked and is to be visited again.
+    pub(crate) fn left(&mut self, extent: Extent) {
+        self.under_way.retain(|under_way| *under_way != extent);
+        add(&mut self.pass.left, extent);
+    }
+
+    /// The pass as it has to go on after a restart, having worked for `worked` longer.
+    pub(crate) fn noted(&mut self, worked: Duration) -> Pass {
+        let millis = u64::try_from(worked.as_millis()).unwrap_or(u64::MAX);
+        self.pass.worked_ms = self.pass.worked_ms.saturating_add(millis);
+        let mut pass = self.pass.clone();
+        pass.left.extend(self.round.iter().cloned());
+        for extent in &self.under_way {
+            pass.left.push(extent.0..extent.0 + 1);
+        }
+        pass.left = coarsened(pass.left, RANGES_MAX);
+        pass
+    }
+}
+
+/// Adds an extent to ranges, of which there are not more than [`RANGES_MAX`] afterwards.
+fn add(ranges: &mut Vec<Range<u32>>, extent: Extent) {
+    // Almost always they come in order.
+    match ranges.last_mut() {
+        Some(last) if last.end == extent.0 => last.end += 1,
+        Some(last) if last.contains(&extent.0) => {}
+        _ => ranges.push(extent.0..extent.0 + 1),
+    }
+    if ranges.len() > RANGES_MAX {
+        *ranges = coarsened(std::mem::take(ranges), RANGES_MAX);
+        if ranges.len() == RANGES_MAX {
+            // So that this is not needed for each one that follows.
+            *ranges = coarsened(std::mem::take(ranges), RANGES_MAX * 3 / 4);
+        }
+    }
+}
+
+/// How many extents of `ranges` are written.
+fn count(ranges: &[Range<u32>], next_written: impl Fn(Extent) -> Option<Extent>) -> u64 {
+    let mut count = 0;
+    for range in ranges {
+        let mut from = range.start;
+        while let Some(extent) = next_written(Extent(from)).filter(|extent| extent.0 < range.end) {
+            count += 1;
+            from = extent.0 + 1;
+        }
+    }
+    count
+}
