@@ -64,8 +64,8 @@ fn sample() -> ScrubStatus {
 fn a_pass_under_way_says_how_far_it_is() {
     let text = text("m", &sample());
     for want in [
-        "mirror m: scrub pass 8: 25.0 % of 40.0 GiB, about 2 h 1 min to go; 4 blocks repaired \
-         since creation; 1 BLOCKS ARE DAMAGED and read as errors, see 'mirrorctl scrub report'\n",
+        "mirror m, scrub: pass 8: 25.0 % of 40.0 GiB, about 2 h 1 min to go; 4 blocks repaired \
+         since creation; DAMAGED BLOCKS: 1, which read as errors; see 'mirrorctl scrub report'\n",
         "  pass 8 began 2026-11-27 09:21:20 UTC: 3 findings, 2 blocks repaired, 1 damaged\n",
         "  goes at up to 90.0 MiB/s of each member, at least 1.0 MiB/s to end in time; p99 of \
          requests with / without: 1.04\n",
