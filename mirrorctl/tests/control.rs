@@ -109,6 +109,42 @@ fn each_command_asks_for_what_was_typed() {
             vec!["clear-flush-error", "m"],
             json!({"request": "clear-flush-error"}),
         ),
+        (
+            vec!["scrub", "start", "m"],
+            json!({"request": "scrub-start", "check_only": false, "once": false, "days": null,
+                   "ceiling_mib": null}),
+        ),
+        (
+            vec![
+                "scrub",
+                "start",
+                "m",
+                "--check-only",
+                "--days",
+                "7",
+                "--ceiling",
+                "90",
+            ],
+            json!({"request": "scrub-start", "check_only": true, "once": false, "days": 7,
+                   "ceiling_mib": 90}),
+        ),
+        (
+            vec!["scrub", "start", "m", "--once"],
+            json!({"request": "scrub-start", "check_only": false, "once": true, "days": null,
+                   "ceiling_mib": null}),
+        ),
+        (
+            vec!["scrub", "pause", "m"],
+            json!({"request": "scrub-pause"}),
+        ),
+        (
+            vec!["scrub", "resume", "m"],
+            json!({"request": "scrub-resume"}),
+        ),
+        (
+            vec!["scrub", "cancel", "m"],
+            json!({"request": "scrub-cancel"}),
+        ),
     ];
     for (args, want) in rows {
         let requests = daemon(&dir, vec![done("It was done.")]);

@@ -131,13 +131,13 @@ pub(crate) fn line(status: &ScrubStatus) -> String {
     let found = &status.totals;
     if found.rewritten_blocks + found.mended_blocks > 0 {
         text.push_str(&format!(
-            "; {} blocks repaired since creation",
-            found.rewritten_blocks + found.mended_blocks
+            "; {} repaired since creation",
+            counted(found.rewritten_blocks + found.mended_blocks, "block")
         ));
     }
     if status.damaged_blocks > 0 {
         text.push_str(&format!(
-            "; {} BLOCKS ARE DAMAGED and read as errors, see 'mirrorctl scrub report'",
+            "; DAMAGED BLOCKS: {}, which read as errors; see 'mirrorctl scrub report'",
             status.damaged_blocks
         ));
     }
@@ -146,15 +146,15 @@ pub(crate) fn line(status: &ScrubStatus) -> String {
 
 /// The whole state for a person.
 fn text(name: &str, status: &ScrubStatus) -> String {
-    let mut text = format!("mirror {name}: scrub {}\n", line(status));
+    let mut text = format!("mirror {name}, scrub: {}\n", line(status));
     if let Some(pass) = &status.pass {
         text.push_str(&format!(
-            "  pass {} began {}{}: {} findings, {} blocks repaired, {} damaged\n",
+            "  pass {} began {}{}: {}, {} repaired, {} damaged\n",
             pass.number,
             moment(pass.began_secs),
             if pass.check_only { ", only checks" } else { "" },
-            pass.findings,
-            pass.repaired_blocks,
+            counted(pass.findings, "finding"),
+            counted(pass.repaired_blocks, "block"),
             pass.damaged_blocks
         ));
         text.push_str(&format!("  {}\n", pace(status)));
@@ -216,8 +216,8 @@ fn plan(status: &ScrubStatus) -> String {
 
 fn totals(totals: &ScrubTotals) -> String {
     let mut text = format!(
-        "  since creation: {} passes, {} read from members, {} blocks checked\n",
-        totals.passes,
+        "  since creation: {}, {} read from members, {} blocks checked\n",
+        plural_passes(totals.passes),
         human(totals.member_bytes),
         totals.checked_blocks
     );
@@ -313,10 +313,24 @@ fn ended(pass: &ScrubPass) -> String {
         _ => "ended",
     };
     format!(
-        "pass {how} {}, {} findings",
+        "pass {how} {}, {}",
         moment(pass.ended_secs.unwrap_or(0)),
-        pass.findings
+        counted(pass.findings, "finding")
     )
+}
+
+fn plural_passes(count: u64) -> String {
+    if count == 1 {
+        "1 pass".to_owned()
+    } else {
+        format!("{count} passes")
+    }
+}
+
+/// `1 block`, `2 blocks`.
+fn counted(count: u64, noun: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
 }
 
 #[cfg(test)]

@@ -62,11 +62,10 @@ pub(super) fn cells(map: &ScrubMap) -> Vec<ScrubClass> {
         .collect()
 }
 
-/// How much of the device is of each class, at most.
-pub(super) fn bytes_of(map: &ScrubMap, class: ScrubClass) -> u64 {
+/// How many cells are of a class.
+pub(super) fn count_of(map: &ScrubMap, class: ScrubClass) -> u64 {
     let runs = map.runs.iter().filter(|run| run.class == class);
-    let cells: u64 = runs.map(|run| u64::from(run.cells)).sum();
-    cells.saturating_mul(map.cell_bytes).min(map.size_bytes)
+    runs.map(|run| u64::from(run.cells)).sum()
 }
 
 pub(super) fn text(name: &str, map: &ScrubMap, colour: bool) -> String {
@@ -76,7 +75,7 @@ pub(super) fn text(name: &str, map: &ScrubMap, colour: bool) -> String {
         human(map.cell_bytes)
     );
     for (row, cells) in cells(map).chunks(COLUMNS).enumerate() {
-        let begin = (row * COLUMNS) as u64 * map.cell_bytes;
+        let begin = map.cell_bytes.saturating_mul((row * COLUMNS) as u64);
         text.push_str(&format!("{:>10} ", human(begin)));
         for run in cells.chunk_by(|a, b| a == b) {
             text.push_str(&painted(run[0], run.len(), colour));
@@ -84,10 +83,9 @@ pub(super) fn text(name: &str, map: &ScrubMap, colour: bool) -> String {
         text.push('\n');
     }
     for (class, name) in CLASSES {
-        let bytes = bytes_of(map, class);
+        let count = count_of(map, class);
         text.push_str(&format!(
-            "{:>10} {} {name}\n",
-            human(bytes),
+            "{count:>10} {} {name}\n",
             painted(class, 1, colour)
         ));
     }

@@ -26,8 +26,8 @@ pub(super) fn text(name: &str, report: &ScrubReport) -> String {
     }
     let device = report.device.as_deref().unwrap_or("the device");
     let mut text = format!(
-        "mirror {name}: {} findings, the newest last; offsets are bytes in {device}\n",
-        report.findings.len()
+        "mirror {name}: {}, the newest last; offsets are bytes in {device}\n",
+        super::counted(report.findings.len() as u64, "finding")
     );
     let head = ["when", "member", "offset", "length", "found", "done", "by"];
     let mut rows = vec![head.map(str::to_owned).to_vec()];

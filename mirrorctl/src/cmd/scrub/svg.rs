@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use mirror::control::{ScrubClass, ScrubMap};
 
-use super::map::{CLASSES, bytes_of, cells};
+use super::map::{CLASSES, cells, count_of};
 use crate::size::human;
 
 /// Cells in a row.
@@ -67,7 +67,7 @@ fn place(index: usize) -> (usize, usize) {
 fn draw_row(svg: &mut String, map: &ScrubMap, row: usize, cells: &[ScrubClass]) {
     let mut column = row * COLUMNS;
     if row.is_multiple_of(4) {
-        let begin = human(column as u64 * map.cell_bytes);
+        let begin = human(map.cell_bytes.saturating_mul(column as u64));
         let (x, y) = (LEFT - 8, TOP + row * CELL + CELL - 1);
         push(
             svg,
@@ -153,12 +153,12 @@ fn draw_legend(svg: &mut String, map: &ScrubMap, top: usize) {
             ),
         );
         draw_mark(svg, *class, x, y);
-        let bytes = human(bytes_of(map, *class));
+        let count = count_of(map, *class);
         push(
             svg,
             &format!(
                 "<text x=\"{}\" y=\"{}\" font-size=\"12\" fill=\"#212529\">{name} \
-             <tspan fill=\"#868e96\">{bytes}</tspan></text>",
+             <tspan fill=\"#868e96\">{count}</tspan></text>",
                 x + CELL + 7,
                 y + CELL
             ),
