@@ -22,11 +22,13 @@
 
 use crate::machine::superblock_on;
 use crate::oracle::version_of;
-use dirty_map::{Address, Extent, ExtentState, Kind, SECTOR_BYTES, Stamp, StateMap};
+use dirty_map::{
+    Address, Extent, ExtentState, Kind, SECTOR_BYTES, STATES_PER_SECTOR, Stamp, StateMap,
+};
 use mirror::control::{MemberState, Status};
 use mirror::layout::{Layout, RegionKind};
 use mirror::sim::{Observer, SimBuffer, SimDisk};
-use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, SlotState, Superblock};
+use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, SlotState, Superblock};
 use mirror::{DiskRequest, Span};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -99,6 +101,16 @@ impl Rules {
                 }
             }
         }
+        let damaged = |index: &usize| {
+            let sector = *index as u64 / STATES_PER_SECTOR;
+            let key = (Kind::State as u8, 0, sector as u32);
+            known.superblock.is_some() && !known.sectors.contains_key(&key)
+        };
+        let damaged: Vec<usize> = (0..known.states.len()).filter(damaged).collect();
+        for extent in damaged {
+            // Perhaps written: a start by force treats it so.
+            known.states[extent] = ExtentState::Cool;
+        }
         self.known.borrow_mut().push(known);
         disk.observe(Some(self));
     }
@@ -130,10 +142,11 @@ impl Rules {
         let Some((region, start)) = region else {
             return news;
         };
-        // The first sectors hold all that so small a mirror has.
+        // Those beyond hold nothing of the mirror.
         let blocks = self.layout.size_bytes / BLOCK_BYTES;
+        let extents = self.layout.size_bytes.div_ceil(EXTENT_BYTES);
         let (kind, used) = match region.kind {
-            RegionKind::State => (Kind::State, 1),
+            RegionKind::State => (Kind::State, extents.div_ceil(STATES_PER_SECTOR)),
             RegionKind::Missed => (Kind::Missed, blocks.div_ceil(dirty_map::MISSED_PER_SECTOR)),
             RegionKind::Summary
             | RegionKind::Position
@@ -167,9 +180,11 @@ impl Rules {
             if kind == Kind::State {
                 let mut map = StateMap::new(known.states.len() as u32);
                 map.load_payload(address.index, payload);
-                known.states = (0..known.states.len() as u32)
-                    .map(|extent| map.get(Extent(extent)))
-                    .collect();
+                let of_sector = index as usize * STATES_PER_SECTOR as usize;
+                let states = (0..).zip(&mut known.states);
+                for (extent, state) in states.skip(of_sector).take(STATES_PER_SECTOR as usize) {
+                    *state = map.get(Extent(extent));
+                }
             }
         }
         news
@@ -343,6 +358,21 @@ impl Rules {
         );
     }
 
+    /// Of the two copies of a superblock the newer one is the one that was written last: a crash
+    /// between the two must not bring the other one back.
+    fn newer_than_the_other_copy(disk: &SimDisk, offset: u64, superblock: &Superblock) {
+        let mut other = [0; COPY_BYTES];
+        disk.read_now(COPY_A_OFFSET + COPY_B_OFFSET - offset, &mut other);
+        if let Ok(other) = Superblock::decode(&other) {
+            assert!(
+                other == *superblock || other.write_count < superblock.write_count,
+                "a superblock of write count {} is written beside one of {}",
+                superblock.write_count,
+                other.write_count
+            );
+        }
+    }
+
     /// R10: two superblocks of one event count say the same of all members.
     fn r10_one_meaning(&self, superblock: &Superblock) {
         let own = superblock.own_record();
@@ -450,6 +480,9 @@ impl Observer for Rules {
         if [COPY_A_OFFSET, COPY_B_OFFSET].contains(offset) {
             let superblock = span.read(|bytes| Superblock::decode(bytes).ok());
             superblock.iter().for_each(Self::r8_somebody_is_in_sync);
+            superblock
+                .iter()
+                .for_each(|superblock| Self::newer_than_the_other_copy(disk, *offset, superblock));
             superblock
                 .iter()
                 .for_each(|superblock| self.r10_one_meaning(superblock));

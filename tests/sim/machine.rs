@@ -54,7 +54,7 @@ impl Machine {
             members: (0..members)
                 .map(|slot| NewMember {
                     path: path(slot),
-                    size_bytes: 1 << 30,
+                    size_bytes: (1 << 30) + 2 * size_bytes,
                     logical_block_bytes: 512,
                     zeroed: false,
                 })

@@ -24,3 +24,5 @@ mod races;
 mod rounds;
 mod runner;
 mod script;
+mod survivors_joins;
+mod survivors_maps;
