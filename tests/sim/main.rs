@@ -26,3 +26,5 @@ mod runner;
 mod script;
 mod survivors_joins;
 mod survivors_maps;
+mod survivors_orders;
+mod survivors_requests;
