@@ -332,6 +332,14 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    fn a_map_has_as_many_extents_as_it_was_given() {
+        for extents in [0, 1, 5000] {
+            let map = StateMap::new(extents);
+            assert_eq!((map.len(), map.is_empty()), (extents, extents == 0));
+        }
+    }
+
+    #[test]
     fn only_the_diagrams_arrows_are_taken() {
         let legal: Vec<(ExtentState, ExtentState)> = ALL
             .iter()

@@ -38,6 +38,8 @@ const EXTENT_BYTES: u64 = 4 << 20;
 /// What is compared of an extent: where the oracle watches every sector.
 const WATCHED_BYTES: u64 = 640 * 512;
 const BLOCK_BYTES: u64 = 4096;
+/// Larger maps are not read at a start: what they held before is not known.
+const MAP_BYTES_MAX: u64 = 16 << 20;
 /// Cleared bits of one map sector that are looked at.
 const CLEARED_MAX: usize = 64;
 
@@ -93,7 +95,7 @@ impl Rules {
         };
         for region in &self.layout.regions {
             let maps = [RegionKind::State, RegionKind::Missed];
-            if maps.contains(&region.kind) {
+            if maps.contains(&region.kind) && region.len <= MAP_BYTES_MAX {
                 for copy in [region.copy_a, region.copy_b] {
                     let mut bytes = vec![0; region.len as usize];
                     disk.read_now(copy, &mut bytes);
@@ -180,14 +182,31 @@ impl Rules {
             if kind == Kind::State {
                 let mut map = StateMap::new(known.states.len() as u32);
                 map.load_payload(address.index, payload);
-                let of_sector = index as usize * STATES_PER_SECTOR as usize;
-                let states = (0..).zip(&mut known.states);
-                for (extent, state) in states.skip(of_sector).take(STATES_PER_SECTOR as usize) {
+                let first = index as usize * STATES_PER_SECTOR as usize;
+                let states = known.states[first..].iter_mut();
+                let of_sector = states.take(STATES_PER_SECTOR as usize);
+                for (extent, state) in (first as u32..).zip(of_sector) {
                     *state = map.get(Extent(extent));
                 }
             }
         }
         news
+    }
+
+    /// The extents whose states lie in this part of a member.
+    fn extents_in(&self, offset: u64, len: u64) -> std::ops::Range<usize> {
+        let regions = self.layout.regions.iter();
+        let mut states = regions.filter(|region| region.kind == RegionKind::State);
+        let within = |start: u64, bytes: u64| (start..start + bytes).contains(&offset);
+        let start = states.find_map(|region| {
+            let mut copies = [region.copy_a, region.copy_b].into_iter();
+            copies.find(|start| within(*start, region.len))
+        });
+        let extents = self.layout.size_bytes.div_ceil(EXTENT_BYTES);
+        let extent = |at: u64| (at / 512 * STATES_PER_SECTOR).min(extents) as usize;
+        start.map_or(0..0, |start| {
+            extent(offset - start)..extent(offset - start + len)
+        })
     }
 
     /// The newest configuration that any of the disks holds: events count within one line of
@@ -489,10 +508,11 @@ impl Observer for Rules {
             all[at].superblock = superblock;
             return;
         }
-        let before = all[at].states.clone();
+        let covered = self.extents_in(*offset, span.len as u64);
+        let before = all[at].states[covered.clone()].to_vec();
         let news = span.read(|bytes| self.learn(&mut all[at], *offset, bytes));
-        let changed = before.iter().zip(all[at].states.clone()).enumerate();
-        for (extent, (before, now)) in changed {
+        let now = all[at].states[covered.clone()].to_vec();
+        for (extent, (before, now)) in covered.zip(before.into_iter().zip(now)) {
             match (before, now) {
                 (ExtentState::Hot, ExtentState::Cool) => self.r3_equal_when_cool(&all, extent),
                 // A discarded one may come back with its data: a discard that failed.

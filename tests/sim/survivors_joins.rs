@@ -215,8 +215,8 @@ fn a_join_that_cannot_be_recorded_is_none() {
 /// one that returns by delta.
 #[test]
 fn a_full_resync_that_was_cut_off_is_no_delta() {
-    for cut in 0..40 {
-        let mut machine = Machine::new(1, 2, SIZE);
+    for cut in 0..60 {
+        let mut machine = Machine::new(cut, 2, SIZE);
         machine.start();
         for extent in 0..4 {
             wr(&machine, extent << 22, 65536);
@@ -249,8 +249,17 @@ fn a_full_resync_that_was_cut_off_is_no_delta() {
         let disk = machine.disks[1].clone();
         machine
             .world
-            .run(1_000_000, || disk.operations() >= begun + 4 + cut);
-        machine.cut_power_choosing(&mut |ways| cut as usize % ways);
+            .run(1_000_000, || disk.operations() >= begun + 4 + cut / 2);
+        if cut % 2 == 0 {
+            machine.cut_power_choosing(&mut drop_all);
+        } else {
+            machine.cut_power();
+        }
+        // One copy of it is whole at every moment.
+        assert!(
+            superblock_on(&machine.disks[1]).is_some(),
+            "cut after {cut}"
+        );
         machine.start_on(&[0], true).unwrap();
         if machine.re_add(1).is_err() {
             machine

@@ -236,3 +236,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "zero_ahead_tests.rs"]
+mod tests;
