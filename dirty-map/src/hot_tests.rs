@@ -295,3 +295,60 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn memory_is_counted() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    assert_eq!(hot.memory_bytes(), 0);
+    hot.insert(Extent(1), NOW);
+    hot.insert(Extent(2), NOW);
+    assert_eq!(hot.memory_bytes(), 2 * ENTRY_BYTES);
+    for extent in [1, 2] {
+        hot.begin_write(Extent(extent), NOW);
+    }
+    hot.end_write(Extent(1), 1024..1025, NOW);
+    assert_eq!(hot.memory_bytes(), 2 * ENTRY_BYTES + MASK_BYTES);
+    hot.end_write(Extent(2), 2048..3072, NOW);
+    assert_eq!(hot.memory_bytes(), 2 * ENTRY_BYTES + MASK_BYTES, "no mask");
+    hot.set_unequalised(Extent(2), 2050..2060);
+    assert_eq!(hot.memory_bytes(), 2 * ENTRY_BYTES + 2 * MASK_BYTES);
+}
+
+#[test]
+fn all_of_u_may_differ_after_a_failed_flush() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    for extent in [1, 2] {
+        hot.insert(Extent(extent), NOW);
+        hot.begin_write(Extent(extent), NOW);
+    }
+    hot.end_write(Extent(1), 1024..1026, NOW);
+    hot.begin_flush();
+    hot.end_write(Extent(2), 2050..2051, NOW);
+    hot.end_flush(false);
+    hot.unflushed_to_unequalised();
+    assert_eq!(hot.unequalised_blocks(), 3);
+    let unequal: Vec<u64> = (0..4096)
+        .filter(|&block| hot.is_unequalised(block..block + 1))
+        .collect();
+    assert_eq!(unequal, [1024, 1025, 2050]);
+}
+
+#[test]
+fn only_what_is_at_rest_is_coolable() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    assert!(!hot.is_coolable(Extent(1)), "not hot");
+    hot.insert(Extent(1), NOW);
+    assert!(hot.is_coolable(Extent(1)), "however short the time");
+    hot.begin_write(Extent(1), NOW);
+    assert!(!hot.is_coolable(Extent(1)), "in flight");
+    hot.end_write(Extent(1), 1024..1025, NOW);
+    assert!(!hot.is_coolable(Extent(1)), "in U");
+    hot.begin_flush();
+    assert!(!hot.is_coolable(Extent(1)), "under a flush");
+    hot.end_flush(true);
+    assert!(hot.is_coolable(Extent(1)));
+    hot.set_unequalised(Extent(1), 1024..1025);
+    assert!(!hot.is_coolable(Extent(1)), "un-equalised");
+    hot.clear_unequalised(1024..1025);
+    assert!(hot.is_coolable(Extent(1)));
+}

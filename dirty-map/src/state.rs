@@ -332,6 +332,50 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
+    fn a_map_has_as_many_extents_as_it_was_given() {
+        for extents in [0, 1, 5000] {
+            let map = StateMap::new(extents);
+            assert_eq!((map.len(), map.is_empty()), (extents, extents == 0));
+        }
+    }
+
+    #[test]
+    fn memory_grows_by_mixed_pages() {
+        let mut map = StateMap::new(4 * 4096);
+        let empty = map.memory_bytes();
+        assert_eq!(empty, 4 * size_of::<Page>());
+        for (extent, pages) in [(7, 1), (9, 1), (4096, 2), (3 * 4096 + 5, 3)] {
+            map.force(Extent(extent), ExtentState::Hot);
+            assert_eq!(map.memory_bytes(), empty + pages * WORDS_PER_PAGE * 8);
+        }
+    }
+
+    /// A page becomes uniform whichever way its last extent comes, also a short one.
+    #[test]
+    fn pages_that_are_uniform_again_take_no_memory() {
+        let extents = 4096 + 1000;
+        let mut map = StateMap::new(extents);
+        let empty = map.memory_bytes();
+        for extent in 0..extents {
+            map.force(Extent(extent), ExtentState::Cool);
+        }
+        assert_eq!(map.memory_bytes(), empty);
+        assert_eq!(map.count(ExtentState::Cool), extents);
+        let mut hot = StateMap::new(extents);
+        for extent in 0..extents {
+            hot.force(Extent(extent), ExtentState::Hot);
+        }
+        for sector in 0..map.sectors() {
+            let mut payload = [0; PAYLOAD_BYTES];
+            hot.write_payload(sector, &mut payload);
+            map.load_payload(sector, &payload);
+        }
+        assert_eq!(map.memory_bytes(), empty);
+        let counts = ALL.map(|state| map.count(state));
+        assert_eq!(counts, [0, 0, extents, 0]);
+    }
+
+    #[test]
     fn only_the_diagrams_arrows_are_taken() {
         let legal: Vec<(ExtentState, ExtentState)> = ALL
             .iter()

@@ -352,3 +352,7 @@ pub struct IoCounts {
     #[serde(default)]
     pub extents_zeroed_ahead: u64,
 }
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

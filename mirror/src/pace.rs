@@ -176,6 +176,11 @@ impl Pacer {
         pacer
     }
 
+    /// There has been no foreground request for [`IDLE_AFTER`]: the work begins at the ceiling.
+    pub fn begin_idle(&mut self, now: Duration) {
+        self.phase = Phase::Idle(now);
+    }
+
     /// Other limits from now on.
     pub fn set_limits(&mut self, limits: Limits) {
         self.limits = Limits {

@@ -175,3 +175,7 @@ pub(crate) fn resynced(config: &mut Superblock, slot: u8) {
     record.state = SlotState::InSync;
     record.full = false;
 }
+
+#[cfg(test)]
+#[path = "records_tests.rs"]
+mod tests;

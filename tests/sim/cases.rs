@@ -2,6 +2,7 @@
 
 use crate::machine::{GARBAGE, Machine, path};
 use crate::races::wr;
+use mirror::Host as _;
 use mirror::control::{MemberRef, MemberState};
 use mirror::sim::Faults;
 
@@ -75,8 +76,11 @@ fn a_resync_is_paced() {
         machine.re_add(1).unwrap();
         if busy {
             let client = machine.client();
+            let host = mirror::sim::SimHost(machine.world.clone());
             machine.world.spawn_task(async move {
-                while client.write(48 << 20, 4096, false).await.is_ok() {}
+                while client.write(48 << 20, 4096, false).await.is_ok() {
+                    host.sleep(std::time::Duration::from_millis(3)).await;
+                }
             });
         }
         machine.wait_in_sync();

@@ -23,11 +23,13 @@
 use crate::machine::superblock_on;
 use crate::oracle::version_of;
 use crate::rot::Rotten;
-use dirty_map::{Address, Extent, ExtentState, Kind, SECTOR_BYTES, Stamp, StateMap};
+use dirty_map::{
+    Address, Extent, ExtentState, Kind, SECTOR_BYTES, STATES_PER_SECTOR, Stamp, StateMap,
+};
 use mirror::control::{MemberState, Status};
 use mirror::layout::{Layout, RegionKind};
 use mirror::sim::{Observer, SimBuffer, SimDisk};
-use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, SlotState, Superblock};
+use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, SlotState, Superblock};
 use mirror::{DiskRequest, Span};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -37,6 +39,8 @@ const EXTENT_BYTES: u64 = 4 << 20;
 /// What is compared of an extent: where the oracle watches every sector.
 const WATCHED_BYTES: u64 = 640 * 512;
 const BLOCK_BYTES: u64 = 4096;
+/// Larger maps are not read at a start: what they held before is not known.
+const MAP_BYTES_MAX: u64 = 16 << 20;
 /// Cleared bits of one map sector that are looked at.
 const CLEARED_MAX: usize = 64;
 
@@ -95,13 +99,23 @@ impl Rules {
         };
         for region in &self.layout.regions {
             let maps = [RegionKind::State, RegionKind::Missed];
-            if maps.contains(&region.kind) {
+            if maps.contains(&region.kind) && region.len <= MAP_BYTES_MAX {
                 for copy in [region.copy_a, region.copy_b] {
                     let mut bytes = vec![0; region.len as usize];
                     disk.read_now(copy, &mut bytes);
                     drop(self.learn(&mut known, copy, &bytes));
                 }
             }
+        }
+        let damaged = |index: &usize| {
+            let sector = *index as u64 / STATES_PER_SECTOR;
+            let key = (Kind::State as u8, 0, sector as u32);
+            known.superblock.is_some() && !known.sectors.contains_key(&key)
+        };
+        let damaged: Vec<usize> = (0..known.states.len()).filter(damaged).collect();
+        for extent in damaged {
+            // Perhaps written: a start by force treats it so.
+            known.states[extent] = ExtentState::Cool;
         }
         self.known.borrow_mut().push(known);
         disk.observe(Some(self));
@@ -134,10 +148,11 @@ impl Rules {
         let Some((region, start)) = region else {
             return news;
         };
-        // The first sectors hold all that so small a mirror has.
+        // Those beyond hold nothing of the mirror.
         let blocks = self.layout.size_bytes / BLOCK_BYTES;
+        let extents = self.layout.size_bytes.div_ceil(EXTENT_BYTES);
         let (kind, used) = match region.kind {
-            RegionKind::State => (Kind::State, 1),
+            RegionKind::State => (Kind::State, extents.div_ceil(STATES_PER_SECTOR)),
             RegionKind::Missed => (Kind::Missed, blocks.div_ceil(dirty_map::MISSED_PER_SECTOR)),
             RegionKind::Summary
             | RegionKind::Position
@@ -171,12 +186,31 @@ impl Rules {
             if kind == Kind::State {
                 let mut map = StateMap::new(known.states.len() as u32);
                 map.load_payload(address.index, payload);
-                known.states = (0..known.states.len() as u32)
-                    .map(|extent| map.get(Extent(extent)))
-                    .collect();
+                let first = index as usize * STATES_PER_SECTOR as usize;
+                let states = known.states[first..].iter_mut();
+                let of_sector = states.take(STATES_PER_SECTOR as usize);
+                for (extent, state) in (first as u32..).zip(of_sector) {
+                    *state = map.get(Extent(extent));
+                }
             }
         }
         news
+    }
+
+    /// The extents whose states lie in this part of a member.
+    fn extents_in(&self, offset: u64, len: u64) -> std::ops::Range<usize> {
+        let regions = self.layout.regions.iter();
+        let mut states = regions.filter(|region| region.kind == RegionKind::State);
+        let within = |start: u64, bytes: u64| (start..start + bytes).contains(&offset);
+        let start = states.find_map(|region| {
+            let mut copies = [region.copy_a, region.copy_b].into_iter();
+            copies.find(|start| within(*start, region.len))
+        });
+        let extents = self.layout.size_bytes.div_ceil(EXTENT_BYTES);
+        let extent = |at: u64| (at / 512 * STATES_PER_SECTOR).min(extents) as usize;
+        start.map_or(0..0, |start| {
+            extent(offset - start)..extent(offset - start + len)
+        })
     }
 
     /// The newest configuration that any of the disks holds: events count within one line of
@@ -359,6 +393,21 @@ impl Rules {
         );
     }
 
+    /// Of the two copies of a superblock the newer one is the one that was written last: a crash
+    /// between the two must not bring the other one back.
+    fn newer_than_the_other_copy(disk: &SimDisk, offset: u64, superblock: &Superblock) {
+        let mut other = [0; COPY_BYTES];
+        disk.read_now(COPY_A_OFFSET + COPY_B_OFFSET - offset, &mut other);
+        if let Ok(other) = Superblock::decode(&other) {
+            assert!(
+                other == *superblock || other.write_count < superblock.write_count,
+                "a superblock of write count {} is written beside one of {}",
+                superblock.write_count,
+                other.write_count
+            );
+        }
+    }
+
     /// R10: two superblocks of one event count say the same of all members.
     fn r10_one_meaning(&self, superblock: &Superblock) {
         let own = superblock.own_record();
@@ -468,14 +517,18 @@ impl Observer for Rules {
             superblock.iter().for_each(Self::r8_somebody_is_in_sync);
             superblock
                 .iter()
+                .for_each(|superblock| Self::newer_than_the_other_copy(disk, *offset, superblock));
+            superblock
+                .iter()
                 .for_each(|superblock| self.r10_one_meaning(superblock));
             all[at].superblock = superblock;
             return;
         }
-        let before = all[at].states.clone();
+        let covered = self.extents_in(*offset, span.len as u64);
+        let before = all[at].states[covered.clone()].to_vec();
         let news = span.read(|bytes| self.learn(&mut all[at], *offset, bytes));
-        let changed = before.iter().zip(all[at].states.clone()).enumerate();
-        for (extent, (before, now)) in changed {
+        let now = all[at].states[covered.clone()].to_vec();
+        for (extent, (before, now)) in covered.zip(before.into_iter().zip(now)) {
             match (before, now) {
                 (ExtentState::Hot, ExtentState::Cool) => self.r3_equal_when_cool(&all, extent),
                 // A discarded one may come back with its data: a discard that failed.

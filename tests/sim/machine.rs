@@ -81,7 +81,7 @@ impl Machine {
             members: (0..members)
                 .map(|slot| NewMember {
                     path: path(slot),
-                    size_bytes: 1 << 30,
+                    size_bytes: (1 << 30) + 2 * size_bytes,
                     logical_block_bytes: 512,
                     zeroed: false,
                 })
@@ -119,7 +119,7 @@ impl Machine {
         machine
     }
 
-    fn options(&self, force: bool) -> StartOptions {
+    pub(crate) fn options(&self, force: bool) -> StartOptions {
         StartOptions {
             name: "m".into(),
             force,

@@ -262,3 +262,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "commit_tests.rs"]
+mod tests;

@@ -281,3 +281,7 @@ impl<Op> Drop for FanOut<'_, Op> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "fan_out_tests.rs"]
+mod tests;

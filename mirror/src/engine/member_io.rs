@@ -355,3 +355,7 @@ pub(super) fn own_hot_extents(states: &RegionImage, extents: u32) -> Vec<Extent>
     hot.sort_unstable();
     hot
 }
+
+#[cfg(test)]
+#[path = "member_io_tests.rs"]
+mod tests;

@@ -43,13 +43,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let _timed = self.timed();
         let _pass = self.gate.enter().await;
+        let check = self.options.check_reads;
         let whole = self.checked_range(&range);
-        let result = if whole == range {
-            self.read_range(&range, span).await
-        } else {
-            let all = self.fresh_span(length(whole.end - whole.start));
-            let read = self.read_range(&whole, all).await;
-            read.map(|read| read.slice(length(range.start - whole.start), span.len))
+        if whole == range {
+            return self.answer(self.read_range(&range, span, check).await);
+        }
+        let all = self.fresh_span(length(whole.end - whole.start));
+        let read = self.read_range(&whole, all, check).await;
+        let blocks = blocks_covering(whole.start, whole.end - whole.start);
+        let result = match read {
+            Ok(read) => Ok(read.slice(length(range.start - whole.start), span.len)),
+            Err(errno) if self.maps.borrow().damaged.any_in(blocks) => Err(errno),
+            // A sector beside those that were asked for may be all that cannot be read.
+            Err(_) => self.read_range(&range, span, false).await,
         };
         self.answer(result)
     }
@@ -67,6 +73,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self: &Rc<Self>,
         range: &Range<u64>,
         span: Span<H::Buffer>,
+        check: bool,
     ) -> Result<Span<H::Buffer>, Errno> {
         let plain = {
             let maps = self.maps.borrow();
@@ -76,11 +83,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     .is_unequalised(blocks_covering(range.start, range.end - range.start))
         };
         let result = if plain {
-            self.read_written(range, span.clone(), self.options.check_reads)
+            self.read_written(range, span.clone(), check)
                 .await
                 .map(|moved| moved.unwrap_or(span))
         } else {
-            self.read_mixed(range, span).await
+            self.read_mixed(range, span, check).await
         };
         match result {
             Err(Errno::CHECKSUM) => match self.read_again(&self.whole_blocks(range)).await {
@@ -102,10 +109,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self: &Rc<Self>,
         range: &Range<u64>,
         span: Span<H::Buffer>,
+        check: bool,
     ) -> Result<Span<H::Buffer>, Errno> {
         let mut span = span;
         loop {
-            if let Some(zeroes) = self.read_parts(range, &span).await? {
+            if let Some(zeroes) = self.read_parts(range, &span, check).await? {
                 for (within, len) in zeroes {
                     span.slice(within, len).fill(|bytes| bytes.fill(0));
                 }
@@ -122,6 +130,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self: &Rc<Self>,
         range: &Range<u64>,
         span: &Span<H::Buffer>,
+        check: bool,
     ) -> Result<Option<Vec<(usize, usize)>>, Errno> {
         let mut zeroes = Vec::new();
         for extent in extents(range) {
@@ -136,7 +145,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 zeroes.push((within, len));
                 continue;
             }
-            let check = self.options.check_reads;
             let read = self.read_written(&part, span.slice(within, len), check);
             let moved = read.await?;
             if moved.is_some() {

@@ -351,4 +351,60 @@ mod tests {
         drop(closed);
         assert!(poll(late.as_mut()).is_ready());
     }
+
+    #[derive(Default)]
+    struct Count(std::sync::atomic::AtomicU64);
+
+    impl std::task::Wake for Count {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_drain_waits_for_the_reads_before_it_and_no_others() {
+        let reads = ReadPhases::default();
+        for _ in 0..3 {
+            assert!(poll(pin!(reads.drained())).is_ready(), "nobody reads");
+            let (first, second) = (reads.begin(), reads.begin());
+            let count = std::sync::Arc::new(Count::default());
+            let waker = Waker::from(count.clone());
+            let woken = || count.0.load(std::sync::atomic::Ordering::Relaxed);
+            let mut drained = pin!(reads.drained());
+            let mut context = Context::from_waker(&waker);
+            assert!(drained.as_mut().poll(&mut context).is_pending());
+            let later = reads.begin();
+            drop(first);
+            assert_eq!(woken(), 0);
+            assert!(drained.as_mut().poll(&mut context).is_pending());
+            drop(second);
+            assert_eq!(woken(), 1);
+            assert!(drained.as_mut().poll(&mut context).is_ready());
+            // The later one is what the next drain waits for.
+            let mut next = pin!(reads.drained());
+            assert!(poll(next.as_mut()).is_pending());
+            drop(later);
+            assert!(poll(next.as_mut()).is_ready());
+        }
+    }
+
+    #[test]
+    fn who_waits_is_woken_once() {
+        let list = WaitList::default();
+        let count = std::sync::Arc::new(Count::default());
+        let waker = Waker::from(count.clone());
+        let mut wait = pin!(list.until(|| None::<()>));
+        for round in 1..4 {
+            for _ in 0..2 {
+                let mut context = Context::from_waker(&waker);
+                assert!(wait.as_mut().poll(&mut context).is_pending());
+            }
+            list.wake_all();
+            let woken = count.0.load(std::sync::atomic::Ordering::Relaxed);
+            assert_eq!(woken, round);
+            list.wake_all();
+        }
+        // The allocation is kept.
+        assert!(list.wakers.borrow().capacity() > 0);
+    }
 }

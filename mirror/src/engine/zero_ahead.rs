@@ -76,6 +76,11 @@ impl ZeroAhead {
         self.ahead[usize::from(slot)].contains(&extent)
     }
 
+    /// Whether nothing was requested in the last tick.
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle
+    }
+
     /// A member joins in `slot`.
     pub(super) fn forget(&mut self, slot: u8) {
         self.ahead[usize::from(slot)].clear();
@@ -236,3 +241,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "zero_ahead_tests.rs"]
+mod tests;
