@@ -1,5 +1,8 @@
 #![allow(clippy::unwrap_used)]
-#![allow(clippy::print_stdout, reason = "figures for whoever changes the controller")]
+#![allow(
+    clippy::print_stdout,
+    reason = "figures for whoever changes the controller"
+)]
 use super::*;
 use proptest::prelude::*;
 use std::collections::VecDeque;
