@@ -171,6 +171,7 @@ fn started(machine: &Rc<Machine>) -> Rc<Mirror<Still, MemoryDisk>> {
         hot_memory_bytes: mirror::engine::HOT_CAP_BYTES,
         check_reads: true,
         sum_cache_bytes: 1 << 20,
+        resync_limits: mirror::pace::Limits::RESYNC,
         error_budget: mirror::budget::ErrorBudget::default(),
     };
     let host = Rc::new(Still(Rc::clone(machine)));

@@ -12,7 +12,7 @@
 
 use crate::hash::NumberHasher;
 use crate::sums::{SUM_PAGE_BYTES, Sum, SumPage};
-use crate::units::{BLOCKS_PER_EXTENT, Block, Extent};
+use crate::units::{BLOCK_BYTES, BLOCKS_PER_EXTENT, Block, Extent};
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::ops::Range;
@@ -108,20 +108,25 @@ pub struct HotSums {
     table: HashMap<Block, Entry, BuildHasherDefault<NumberHasher>>,
     pages: usize,
     cap_bytes: usize,
+    /// Whole blocks of the device; a last one that is short is not known to be of zeroes.
+    whole_blocks: u64,
+    size_bytes: u64,
     numbers: u64,
     /// When extents that stay hot are to be stored, by the number of their time.
     due: VecDeque<(Duration, Extent, u64)>,
 }
 
 impl HotSums {
-    /// Nothing is hot; at most `cap_bytes` are taken.
+    /// Nothing is hot on a device of `size_bytes`; at most `cap_bytes` are taken.
     #[must_use]
-    pub fn new(cap_bytes: usize) -> Self {
+    pub fn new(cap_bytes: usize, size_bytes: u64) -> Self {
         Self {
             extents: HashMap::default(),
             table: HashMap::default(),
             pages: 0,
             cap_bytes,
+            whole_blocks: size_bytes / BLOCK_BYTES,
+            size_bytes,
             numbers: 0,
             due: VecDeque::new(),
         }
@@ -214,8 +219,10 @@ impl HotSums {
         match (changed, own.base) {
             (Some(sum), _) => sum.map_or(Known::Nothing, Known::Sum),
             (None, Base::Stored) => Known::Stored,
-            (None, Base::Zeroes) => Known::Sum(Sum::of_zeroes(block)),
-            (None, Base::Doubtful) => Known::Nothing,
+            (None, Base::Zeroes) if block.0 < self.whole_blocks => {
+                Known::Sum(Sum::of_zeroes(block))
+            }
+            (None, Base::Zeroes | Base::Doubtful) => Known::Nothing,
         }
     }
 
@@ -247,12 +254,12 @@ impl HotSums {
 
     /// The page of an extent that is about to cool; `stored` is the one on disk.
     #[must_use]
-    pub fn page(&self, extent: Extent, stored: Option<&SumPage>, size_bytes: u64) -> SumPage {
+    pub fn page(&self, extent: Extent, stored: Option<&SumPage>) -> SumPage {
         let mut page = match self.extents.get(&extent) {
             Some(own) if matches!(own.blocks, Blocks::Forgotten) => return SumPage::unknown(),
             Some(Own {
                 base: Base::Zeroes, ..
-            }) => SumPage::zeroes(extent, size_bytes),
+            }) => SumPage::zeroes(extent, self.size_bytes),
             Some(Own {
                 base: Base::Doubtful,
                 ..

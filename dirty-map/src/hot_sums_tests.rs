@@ -20,7 +20,7 @@ fn stored(extent: Extent) -> SumPage {
 
 #[test]
 fn what_was_not_written_is_as_the_extent_began() {
-    let mut sums = HotSums::new(1 << 20);
+    let mut sums = HotSums::new(1 << 20, SIZE);
     for (number, base) in [(0, Base::Stored), (1, Base::Zeroes), (2, Base::Doubtful)] {
         sums.begin(Extent(number), base, LATER);
         sums.set(
@@ -41,15 +41,12 @@ fn what_was_not_written_is_as_the_extent_began() {
     }
     let old = stored(Extent(1));
     assert_eq!(
-        sums.page(Extent(1), Some(&old), SIZE).get(Block(1024)),
+        sums.page(Extent(1), Some(&old)).get(Block(1024)),
         Some(Sum::of_zeroes(Block(1024))),
         "a page from before a discard says nothing"
     );
     let old = stored(Extent(2));
-    assert_eq!(
-        sums.page(Extent(2), Some(&old), SIZE).get(Block(2048)),
-        None
-    );
+    assert_eq!(sums.page(Extent(2), Some(&old)).get(Block(2048)), None);
     assert_eq!(
         sums.page_of_hot(Extent(2), Some(&old), |_| false)
             .get(Block(2048)),
@@ -59,8 +56,25 @@ fn what_was_not_written_is_as_the_extent_began() {
 }
 
 #[test]
+fn a_short_last_block_is_not_known_to_be_of_zeroes() {
+    let size = (1 << 22) + 3 * 4096 + 512;
+    let mut sums = HotSums::new(1 << 20, size);
+    sums.begin(Extent(1), Base::Zeroes, LATER);
+    let (last, short) = (Block(1024 + 2), Block(1024 + 3));
+    assert_eq!(sums.get(last), Known::Sum(Sum::of_zeroes(last)));
+    assert_eq!(sums.get(short), Known::Nothing);
+    for page in [
+        sums.page(Extent(1), None),
+        sums.page_of_hot(Extent(1), None, |_| false),
+    ] {
+        assert_eq!(page.get(last), Some(Sum::of_zeroes(last)));
+        assert_eq!(page.get(short), None);
+    }
+}
+
+#[test]
 fn beginning_again_changes_nothing_and_an_end_forgets() {
-    let mut sums = HotSums::new(1 << 20);
+    let mut sums = HotSums::new(1 << 20, SIZE);
     sums.begin(Extent(5), Base::Zeroes, LATER);
     let block = Block(5 * 1024 + 7);
     sums.set(block, Some(sum(7, 1)));
@@ -77,7 +91,7 @@ fn beginning_again_changes_nothing_and_an_end_forgets() {
 
 #[test]
 fn an_extent_for_which_there_is_no_memory_has_no_checksums() {
-    let mut sums = HotSums::new(2 * ENTRY_BYTES);
+    let mut sums = HotSums::new(2 * ENTRY_BYTES, SIZE);
     sums.begin(Extent(0), Base::Stored, LATER);
     sums.begin(Extent(1), Base::Stored, LATER);
     sums.set(Block(0), Some(sum(0, 1)));
@@ -87,7 +101,7 @@ fn an_extent_for_which_there_is_no_memory_has_no_checksums() {
     assert_eq!(sums.get(Block(2)), Known::Nothing, "which were written?");
     assert_eq!(sums.get(Block(1024)), Known::Sum(sum(1, 1)));
     let old = stored(Extent(0));
-    assert_eq!(sums.page(Extent(0), Some(&old), SIZE), SumPage::unknown());
+    assert_eq!(sums.page(Extent(0), Some(&old)), SumPage::unknown());
     assert!(sums.is_wanted(Extent(0)) && !sums.needs_stored(Extent(0)));
     sums.set(Block(0), Some(sum(0, 1)));
     assert_eq!(sums.memory_bytes(), ENTRY_BYTES);
@@ -95,7 +109,7 @@ fn an_extent_for_which_there_is_no_memory_has_no_checksums() {
 
 #[test]
 fn the_stored_page_is_needed_while_a_block_has_not_changed() {
-    let mut sums = HotSums::new(1 << 20);
+    let mut sums = HotSums::new(1 << 20, SIZE);
     sums.begin(Extent(0), Base::Stored, LATER);
     sums.begin(Extent(1), Base::Zeroes, LATER);
     assert!(sums.needs_stored(Extent(0)) && !sums.needs_stored(Extent(1)));
@@ -109,7 +123,7 @@ fn the_stored_page_is_needed_while_a_block_has_not_changed() {
 
 #[test]
 fn many_blocks_at_once_get_a_page_at_once() {
-    let mut sums = HotSums::new(1 << 20);
+    let mut sums = HotSums::new(1 << 20, SIZE);
     sums.begin(Extent(0), Base::Stored, LATER);
     sums.expect(&(0..8));
     assert_eq!(sums.memory_bytes(), 0);
@@ -123,7 +137,7 @@ fn many_blocks_at_once_get_a_page_at_once() {
 #[test]
 fn what_stays_hot_is_due_again_and_what_cooled_is_not() {
     let seconds = Duration::from_secs;
-    let mut sums = HotSums::new(1 << 20);
+    let mut sums = HotSums::new(1 << 20, SIZE);
     for number in 0..4 {
         sums.begin(Extent(number), Base::Stored, seconds(60));
         if number < 3 {
@@ -149,7 +163,7 @@ fn what_stays_hot_is_due_again_and_what_cooled_is_not() {
 
 #[test]
 fn a_hot_page_takes_what_is_known_and_settled() {
-    let mut sums = HotSums::new(1 << 20);
+    let mut sums = HotSums::new(1 << 20, SIZE);
     let old = stored(Extent(0));
     sums.begin(Extent(0), Base::Stored, LATER);
     sums.set(Block(0), Some(sum(0, 1)));
@@ -188,7 +202,7 @@ proptest! {
         cap in prop_oneof![Just(0_usize), 0..20_000_usize, Just(1 << 20)],
         steps in proptest::collection::vec(step(), 0..600),
     ) {
-        let mut sums = HotSums::new(cap);
+        let mut sums = HotSums::new(cap, SIZE);
         let mut model: HashMap<u32, (Base, HashMap<u64, Option<Sum>>)> = HashMap::default();
         for step in steps {
             match step {
@@ -216,7 +230,7 @@ proptest! {
         }
         for extent in (0..3).map(Extent) {
             let old = stored(extent);
-            let page = sums.page(extent, Some(&old), SIZE);
+            let page = sums.page(extent, Some(&old));
             let Some((base, blocks)) = model.get(&extent.0) else {
                 prop_assert!(!sums.contains(extent));
                 continue;

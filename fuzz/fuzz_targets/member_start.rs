@@ -60,6 +60,7 @@ fn options(force: bool) -> StartOptions {
         hot_memory_bytes: mirror::engine::HOT_CAP_BYTES,
         check_reads: true,
         sum_cache_bytes: 1 << 20,
+        resync_limits: mirror::pace::Limits::RESYNC,
         error_budget: mirror::budget::ErrorBudget::default(),
     }
 }

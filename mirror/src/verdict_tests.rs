@@ -223,6 +223,8 @@ fn a_majority_is_more_than_half() {
         ("P- P- P- Q-", "P majority, rewrite 3, unknown 0+1+2+3"),
         ("Pp Pp Qq Qq", "damaged"),
         ("Pp Pp Pp Qq", "P majority, rewrite 3, stale 3"),
+        // Of a content that is not proven it is worth nothing beside two that are.
+        ("Pp Qq R- R- R-", "damaged"),
     ]);
 }
 

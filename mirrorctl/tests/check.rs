@@ -6,7 +6,7 @@ mod common;
 #[path = "common/members.rs"]
 mod members;
 
-use common::{Dir, Ran};
+use common::{Dir, Ran, programs};
 use dirty_map::{Block, Extent, ExtentState, Kind, PAYLOAD_BYTES, Sum};
 use members::{COOL_BLOCKS, LAST, Members, SIZE, content};
 use mirror::layout::RegionKind;
@@ -422,12 +422,7 @@ fn a_member_that_is_missing_or_cut_off_is_named() {
         one.stdout.contains("slot 1, in-sync and last seen as"),
         "{one:?}"
     );
-    File::options()
-        .write(true)
-        .open(&members.paths[1])
-        .unwrap()
-        .set_len(20 << 20)
-        .unwrap();
+    members.cut_off(1, 20 << 20);
     let ran = check(&dir, &members).fails(11, "");
     assert!(ran.stdout.contains("it has been cut off"), "{ran:?}");
 }

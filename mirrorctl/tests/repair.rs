@@ -6,7 +6,7 @@ mod common;
 #[path = "common/members.rs"]
 mod members;
 
-use common::{Dir, Ran};
+use common::{Dir, Ran, programs};
 use dirty_map::{Block, Extent, ExtentState, Sum, SumPage};
 use members::{COOL_BLOCKS, LAST, Members, content};
 use mirror::layout::RegionKind;

@@ -10,22 +10,27 @@ use mirror::Errno;
 use mirror::control::MemberState;
 use mirror::sim::Faults;
 
-const SIZE: u64 = 64 << 20;
+pub(crate) const SIZE: u64 = 64 << 20;
 /// How long until what was written is cool.
-const COOL: u64 = 15;
+pub(crate) const COOL: u64 = 15;
 
 /// A mirror with checksums, and memory for them.
-fn machine(seed: u64, members: usize) -> Machine {
+pub(crate) fn machine(seed: u64, members: usize) -> Machine {
     Machine::with_checksums(seed, members, SIZE)
 }
 
 /// Flips a bit of a block on a disk, behind everybody's back.
-fn rot(machine: &Machine, disk: usize, block: u64) {
+pub(crate) fn rot(machine: &Machine, disk: usize, block: u64) {
     spoil(machine, disk, block * 4096 + 512, |sector| sector[100] ^= 4);
 }
 
 /// Changes a sector of a disk's data. The rules that watch the disks know nothing of that.
-fn spoil(machine: &Machine, disk: usize, offset: u64, change: impl FnOnce(&mut [u8; 512])) {
+pub(crate) fn spoil(
+    machine: &Machine,
+    disk: usize,
+    offset: u64,
+    change: impl FnOnce(&mut [u8; 512]),
+) {
     if let Some(rules) = &machine.rules {
         rules.end();
     }
@@ -36,21 +41,21 @@ fn spoil(machine: &Machine, disk: usize, offset: u64, change: impl FnOnce(&mut [
     machine.disks[disk].write_now(at, &sector);
 }
 
-fn content(machine: &Machine, disk: usize, block: u64) -> Vec<u8> {
+pub(crate) fn content(machine: &Machine, disk: usize, block: u64) -> Vec<u8> {
     let mut bytes = vec![0; 4096];
     machine.disks[disk].read_now(machine.data_offset + block * 4096, &mut bytes);
     bytes
 }
 
 /// Reads through the mirror, held against the oracle.
-fn rd(machine: &Machine, offset: u64, len: usize) -> Result<(), Errno> {
+pub(crate) fn rd(machine: &Machine, offset: u64, len: usize) -> Result<(), Errno> {
     let client = machine.client();
     machine
         .world
         .block_on(async move { client.read(offset, len).await })
 }
 
-fn check(machine: &Machine, extent: u32, repair: bool) -> mirror::engine::Checked {
+pub(crate) fn check(machine: &Machine, extent: u32, repair: bool) -> mirror::engine::Checked {
     let mirror = machine.mirror();
     machine
         .world

@@ -5,7 +5,10 @@
 use crate::machine::Machine;
 use crate::races::{flushes, gone, none, seeds, wr};
 use mirror::Errno;
+use mirror::control::{MemberState, MemberStatus};
 use mirror::sim::Faults;
+use std::cell::Cell;
+use std::rc::Rc;
 
 const SIZE: u64 = 64 << 20;
 
@@ -111,6 +114,36 @@ fn late_zeroes_strike_no_later_write() {
         let c = m.client();
         let read = async move { c.read(again, 2 << 20).await };
         let _: Result<(), Errno> = m.world.block_on(read);
+    }
+}
+
+/// All members stall for longer than the deadline and then answer, one shortly after the other:
+/// nobody is lost for it (R8).
+#[test]
+fn a_stall_of_all_members_loses_nobody() {
+    for seed in seeds(40) {
+        let mut machine = Machine::new(seed, 2 + (seed % 2) as usize, SIZE);
+        machine.start();
+        wr(&machine, 0, 65536);
+        let hang = Faults {
+            hang: true,
+            ..none()
+        };
+        faults(&machine, hang);
+        let written = Rc::new(Cell::new(0));
+        for block in 0..4 {
+            let (client, written) = (machine.client(), written.clone());
+            machine.world.spawn_task(async move {
+                client.write(block * 8192, 4096, false).await.unwrap();
+                written.set(written.get() + 1);
+            });
+        }
+        crate::older_images::seconds(&machine, 20);
+        faults(&machine, none());
+        assert!(machine.world.run(1_000_000, || written.get() == 4));
+        let status = machine.mirror().status();
+        let lost = |m: &MemberStatus| m.state != MemberState::InSync;
+        assert!(!status.members.iter().any(lost), "seed {seed}: {status:#?}");
     }
 }
 

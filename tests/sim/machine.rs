@@ -7,6 +7,7 @@ use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::engine::HOT_CAP_BYTES;
+use mirror::pace::Limits;
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
 use mirror::{Candidate, Disk as _, Errno, Host, Mirror, Span, StartError, StartOptions};
@@ -43,6 +44,7 @@ pub(crate) struct Machine {
     hot_memory_bytes: usize,
     /// Whether reads are checked against checksums.
     check_reads: bool,
+    pub(crate) resync_limits: Limits,
     /// Whether a silent change of a copy is told, where there is a checksum.
     tells_rot: bool,
     /// Copies that have changed behind the mirror's back.
@@ -57,6 +59,11 @@ impl Machine {
     /// A new mirror of `members` disks, not started.
     pub(crate) fn new(seed: u64, members: usize, size_bytes: u64) -> Self {
         Self::made(seed, members, size_bytes, seed % 8 != 5)
+    }
+
+    /// Reads of applications are not checked.
+    pub(crate) fn without_read_checks(&mut self) {
+        self.check_reads = false;
     }
 
     /// A new mirror that keeps checksums, checks reads against them, and has memory for that.
@@ -104,6 +111,7 @@ impl Machine {
             data_offset: plan.data_offset,
             hot_memory_bytes: if seed % 4 == 3 { 1400 } else { HOT_CAP_BYTES },
             check_reads: seed % 16 != 6,
+            resync_limits: Limits::RESYNC,
             tells_rot: checksums && seed % 16 != 6 && seed % 4 != 3,
             rotten: Rc::default(),
         };
@@ -121,6 +129,7 @@ impl Machine {
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
             sum_cache_bytes: 10_000,
+            resync_limits: self.resync_limits,
             error_budget: ErrorBudget::Unlimited,
         }
     }
@@ -138,6 +147,7 @@ impl Machine {
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
             tells_rot: self.tells_rot,
+            resync_limits: self.resync_limits,
             rotten: self.rotten.clone(),
         };
         fork.disks

@@ -26,4 +26,6 @@ mod rot;
 mod rounds;
 mod runner;
 mod script;
+mod second_looks;
+mod sum_pages;
 mod sums;

@@ -56,6 +56,12 @@ pub(crate) struct Args {
     /// Most that a scrub reads from a member a second [default: as much as it gives]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) scrub_ceiling: Option<u32>,
+    /// Least that a resync copies a second, whatever it costs the applications
+    #[arg(long, value_name = "MIB", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) resync_floor: u32,
+    /// Most that a resync copies a second [default: as much as the members take]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) resync_ceiling: Option<u32>,
     /// Blocks that may have to be rewritten on a member within so many hours before it is failed;
     /// or `unlimited`
     #[arg(long, value_name = "BLOCKS/HOURS", default_value_t)]

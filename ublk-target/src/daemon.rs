@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use mirror::control::{ErrorKind, MemberState};
 use mirror::engine::SUM_CACHE_BYTES_DEFAULT;
+use mirror::pace::Limits;
 use mirror::{Candidate, ControlError, Mirror, StartOptions};
 use scrubber::{Scrubber, Settings};
 
@@ -398,6 +399,13 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
             .hot_memory
             .map_or(mirror::engine::HOT_CAP_BYTES, |mib| usize::from(mib) << 20),
         error_budget: args.error_budget,
+        resync_limits: Limits {
+            floor: u64::from(args.resync_floor) << 20,
+            ceiling: args
+                .resync_ceiling
+                .map_or(u64::MAX, |mib| u64::from(mib) << 20),
+            ..Limits::RESYNC
+        },
         check_reads: args.check_reads == CheckReads::Always,
         sum_cache_bytes: args
             .checksum_cache

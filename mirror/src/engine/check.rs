@@ -116,14 +116,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return Err(copies.error.unwrap_or(Errno::IO));
         }
         let sums = self.sums_of(&copies).await;
-        let verdicts = self.judge_all(&copies, &sums, None);
+        let verdicts = self.judge_all(&copies, &sums, &[]);
         let mut checked = Checked {
             blocks: verdicts.len() as u64,
             member_bytes: copies.bytes_read(),
             ..Checked::default()
         };
+        let blocks = blocks_covering(piece.start, piece.end - piece.start);
         let pages_missing = self.unreadable_pages(&copies, &sums);
-        if pages_missing.is_empty() && verdicts.iter().all(|v| *v == BlockVerdict::Fine) {
+        let fine = verdicts.iter().all(|v| *v == BlockVerdict::Fine);
+        // What was damaged may have become right.
+        if fine && pages_missing.is_empty() && !self.is_called_damaged(&blocks) {
             return Ok(checked);
         }
         let _lock = self.locks.lock(piece.clone()).await;
@@ -133,13 +136,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.maps.borrow().is_written(extent) {
             return Ok(checked);
         }
-        let blocks = blocks_covering(piece.start, piece.end - piece.start);
         self.equalise_locked(blocks.clone()).await?;
         let settled = self.settle(&blocks, look).await?;
         checked.add(Checked {
             blocks: 0,
-            ..settled
+            ..settled.checked
         });
         Ok(checked)
+    }
+
+    /// Whether something is known of damage to any of `blocks`.
+    fn is_called_damaged(&self, blocks: &Range<u64>) -> bool {
+        let maps = self.maps.borrow();
+        let overlaps = |run: &Range<u64>| run.start < blocks.end && blocks.start < run.end;
+        maps.damaged.any_in(blocks.clone()) || maps.log.damaged_runs().iter().any(overlaps)
     }
 }

@@ -64,9 +64,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 tracing::warn!("the background flush failed: {errno}");
             }
         }
+        // The position first: it does not wait for what cools.
+        self.commit_position().await?;
         let quiet = self.maps.borrow_mut().hot.coolable(now, QUIET, BATCH);
-        self.cool(quiet).await?;
-        self.store_hot().await?;
+        let cooled = self.cool(quiet).await;
+        self.store_hot().await;
+        cooled
+    }
+
+    async fn commit_position(&self) -> Result<(), Errno> {
         if self.maps.borrow_mut().queue_log() {
             self.wrote_since_tick.set(true);
         }
@@ -110,7 +116,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 maps.queue_missed(slot);
             }
         }
-        let durable = self.make_ready_to_cool(&extents).await;
+        let ready = self.make_ready_to_cool(&extents).await;
         {
             let mut maps = self.maps.borrow_mut();
             let maps = &mut *maps;
@@ -118,7 +124,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 if !maps.cooling.remove(&extent) {
                     continue;
                 }
-                if durable.is_err() {
+                if !ready.as_ref().is_ok_and(|left| !left.contains(&extent)) {
                     maps.hot.insert(extent, self.coarse_now.get());
                     continue;
                 }
@@ -129,13 +135,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
-        durable?;
+        ready?;
         self.commit().await
     }
 
-    /// What says more than that an extent is hot: an extent that is cool says nothing about
-    /// absent members, and its checksums are believed.
-    async fn make_ready_to_cool(&self, extents: &[Extent]) -> Result<(), Errno> {
+    /// Makes durable what says more than that an extent is hot: an extent that is cool says
+    /// nothing about absent members, and its checksums are believed. Returns those that stay hot
+    /// because their checksums cannot be stored.
+    async fn make_ready_to_cool(&self, extents: &[Extent]) -> Result<Vec<Extent>, Errno> {
         self.commit().await?;
         let mut pages: Vec<Extent> = {
             let maps = self.maps.borrow();
@@ -143,6 +150,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             extents.iter().filter(wanted).copied().collect()
         };
         pages.sort_unstable();
-        self.store_pages(&pages, Store::ToCool).await
+        let left = self.store_pages(&pages, Store::ToCool).await;
+        // A member that has not taken a page must not start as one that has: the losing task's own
+        // commit takes along what is called cool by then.
+        self.losses_effective().await?;
+        Ok(left)
     }
 }

@@ -86,7 +86,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             span.fill(|bytes| bytes.fill(0));
             return Ok(Edge::Content(span));
         }
-        match self.read_settled(own, span.clone(), Look::READ).await {
+        let read = self.read_settled(own, span.clone(), Look::READ).await;
+        if !self.page_at_hand(block.extent()).await {
+            // What was read has not been checked.
+            return Ok(Edge::Unreadable);
+        }
+        match read {
             Ok(moved) => Ok(Edge::Content(moved.unwrap_or(span))),
             // As any write would, the write goes on, and finds out about its own part.
             Err(_) if self.maps.borrow().damaged.any_in(block.0..block.0 + 1) => Ok(Edge::Damaged),

@@ -173,6 +173,8 @@ pub(crate) struct FanOut<'a, Op> {
     watch: &'a StallWatch,
     begun: u64,
     limited: bool,
+    /// When the first in-sync member had succeeded.
+    proved: Option<u64>,
     place: Option<usize>,
     running: [Option<Op>; SLOTS_MAX],
     outcomes: Outcomes,
@@ -185,6 +187,7 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
             watch,
             begun: watch.tick.get(),
             limited: false,
+            proved: None,
             place: None,
             running: [const { None }; SLOTS_MAX],
             outcomes: Outcomes {
@@ -214,7 +217,13 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
 
     /// Whether the operations still running may be given up: whoever is still in-sync has
     /// answered, or one of them has succeeded, or there is one that this was not meant for.
+    ///
+    /// Where all have stalled, the first that answers at last does not condemn the others: they
+    /// have a step more (R8).
     fn may_end(&self) -> bool {
+        if self.proved == Some(self.watch.tick.get()) {
+            return false;
+        }
         let asked = self.outcomes.iter().fold(0, |all, o| all | 1 << o.slot);
         let mut waiting = self
             .running
@@ -250,6 +259,9 @@ impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
         }
         if !pending {
             return Poll::Ready(this.outcomes);
+        }
+        if this.proved.is_none() && this.outcomes.common_error(this.watch).is_none() {
+            this.proved = Some(this.watch.tick.get());
         }
         if this.watch.tick.get() - this.begun > TICKS_PER_DEADLINE && this.may_end() {
             // Dropping the operations leaves them to the disk as orphans.

@@ -25,6 +25,7 @@
 
 use super::maps::{Page, page_offset, pages_of};
 use super::member_io::{self, MemberError, Surveyed, own_hot_extents, survey};
+use super::slots::refuse;
 use super::{Mirror, PIECE_BYTES, Running, Slot, length};
 use crate::assemble::{Seen, Verdict, judge_return};
 use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
@@ -32,12 +33,18 @@ use crate::create::{blank_maps, hint, random_uuid};
 use crate::host::{Disk, Errno, Host};
 use crate::layout::{PAGE_BYTES, RegionKind, SCRUB_PAGES};
 use crate::records;
-use crate::superblock::{SlotState, Superblock, SuperblockError};
+use crate::superblock::{Superblock, SuperblockError};
 use crate::{ControlError, create};
 use dirty_map::{Extent, Stamp};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use uuid::Uuid;
+
+/// So many extents may have cooled while their checksums were copied: these are copied again with
+/// the gate closed.
+const COOLED_FEW: usize = 32;
+/// How often more than those are copied again with the gate open.
+const COOLED_TRIES: usize = 8;
 
 /// A device about to join.
 struct Joiner<D> {
@@ -68,16 +75,6 @@ impl<D> Joiner<D> {
             .as_ref()
             .map_or(0, |was| was.superblock.write_count + marked)
     }
-}
-
-fn refuse(message: String) -> ControlError {
-    ControlError::new(ErrorKind::Refused, message)
-}
-
-fn owes_answers(path: &str) -> ControlError {
-    let message =
-        format!("{path} still owes answers to requests from before it was lost; try again later");
-    ControlError::new(ErrorKind::Busy, message)
 }
 
 fn failed(message: String) -> ControlError {
@@ -247,66 +244,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.join(joiner).await
     }
 
-    /// The slot for a new disk: an empty one, else one whose member is gone.
-    fn free_slot(&self) -> Option<u8> {
-        let config = self.config.borrow();
-        let slots = self.slots.borrow();
-        let absent = |slot: &usize| slots[*slot].running == Running::Absent;
-        let free: Vec<usize> = (0..slots.len()).filter(absent).collect();
-        let empty = free
-            .iter()
-            .find(|&&slot| config.slots[slot].state == SlotState::Empty);
-        empty
-            .or(free.first())
-            .and_then(|&slot| u8::try_from(slot).ok())
-    }
-
-    /// Whether the device at `path` is not in service, and no earlier incarnation of it has
-    /// operations outstanding (R6).
-    fn owes_nothing(&self, path: &str) -> Result<(), ControlError> {
-        self.release_idle_disks();
-        let slots = self.slots.borrow();
-        if slots
-            .iter()
-            .any(|s| s.path == path && s.running != Running::Absent)
-        {
-            return Err(refuse(format!("{path} is in service already")));
-        }
-        let held = |s: &Slot<D>| s.path == path && s.running == Running::Absent && s.disk.is_some();
-        if slots.iter().any(held) {
-            Err(owes_answers(path))
-        } else {
-            Ok(())
-        }
-    }
-
-    fn may_join(&self, slot: u8, path: &str) -> Result<(), ControlError> {
-        self.release_idle_disks();
-        let slots = self.slots.borrow();
-        let state = &slots[usize::from(slot)];
-        if state.running != Running::Absent {
-            return Err(refuse(format!(
-                "slot {slot} has a member in service ({})",
-                state.path
-            )));
-        }
-        if state.disk.is_some() {
-            return Err(owes_answers(path));
-        }
-        if self
-            .resync
-            .borrow()
-            .as_ref()
-            .is_some_and(|resync| !resync.finished)
-        {
-            return Err(ControlError::new(
-                ErrorKind::Busy,
-                "another member is resyncing; wait for it (`mirrorctl wait`)",
-            ));
-        }
-        Ok(())
-    }
-
     /// Steps 2 to 6 of the module documentation.
     async fn join(self: &Rc<Self>, joiner: Joiner<D>) -> Result<String, ControlError> {
         let slot = joiner.slot;
@@ -338,6 +275,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Steps 3 to 5.
     async fn join_prepared(&self, joiner: &Joiner<D>) -> Result<(), ControlError> {
         self.bring_sums(joiner, &joiner.old_sums).await?;
+        for _ in 0..COOLED_TRIES {
+            let cooled = self.cooled_of(joiner);
+            if cooled.len() <= COOLED_FEW {
+                self.maps
+                    .borrow_mut()
+                    .cooled
+                    .get_or_insert_default()
+                    .extend(cooled);
+                break;
+            }
+            self.bring_sums(joiner, &cooled).await?;
+        }
         let _closed = self.gate.close().await;
         let _turn = self.membership.enter().await;
         if self.stopping.get() {
@@ -388,6 +337,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         message
     }
 
+    /// Extents whose checksums the joiner has got and that have cooled since this was asked last.
+    fn cooled_of(&self, joiner: &Joiner<D>) -> Vec<Extent> {
+        let cooled = self.maps.borrow_mut().cooled.replace(BTreeSet::new());
+        let known = |e: &Extent| joiner.old_sums.binary_search(e).is_ok();
+        cooled
+            .unwrap_or_default()
+            .into_iter()
+            .filter(known)
+            .collect()
+    }
+
     /// Copies checksums to the joiner, durably.
     async fn bring_sums(&self, joiner: &Joiner<D>, extents: &[Extent]) -> Result<(), ControlError> {
         let extents: Vec<Extent> = {
@@ -414,12 +374,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 "what the member lacks could not be recorded on the in-sync members: {errno}"
             ))
         })?;
-        let cooled = self.maps.borrow_mut().cooled.take().unwrap_or_default();
-        let cooled: Vec<Extent> = {
-            let old = &joiner.old_sums;
-            let cooled = cooled.into_iter();
-            cooled.filter(|e| old.binary_search(e).is_ok()).collect()
-        };
+        let cooled = self.cooled_of(joiner);
         self.bring_sums(joiner, &cooled).await?;
         self.write_maps_to(joiner).await.map_err(|errno| {
             failed(format!(

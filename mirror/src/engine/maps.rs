@@ -126,7 +126,7 @@ impl Maps {
             cooling: HashSet::new(),
             unrecorded: HashSet::new(),
             preparing: HashSet::new(),
-            sums: HotSums::new(options.hot_memory_bytes / 2),
+            sums: HotSums::new(options.hot_memory_bytes / 2, layout.size_bytes),
             pages: SumCache::new(options.sum_cache_bytes),
             damaged: MissedMap::new(blocks),
             log: ScrubLog::new(),

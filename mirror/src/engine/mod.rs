@@ -17,10 +17,13 @@
 //! | `background.rs` | what the scrubber needs besides: latencies, error budgets |
 //! | `check.rs` | checking an extent for the scrubber |
 //! | `settle.rs` | a second look at blocks: which copy is right, and making the others so |
+//! | `damaged.rs` | blocks that a resync finds without a right copy |
+//! | `outcome.rs` | what comes of a second look |
 //! | `copies.rs` | the members' copies of a range side by side |
 //! | `commit.rs` | group commit of map pages |
 //! | `loss.rs` | losing a member, rounds of superblock updates |
 //! | `join.rs` | bringing a member back or a new one in |
+//! | `slots.rs` | whether a device may have a slot |
 //! | `resync.rs` | copying missed blocks |
 //! | `equalise.rs` | making copies equal after an unclean stop |
 //! | `cool.rs` | cooling quiet extents, the position tick, the stall watch |
@@ -48,6 +51,7 @@ mod check;
 mod commit;
 mod cool;
 mod copies;
+mod damaged;
 mod edges;
 mod equalise;
 mod fan_out;
@@ -56,9 +60,11 @@ mod join;
 mod loss;
 mod maps;
 mod member_io;
+mod outcome;
 mod read;
 mod resync;
 mod settle;
+mod slots;
 mod start;
 mod status;
 mod sums;
@@ -70,7 +76,7 @@ mod zeroes;
 use crate::budget::{ErrorBudget, ErrorBudgets};
 use crate::control::{ErrorKind, IoCounts, ResyncStatus};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
-use crate::pace::Pacer;
+use crate::pace::{Limits, Pacer};
 use crate::superblock::{SlotState, Superblock};
 use commit::Commits;
 pub use dirty_map::HOT_CAP_BYTES;
@@ -119,6 +125,8 @@ pub struct StartOptions {
     pub sum_cache_bytes: usize,
     /// How often a member may need a block rewritten before it is lost.
     pub error_budget: ErrorBudget,
+    /// What a resync may cost the foreground, and how fast it is at the least and at the most.
+    pub resync_limits: Limits,
 }
 
 /// An opened device that may be a member.

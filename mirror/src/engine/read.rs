@@ -76,7 +76,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     .is_unequalised(blocks_covering(range.start, range.end - range.start))
         };
         let result = if plain {
-            self.read_written(range, span.clone())
+            self.read_written(range, span.clone(), self.options.check_reads)
                 .await
                 .map(|moved| moved.unwrap_or(span))
         } else {
@@ -136,7 +136,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 zeroes.push((within, len));
                 continue;
             }
-            let moved = self.read_written(&part, span.slice(within, len)).await?;
+            let check = self.options.check_reads;
+            let read = self.read_written(&part, span.slice(within, len), check);
+            let moved = read.await?;
             if moved.is_some() {
                 return Ok(None);
             }
@@ -145,7 +147,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Reads a range of written, equal extents, failing over. `None` when the bytes are in
-    /// `span`; else the span they are in. `CHECKSUM` when they do not fit.
+    /// `span`; else the span they are in. `CHECKSUM` when they are damaged or, with `check`, do
+    /// not fit.
     ///
     /// Counts as a read under way from its first step, which follows the caller's look at the
     /// extents' states without a wait: a discard destroys nothing before the read has ended.
@@ -153,22 +156,21 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self: &Rc<Self>,
         range: &Range<u64>,
         span: Span<H::Buffer>,
+        check: bool,
     ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let _reading = self.reads.begin();
         let blocks = blocks_covering(range.start, range.end - range.start);
         if self.maps.borrow().damaged.any_in(blocks) {
-            return Err(Errno::IO);
+            // Another copy may have come back.
+            return Err(Errno::CHECKSUM);
         }
-        let checked = self.options.check_reads && self.sums.are_kept();
-        if checked {
+        let check = check && self.sums.are_kept();
+        if check {
             self.want_pages(range);
         }
         let moved = self.read_unchecked(range, span.clone()).await?;
-        if checked {
-            self.pages_at_hand(range).await;
-            if !self.fits(range, moved.as_ref().unwrap_or(&span)) {
-                return Err(Errno::CHECKSUM);
-            }
+        if check && !self.fits(range, moved.as_ref().unwrap_or(&span)).await {
+            return Err(Errno::CHECKSUM);
         }
         Ok(moved)
     }

@@ -6,15 +6,20 @@
 //! (R4). Runs that are all zero are zeroed instead of copied and counted apart. Blocks of
 //! extents that read as zeroes need nothing at all.
 //!
+//! Requests of the foreground go first: what is copied is paced by their latency (`pace.rs`), with
+//! a floor so that a resync always ends.
+//!
 //! Copied blocks stay missed until the pages of their extents' checksums have been copied too and
 //! a flush of the member has made both durable; then their bits are cleared and committed, which
 //! is also what a restart resumes from. When no bit is
 //! left, the gate closes, and if that is still so, a round makes the member in-sync.
 
 use super::settle::Look;
+use super::sums::STEP;
 use super::{Mirror, PIECE_BYTES, Receiver, Running, front, length};
 use crate::control::ResyncStatus;
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
+use crate::pace::Pacer;
 use crate::records;
 use dirty_map::{BLOCK_BYTES, Block, Extent};
 use std::cell::{Cell, RefCell};
@@ -38,6 +43,7 @@ struct Batch {
     copied: RefCell<Vec<Range<u64>>>,
     blocks: Cell<u64>,
     lanes: Cell<usize>,
+    pacer: Rc<RefCell<Pacer>>,
     failed: Cell<Option<Errno>>,
 }
 
@@ -72,8 +78,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     pub(super) async fn run_resync(self: Rc<Self>, slot: u8) {
         let begun = self.host.now();
         let mut last_move = begun;
+        let pacer = Rc::new(RefCell::new(Pacer::new(self.options.resync_limits, begun)));
+        self.sample(&pacer);
         while self.resync_target(slot).is_some() && !self.stopping.get() {
-            let moved = self.resync_batch(slot).await;
+            let moved = self.resync_batch(slot, &pacer).await;
             self.note_progress(slot, begun);
             match moved {
                 Ok(0) if self.finish_resync(slot).await => break,
@@ -91,6 +99,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             }
         }
+        self.end_sampling(&pacer);
         self.maps.borrow_mut().set_copying(slot, false);
         self.note_progress(slot, begun);
         let status = self
@@ -105,12 +114,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Copies up to [`BATCH_BLOCKS`] missed blocks, makes them durable on the member and clears
     /// their bits. Returns how many were cleared.
-    async fn resync_batch(self: &Rc<Self>, slot: u8) -> Result<u64, Errno> {
+    async fn resync_batch(
+        self: &Rc<Self>,
+        slot: u8,
+        pacer: &Rc<RefCell<Pacer>>,
+    ) -> Result<u64, Errno> {
         let batch = Rc::new(Batch {
             cursor: Cell::new(0),
             copied: RefCell::new(Vec::new()),
             blocks: Cell::new(0),
             lanes: Cell::new(LANES),
+            pacer: pacer.clone(),
             failed: Cell::new(None),
         });
         let Some(target) = self.resync_target(slot) else {
@@ -129,12 +143,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .until(|| (batch.lanes.get() == 0).then_some(()))
             .await;
         let copied = batch.copied.take();
-        let _pass = self.gate.enter().await;
-        if !copied.is_empty() {
-            if let Err(errno) = self.copy_pages_of(&copied, &target).await {
+        match self.copy_pages_of(&copied, &target).await {
+            Ok(()) => {}
+            Err(errno @ (Errno::SHUTDOWN | Errno::NO_DEVICE)) => return Err(errno),
+            Err(errno) => {
                 self.begin_loss(slot, &format!("a write during resync failed: {errno}"));
                 return Err(errno);
             }
+        }
+        let _pass = self.gate.enter().await;
+        if !copied.is_empty() {
             if let Err(errno) = self.to_one(&target, DiskRequest::Flush).await {
                 self.begin_loss(slot, &format!("a flush during resync failed: {errno}"));
                 return Err(errno);
@@ -170,7 +188,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             extents.filter(|&extent| maps.is_written(extent)).collect()
         };
         let extents: Vec<Extent> = extents.into_iter().collect();
-        self.copy_pages(&extents, &target.disk).await
+        for step in extents.chunks(STEP) {
+            let _pass = self.gate.enter().await;
+            if self.stopping.get() {
+                return Err(Errno::SHUTDOWN);
+            }
+            self.bring_pages(step, target).await?;
+        }
+        Ok(())
     }
 
     /// One lane: takes runs from the shared cursor until the batch is full or done.
@@ -190,14 +215,33 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let extent = Block(run.start).extent();
             let run = run.start..run.end.min(extent.blocks().end);
             batch.cursor.set(run.end);
-            let _pass = self.gate.enter().await;
+            if !self.admitted(slot, &run, batch).await {
+                return;
+            }
+            let pass = self.gate.enter().await;
             if buffer.in_use() {
                 buffer = self.host.allocate(PIECE_BYTES);
             }
-            if let Err(errno) = self.copy_run(slot, extent, &run, &buffer, batch).await {
+            let copied = self.copy_run(slot, extent, &run, &buffer, batch).await;
+            drop(pass);
+            batch.pacer.borrow_mut().finished();
+            if let Err(errno) = copied {
                 batch.failed.set(Some(errno));
             }
         }
+    }
+
+    /// Waits until a run may be copied; `false` when it is too late.
+    async fn admitted(&self, slot: u8, run: &Range<u64>, batch: &Batch) -> bool {
+        let bytes = (run.end - run.start) * BLOCK_BYTES;
+        while self.resync_target(slot).is_some() && !self.stopping.get() {
+            let admitted = batch.pacer.borrow_mut().admit(self.host.now(), bytes);
+            match admitted {
+                Ok(()) => return true,
+                Err(wait) => self.host.sleep(wait).await,
+            }
+        }
+        false
     }
 
     /// Copies one run of missed blocks within one extent.
@@ -236,8 +280,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Copies the blocks of a run of which not all can be read, each for itself. One of which no
-    /// copy is right is copied as wrong as it is: its checksum comes too and says so.
+    /// Copies the blocks of a run of which not all can be read, each for itself.
     async fn copy_singly(
         self: &Rc<Self>,
         target: &Receiver<D>,
@@ -250,17 +293,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if range.is_empty() {
                 continue;
             }
-            let mut own = self.fresh_span(length(range.end - range.start));
-            let mut read = self.read_settled(&range, own.clone(), Look::RESYNC).await;
-            if read.is_err() && self.maps.borrow().damaged.any_in(block..block + 1) {
-                own = self.fresh_span(own.len);
-                read = self.read_unchecked(&range, own.clone()).await;
-            }
-            match read {
-                Ok(moved) => {
-                    self.write_copy(target, range, moved.unwrap_or(own)).await?;
-                    batch.note_copied(block..block + 1);
-                }
+            let own = self.fresh_span(length(range.end - range.start));
+            let copied = match self.read_settled(&range, own.clone(), Look::RESYNC).await {
+                Ok(moved) => self.write_copy(target, range, moved.unwrap_or(own)).await,
+                Err(errno) => self.resync_damaged(target, Block(block), errno).await,
+            };
+            match copied {
+                Ok(()) => batch.note_copied(block..block + 1),
                 Err(errno) => failed = failed.and(Err(errno)),
             }
         }

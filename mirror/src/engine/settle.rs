@@ -18,11 +18,12 @@
 use super::check::Checked;
 use super::copies::Copies;
 use super::heat::extents;
+use super::outcome::{Report, Settled, is_mend};
 use super::write::intersect;
 use super::{Mirror, Receiver, length};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::SLOTS_MAX;
-use crate::scrub_log::{Done, Finding, FoundBy, What};
+use crate::scrub_log::{Done, FoundBy, What};
 use crate::verdict::{BlockVerdict, Held, Mend, Proof, judge};
 use dirty_map::{BLOCK_BYTES, Block, Known, Sum, SumPage, blocks_covering};
 use std::ops::Range;
@@ -30,7 +31,7 @@ use std::rc::Rc;
 
 /// Blocks that may all be unreadable on every member at once, and still be looked at sector by
 /// sector.
-const COMPOSED_MAX: u64 = 4;
+const COMPOSED_MAX: usize = 4;
 
 /// Who looks, and whether anything is written.
 #[derive(Clone, Copy)]
@@ -52,38 +53,23 @@ impl Look {
     };
 }
 
-/// What comes of a look.
-struct Report {
-    checked: Checked,
-    findings: Vec<Finding>,
-    now_secs: u64,
-    look: Look,
-}
-
-impl Report {
-    fn add(&mut self, slot: Option<u8>, blocks: Range<u64>, what: What, done: Done) {
-        self.checked.findings += 1;
-        let goes_on = |f: &&mut Finding| {
-            (f.slot, f.what, f.done, f.blocks.end) == (slot, what, done, blocks.start)
-        };
-        if let Some(before) = self.findings.iter_mut().rev().find(goes_on) {
-            before.blocks.end = blocks.end;
-            return;
-        }
-        self.findings.push(Finding {
-            when_secs: self.now_secs,
-            slot,
-            blocks,
-            what,
-            done,
-            by: self.look.by,
-        });
-    }
-}
-
-/// Checksums of an extent's blocks: from memory, else from the members' pages.
+/// Checksums of some blocks: from memory, else from the members' pages. Of one moment: an extent
+/// may cool while its page is being read.
 pub(super) struct Sums {
+    first: u64,
+    known: Vec<Known>,
     stored: [Option<SumPage>; SLOTS_MAX],
+}
+
+impl Sums {
+    /// What a member's checksum of `block` is.
+    fn on(&self, slot: u8, block: Block) -> Option<Sum> {
+        match self.known[length(block.0 - self.first)] {
+            Known::Sum(sum) => Some(sum),
+            Known::Stored => self.stored[usize::from(slot)].as_ref()?.get(block),
+            Known::Nothing => None,
+        }
+    }
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -100,15 +86,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let blocks = blocks_covering(range.start, range.end - range.start);
         self.equalise_locked(blocks.clone()).await?;
-        match self.read_written(range, span.clone()).await {
+        match self.read_written(range, span.clone(), true).await {
             Err(Errno::CHECKSUM) => {}
             result => return result,
         }
-        self.settle(&blocks, look).await?;
         // Into a buffer that nothing else may have.
         let own = self.fresh_span(span.len);
-        let moved = self.read_written(range, own.clone()).await?;
-        Ok(Some(moved.unwrap_or(own)))
+        let settled = self.settle(&blocks, look).await?;
+        settled.content_into(&own)?;
+        Ok(Some(own))
     }
 
     /// Reads a range anew after a read that did not fit: no write comes between.
@@ -150,7 +136,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 continue;
             }
             let settled = match self.equalise_locked(blocks.clone()).await {
-                Ok(()) => self.settle(&blocks, Look::READ).await,
+                Ok(()) => self.settle(&blocks, Look::READ).await.map(drop),
                 Err(errno) => Err(errno),
             };
             if let Err(errno) = settled {
@@ -161,54 +147,71 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// The second look at `blocks` of one extent, which the caller has locked and equalised.
+    ///
+    /// # Errors
+    ///
+    /// When no member can read anything of it, or a member was lost over a repair and that could
+    /// not be recorded: a crash would let it answer again.
     pub(super) async fn settle(
         self: &Rc<Self>,
         blocks: &Range<u64>,
         look: Look,
-    ) -> Result<Checked, Errno> {
+    ) -> Result<Settled<D>, Errno> {
         let range = self.block_bytes(blocks);
         let copies = self.read_copies(&range).await;
-        if copies.nothing_readable() && blocks.end - blocks.start > COMPOSED_MAX {
+        let sums = self.sums_of(&copies).await;
+        let composed = self.compose_unreadable(&copies).await;
+        if copies.nothing_readable() && !composed.iter().any(Option::is_some) {
             // No block is at fault for what all share (R8).
             return Err(copies.error.unwrap_or(Errno::IO));
         }
-        let sums = self.sums_of(&copies).await;
-        let composed = self.compose_unreadable(&copies).await;
-        let verdicts = self.judge_all(&copies, &sums, composed.as_deref());
-        let mut report = Report {
+        let verdicts = self.judge_all(&copies, &sums, &composed);
+        let pages_missing = self.unreadable_pages(&copies, &sums);
+        let wanted = !pages_missing.is_empty() || verdicts.iter().any(is_mend);
+        // Nothing is written after a stop, or when nothing can be (R2).
+        let look = Look {
+            repair: look.repair
+                && !self.stopping.get()
+                && !self.write_blocked.get()
+                && (!wanted || self.heat(&range).await.is_ok()),
+            ..look
+        };
+        let mut settled = Settled {
             checked: Checked {
                 blocks: verdicts.len() as u64,
                 member_bytes: copies.bytes_read(),
                 ..Checked::default()
             },
-            findings: Vec::new(),
-            now_secs: self.host.wall_clock_secs(),
-            look,
+            copies,
+            composed,
+            verdicts,
         };
-        let pages_missing = self.unreadable_pages(&copies, &sums);
-        let mends = |v: &BlockVerdict| matches!(v, BlockVerdict::Mend(_));
-        if look.repair && (verdicts.iter().any(mends) || !pages_missing.is_empty()) {
-            self.heat(&range).await?;
+        let mut report = Report::new(look, self.host.wall_clock_secs());
+        if look.repair && wanted {
             self.begin_repair(&range);
-            let repaired = self.mend_all(&copies, composed.as_deref(), &verdicts, &mut report);
-            repaired.await;
+            self.mend_all(&settled, &mut report).await;
             self.end_repair(&range);
         }
-        for (at, verdict) in verdicts.iter().enumerate() {
-            self.note_verdict(&copies, at, verdict, &mut report);
+        for at in 0..settled.verdicts.len() {
+            self.note_verdict(&settled, at, &mut report);
         }
         for slot in pages_missing {
             self.note_page(slot, blocks, &mut report);
         }
+        // Whatever is held of it may be what did not fit.
+        let extent = Block(blocks.start).extent();
+        self.maps.borrow_mut().pages.forget(extent);
         for finding in &report.findings {
             tracing::warn!("{finding:?}");
             self.maps.borrow_mut().log.add(finding);
         }
-        Ok(report.checked)
+        settled.checked.add(report.checked);
+        self.losses_effective().await?;
+        Ok(settled)
     }
 
     /// In flight like any write, or its extents might cool under it (R3).
-    fn begin_repair(&self, range: &Range<u64>) {
+    pub(super) fn begin_repair(&self, range: &Range<u64>) {
         let mut maps = self.maps.borrow_mut();
         let now = self.coarse_now.get();
         for extent in extents(range) {
@@ -217,7 +220,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// The rewritten blocks join the unflushed set like any write's.
-    fn end_repair(&self, range: &Range<u64>) {
+    pub(super) fn end_repair(&self, range: &Range<u64>) {
         let mut maps = self.maps.borrow_mut();
         let now = self.coarse_now.get();
         let blocks = blocks_covering(range.start, range.end - range.start);
@@ -229,25 +232,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// The pages of the extent that `copies` are of, where memory does not know better.
     pub(super) async fn sums_of(&self, copies: &Copies<D>) -> Sums {
-        let mut stored = [const { None }; SLOTS_MAX];
-        let from_disk = |block| self.maps.borrow().sums.get(block) == Known::Stored;
-        if self.sums.are_kept() && copies.blocks().any(from_disk) {
-            let extent = Block(copies.range.start / BLOCK_BYTES).extent();
-            stored = self.stored_pages(extent).await;
+        let mut sums = Sums {
+            first: copies.range.start / BLOCK_BYTES,
+            known: Vec::new(),
+            stored: [const { None }; SLOTS_MAX],
+        };
+        {
+            let maps = self.maps.borrow();
+            let kept = self.sums.are_kept();
+            let known = |block| match kept {
+                true => maps.sums.get(block),
+                false => Known::Nothing,
+            };
+            sums.known = copies.blocks().map(known).collect();
         }
-        Sums { stored }
-    }
-
-    /// What a member's checksum of `block` is.
-    fn sum_on(&self, sums: &Sums, slot: u8, block: Block) -> Option<Sum> {
-        if !self.sums.are_kept() {
-            return None;
+        if sums.known.contains(&Known::Stored) {
+            sums.stored = self.stored_pages(Block(sums.first).extent()).await;
         }
-        match self.maps.borrow().sums.get(block) {
-            Known::Sum(sum) => Some(sum),
-            Known::Stored => sums.stored[usize::from(slot)].as_ref()?.get(block),
-            Known::Nothing => None,
-        }
+        sums
     }
 
     /// Members whose page of checksums was wanted and could not be read.
@@ -266,7 +268,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         &self,
         copies: &Copies<D>,
         sums: &Sums,
-        composed: Option<&[Option<Span<H::Buffer>>]>,
+        composed: &[Option<Span<H::Buffer>>],
     ) -> Vec<BlockVerdict> {
         let mut verdicts = Vec::new();
         copies.for_each_block(|block, contents| {
@@ -274,11 +276,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let held: Vec<Held<'_>> = members
                 .map(|(member, content)| Held {
                     content: *content,
-                    sum: self.sum_on(sums, member.slot, block),
+                    sum: sums.on(member.slot, block),
                 })
                 .collect();
             let at = verdicts.len();
-            let more = composed.and_then(|composed| composed[at].as_ref());
+            let more = composed.get(at).and_then(Option::as_ref);
             let verdict = match more {
                 None => judge(block, &held),
                 Some(span) => span.read(|bytes| {
@@ -301,22 +303,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         verdicts
     }
 
-    /// Of blocks that no member can read as a whole, what can be read sector by sector.
+    /// Of a few blocks that no member can read as a whole, what can be read sector by sector.
     async fn compose_unreadable(
         self: &Rc<Self>,
         copies: &Copies<D>,
-    ) -> Option<Vec<Option<Span<H::Buffer>>>> {
+    ) -> Vec<Option<Span<H::Buffer>>> {
         let mut nowhere = Vec::new();
         copies.for_each_block(|block, contents| {
             nowhere.push((block, contents.iter().all(Option::is_none)));
         });
-        if !nowhere.iter().any(|(_, unreadable)| *unreadable) {
-            return None;
-        }
         let mut composed = Vec::with_capacity(nowhere.len());
+        let few = nowhere.iter().filter(|(_, unreadable)| *unreadable).count() <= COMPOSED_MAX;
         for (Block(block), unreadable) in nowhere {
             let mut content = None;
-            if unreadable {
+            if unreadable && few {
                 let range = self.block_bytes(&(block..block + 1));
                 let own = self.fresh_span(length(range.end - range.start));
                 let read = self.read_unchecked(&range, own.clone()).await;
@@ -324,17 +324,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             composed.push(content);
         }
-        Some(composed)
+        composed
     }
 
     /// Rewrites copies, then records checksums.
-    async fn mend_all(
-        &self,
-        copies: &Copies<D>,
-        composed: Option<&[Option<Span<H::Buffer>>]>,
-        verdicts: &[BlockVerdict],
-        report: &mut Report,
-    ) {
+    async fn mend_all(&self, settled: &Settled<D>, report: &mut Report) {
+        let (copies, verdicts) = (&settled.copies, &settled.verdicts);
         let mut at = 0;
         while at < verdicts.len() {
             let BlockVerdict::Mend(mend) = &verdicts[at] else {
@@ -346,29 +341,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     if (m.source, m.rewrite) == (mend.source, mend.rewrite))
             };
             let mut run = at..at + verdicts[at..].iter().take_while(alike).count();
-            if mend.source >= copies.members.len() {
+            let source = if mend.source < copies.members.len() {
+                copies.span(mend.source, &run)
+            } else {
                 run.end = at + 1;
-            }
-            let source = match copies.members.get(mend.source) {
-                Some(_) => copies.span(mend.source, &run),
-                None => composed.and_then(|composed| composed[at].clone()),
+                settled.composed[at].clone()
             };
             let offset = copies.range.start + at as u64 * BLOCK_BYTES;
+            let first = offset / BLOCK_BYTES;
+            let blocks = first..first + (run.end - run.start) as u64;
             for member in mend.rewrite.iter().filter(|&m| m < copies.members.len()) {
-                let (Some(source), target) = (&source, &copies.members[member]) else {
-                    continue;
-                };
-                let first = offset / BLOCK_BYTES;
-                let blocks = first..first + (run.end - run.start) as u64;
-                if self.rewrite(target, offset, source).await {
-                    let count = blocks.end - blocks.start;
-                    self.slots.borrow_mut()[usize::from(target.slot)].repaired_blocks += count;
-                    self.spend(target.slot, count);
-                } else {
-                    // When it comes back, the block is copied whether it has changed or not.
-                    self.maps.borrow_mut().miss(target.slot, blocks.clone());
-                    let slot = Some(target.slot);
-                    report.add(slot, blocks, What::Unreadable, Done::MemberFailed);
+                if let Some(source) = &source {
+                    let target = &copies.members[member];
+                    self.rewrite_one(target, offset, source, &blocks, report)
+                        .await;
                 }
             }
             at = run.end;
@@ -376,8 +362,39 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.record_mended(copies, verdicts);
     }
 
+    /// Rewrites some blocks on one member, and says so.
+    async fn rewrite_one(
+        &self,
+        target: &Receiver<D>,
+        offset: u64,
+        source: &Span<H::Buffer>,
+        blocks: &Range<u64>,
+        report: &mut Report,
+    ) {
+        let (slot, count) = (target.slot, blocks.end - blocks.start);
+        if self.rewrite(target, offset, source).await {
+            self.slots.borrow_mut()[usize::from(slot)].repaired_blocks += count;
+            self.spend(slot, count);
+            return;
+        }
+        report.failed.push((slot, blocks.clone()));
+        let done = if self.stalls.is_in_sync(slot) {
+            Done::Damaged
+        } else {
+            // When it comes back, the blocks are copied whether they have changed or not.
+            self.maps.borrow_mut().miss(slot, blocks.clone());
+            Done::MemberFailed
+        };
+        report.add(Some(slot), blocks.clone(), What::Unreadable, done);
+    }
+
     /// Writes `source` to one member and reads it back; one that fails is lost.
-    async fn rewrite(&self, target: &Receiver<D>, offset: u64, source: &Span<H::Buffer>) -> bool {
+    pub(super) async fn rewrite(
+        &self,
+        target: &Receiver<D>,
+        offset: u64,
+        source: &Span<H::Buffer>,
+    ) -> bool {
         let offset = self.data_offset + offset;
         let same = |r: &Receiver<D>| r.in_sync && Rc::ptr_eq(&r.disk, &target.disk);
         if !self.view().receivers.iter().any(same) {
@@ -431,13 +448,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Writes down what was found of one block and what was done about it.
-    fn note_verdict(
-        &self,
-        copies: &Copies<D>,
-        at: usize,
-        verdict: &BlockVerdict,
-        report: &mut Report,
-    ) {
+    fn note_verdict(&self, settled: &Settled<D>, at: usize, report: &mut Report) {
+        let (copies, verdict) = (&settled.copies, &settled.verdicts[at]);
         let block = copies.range.start / BLOCK_BYTES + at as u64;
         let blocks = block..block + 1;
         match verdict {
@@ -477,8 +489,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let Some(receiver) = copies.members.get(member) else {
                 continue;
             };
-            if repair && !self.stalls.is_in_sync(receiver.slot) {
-                // Reported when it was lost.
+            if report.has_failed(receiver.slot, block) {
                 continue;
             }
             let what = match copies.readable_at(member, at) {

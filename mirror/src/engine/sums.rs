@@ -30,6 +30,7 @@
 
 use super::heat::extents;
 use super::wait::{RangeGuard, RangeLocks, WaitList};
+use super::write::intersect;
 use super::{FanOut, Mirror, PIECE_BYTES, Receiver, View, front, length, member_io};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::{PAGE_BYTES, RegionKind, SLOTS_MAX};
@@ -41,11 +42,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 /// Pages that one step reads and writes.
-const STEP: usize = 64;
+pub(super) const STEP: usize = 64;
 /// An extent that stays hot is stored as often as this.
 pub(super) const STORED_EVERY: Duration = Duration::from_secs(60);
 /// Extents that stay hot and are stored in one tick.
-const STORED_AT_ONCE: usize = 256;
+const STORED_AT_ONCE: usize = 1024;
 /// Most pages copied to a member in one piece.
 const COPIED: usize = PIECE_BYTES / SUM_PAGE_BYTES;
 
@@ -57,6 +58,8 @@ pub(super) struct SumIo<B> {
     locks: RangeLocks,
     /// Extents whose page is being read for a look.
     loading: RefCell<BTreeSet<Extent>>,
+    /// Extents whose page no member could read when it was asked last.
+    unreadable: RefCell<BTreeSet<Extent>>,
     loaded: WaitList,
     /// One for each slot, while nobody uses it.
     buffers: RefCell<[Option<B>; SLOTS_MAX]>,
@@ -71,6 +74,7 @@ impl<B: Buffer> SumIo<B> {
             table_offset: region.filter(|_| config.checksums).map(|r| r.copy_a),
             locks: RangeLocks::default(),
             loading: RefCell::default(),
+            unreadable: RefCell::default(),
             loaded: WaitList::default(),
             buffers: RefCell::new([const { None }; SLOTS_MAX]),
             stored_hot: Cell::new(0),
@@ -153,9 +157,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Whether every whole block of `range`, which `span` holds, has the checksum that is at
-    /// hand for it.
-    pub(super) fn fits(&self, range: &Range<u64>, span: &Span<H::Buffer>) -> bool {
+    /// Whether every whole block of `range`, which `span` holds, has the checksum that is known
+    /// for it.
+    pub(super) async fn fits(self: &Rc<Self>, range: &Range<u64>, span: &Span<H::Buffer>) -> bool {
+        for extent in extents(range) {
+            let part = intersect(range, &self.extent_bytes(extent));
+            self.page_at_hand(extent).await;
+            // Without a wait from here on, or the page might have gone again.
+            let start = length(part.start - range.start);
+            let len = length(part.end - part.start);
+            if !self.part_fits(&part, &span.slice(start, len)) {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn part_fits(&self, range: &Range<u64>, span: &Span<H::Buffer>) -> bool {
         span.read(|bytes| {
             blocks_covering(range.start, range.end - range.start).all(|block| {
                 let own = self.block_bytes(&(block..block + 1));
@@ -171,35 +189,49 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         })
     }
 
+    /// Whether the page of `extent` on disk says something that is not held.
+    fn lacks_page(&self, extent: Extent) -> bool {
+        let maps = self.maps.borrow();
+        !maps.pages.contains(extent) && maps.sums.needs_stored(extent)
+    }
+
     /// Begins to read the pages that say something of `range` and are not at hand.
     pub(super) fn want_pages(self: &Rc<Self>, range: &Range<u64>) {
         for extent in extents(range) {
-            let maps = self.maps.borrow();
-            let wanted = !maps.pages.contains(extent) && maps.sums.needs_stored(extent);
-            drop(maps);
-            if wanted && self.sums.loading.borrow_mut().insert(extent) {
-                self.spawn(|mirror| async move { mirror.load_page(extent).await });
-            }
+            self.want_page(extent);
         }
     }
 
-    /// Waits for the pages of [`Mirror::want_pages`].
-    pub(super) async fn pages_at_hand(&self, range: &Range<u64>) {
-        let loading = &self.sums.loading;
-        let all_there = || {
-            let loading = loading.borrow();
-            let there = loading.is_empty() || !extents(range).any(|e| loading.contains(&e));
-            there.then_some(())
-        };
-        self.sums.loaded.until(all_there).await;
+    fn want_page(self: &Rc<Self>, extent: Extent) {
+        if self.lacks_page(extent) && self.sums.loading.borrow_mut().insert(extent) {
+            self.sums.unreadable.borrow_mut().remove(&extent);
+            self.spawn(|mirror| async move { mirror.load_page(extent).await });
+        }
+    }
+
+    /// Waits until the page of `extent` is held, is not needed, or could not be read; `false`
+    /// for the last.
+    pub(super) async fn page_at_hand(self: &Rc<Self>, extent: Extent) -> bool {
+        // It may make room for others before this looks.
+        while self.lacks_page(extent) {
+            self.want_page(extent);
+            let loading = &self.sums.loading;
+            let loaded = || (!loading.borrow().contains(&extent)).then_some(());
+            self.sums.loaded.until(loaded).await;
+            if self.sums.unreadable.borrow().contains(&extent) {
+                return false;
+            }
+        }
+        true
     }
 
     async fn load_page(&self, extent: Extent) {
         let turn = self.sums.turn(&[extent]).await;
         let pages = self.read_pages_of(extent, true).await;
-        let page = pages.into_iter().flatten().next();
-        let page = page.unwrap_or_else(SumPage::unknown);
-        self.maps.borrow_mut().pages.put(extent, page);
+        match pages.into_iter().flatten().next() {
+            Some(page) => self.maps.borrow_mut().pages.put(extent, page),
+            None => _ = self.sums.unreadable.borrow_mut().insert(extent),
+        }
         drop(turn);
         self.sums.loading.borrow_mut().remove(&extent);
         self.sums.loaded.wake_all();
@@ -243,24 +275,34 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         pages
     }
 
-    /// Writes the pages of hot extents, in order, durably on every receiving member.
-    ///
-    /// # Errors
-    ///
-    /// When no in-sync member takes them.
-    pub(super) async fn store_pages(&self, extents: &[Extent], store: Store) -> Result<(), Errno> {
+    /// Writes the pages of hot extents, in order, durably on every receiving member. Returns those
+    /// whose page no in-sync member takes: one bad place must not hold up all others.
+    pub(super) async fn store_pages(&self, extents: &[Extent], store: Store) -> Vec<Extent> {
+        let mut failed = Vec::new();
         if !self.sums.are_kept() {
-            return Ok(());
+            return failed;
         }
         for step in extents.chunks(STEP) {
-            let turn = self.sums.turn(step).await;
-            let buffers = self.take_buffers();
-            let stored = self.store_step(step, store, &buffers).await;
-            self.sums.buffers.replace(buffers.map(Some));
-            drop(turn);
-            stored?;
+            if self.store_in_turn(step, store).await.is_ok() {
+                continue;
+            }
+            for extent in step {
+                if let Err(errno) = self.store_in_turn(&[*extent], store).await {
+                    let extent = *extent;
+                    tracing::warn!("the checksums of {extent:?} cannot be stored: {errno}");
+                    failed.push(extent);
+                }
+            }
         }
-        Ok(())
+        failed
+    }
+
+    async fn store_in_turn(&self, step: &[Extent], store: Store) -> Result<(), Errno> {
+        let _turn = self.sums.turn(step).await;
+        let buffers = self.take_buffers();
+        let stored = self.store_step(step, store, &buffers).await;
+        self.sums.buffers.replace(buffers.map(Some));
+        stored
     }
 
     fn take_buffers(&self) -> [H::Buffer; SLOTS_MAX] {
@@ -365,7 +407,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                         len: SUM_PAGE_BYTES,
                     },
                 };
-                readable[usize::from(slot)][at] = self.to_one(receiver, read).await.is_ok();
+                let result = self.to_one(receiver, read).await;
+                readable[usize::from(slot)][at] = result.is_ok();
+                if result == Err(Errno::TIMED_OUT) {
+                    self.begin_loss(slot, "a read got no answer within the deadline");
+                    break;
+                }
             }
         }
         readable
@@ -401,7 +448,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 let own = page_of(receiver);
                 let stored = own.as_ref().or(other.as_ref());
                 let page = match store {
-                    Store::ToCool => maps.sums.page(extent, stored, self.size_bytes),
+                    Store::ToCool => maps.sums.page(extent, stored),
                     Store::StayHot => maps.sums.page_of_hot(extent, stored, left),
                 };
                 put_page(&buffers[usize::from(receiver.slot)], at, &page);
@@ -422,7 +469,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Stores what is settled of extents that have been hot for a while, once a tick. The caller
     /// is inside the gate.
-    pub(super) async fn store_hot(&self) -> Result<(), Errno> {
+    pub(super) async fn store_hot(&self) {
         let _turn = self.cooling.enter().await;
         let now = self.coarse_now.get();
         let mut due = {
@@ -435,47 +482,101 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         due.sort_unstable();
         let count = self.sums.stored_hot.get() + due.len() as u64;
         self.sums.stored_hot.set(count);
-        self.store_pages(&due, Store::StayHot).await
+        let failed = self.store_pages(&due, Store::StayHot).await;
+        tracing::debug!("stored {} pages of hot extents, not {failed:?}", due.len());
     }
 
-    /// Copies the pages of `extents`, in order, from the in-sync members to another one; not
-    /// durable until that one is flushed.
+    /// Copies the pages of `extents`, in order, to a device that does not receive yet; not durable
+    /// until it is flushed.
     ///
     /// # Errors
     ///
-    /// That of the member they are copied to.
+    /// That of the device.
     pub(super) async fn copy_pages(&self, extents: &[Extent], to: &D) -> Result<(), Errno> {
         if !self.sums.are_kept() {
             return Ok(());
         }
         for run in extents.chunk_by(|a, b| a.0 + 1 == b.0) {
             for part in run.chunks(COPIED) {
-                let _turn = self.sums.turn(part).await;
-                let bytes = self.read_run(part).await;
+                // Nobody waits for the device: what is stored meanwhile is copied again.
+                let turn = self.sums.turn(part).await;
+                let pages = self.read_run(part).await;
+                drop(turn);
+                let mut bytes = vec![0; length(part.len() as u64 * PAGE_BYTES)];
+                pages.read(|from| bytes.copy_from_slice(from));
                 member_io::write_bytes(&*self.host, to, self.page_at(part[0]), &bytes).await?;
             }
         }
         Ok(())
     }
 
-    /// The pages of a run of extents as an in-sync member has them.
-    async fn read_run(&self, run: &[Extent]) -> Vec<u8> {
-        let (offset, len) = (self.page_at(run[0]), run.len() as u64 * PAGE_BYTES);
+    /// Copies the pages of `extents`, in order and not more than a step, to a resyncing member; not
+    /// durable until it is flushed.
+    ///
+    /// # Errors
+    ///
+    /// That of the member, or `NO_DEVICE` when it receives no more.
+    pub(super) async fn bring_pages(
+        &self,
+        extents: &[Extent],
+        target: &Receiver<D>,
+    ) -> Result<(), Errno> {
+        if !self.sums.are_kept() || extents.is_empty() {
+            return Ok(());
+        }
+        let _turn = self.sums.turn(extents).await;
+        let mut pages = Vec::new();
+        for run in extents.chunk_by(|a, b| a.0 + 1 == b.0) {
+            pages.push((run[0], self.read_run(run).await));
+        }
+        let same = |r: &Receiver<D>| Rc::ptr_eq(&r.disk, &target.disk);
+        if !self.view().receivers.iter().any(same) {
+            return Err(Errno::NO_DEVICE);
+        }
+        let mut under_way = Vec::new();
+        for (first, span) in pages {
+            let mut fan_out = FanOut::new(&self.stalls);
+            let offset = self.page_at(first);
+            let fua = false;
+            let write = DiskRequest::Write { offset, span, fua };
+            fan_out.push(target.slot, false, target.disk.submit(write));
+            under_way.push(fan_out);
+        }
+        let mut result = Ok(());
+        for fan_out in under_way {
+            let outcomes = fan_out.await;
+            let failed = outcomes.iter().find_map(|outcome| outcome.result.err());
+            result = result.and(failed.map_or(Ok(()), Err));
+        }
+        result
+    }
+
+    /// The pages of a run of extents as an in-sync member has them; nothing is known of what none
+    /// can read.
+    async fn read_run(&self, run: &[Extent]) -> Span<H::Buffer> {
+        let len = length(run.len() as u64 * PAGE_BYTES);
         let view = self.view();
         for receiver in view.receivers.iter().filter(|r| r.in_sync) {
-            let read = member_io::read_bytes(&*self.host, &*receiver.disk, offset, len).await;
-            if let Ok(bytes) = read {
-                return bytes;
+            let span = self.fresh_span(len);
+            let read = DiskRequest::Read {
+                offset: self.page_at(run[0]),
+                span: span.clone(),
+            };
+            match self.to_one(receiver, read).await {
+                Ok(()) => return span,
+                Err(Errno::TIMED_OUT) => {
+                    self.begin_loss(receiver.slot, "a read got no answer within the deadline");
+                }
+                Err(_) => {}
             }
         }
-        let mut bytes = vec![0; length(len)];
-        for (&extent, out) in run.iter().zip(bytes.chunks_exact_mut(SUM_PAGE_BYTES)) {
+        let span = self.fresh_span(len);
+        for (at, &extent) in run.iter().enumerate() {
             let pages = self.read_pages_of(extent, true).await;
-            let page = pages.into_iter().flatten().next();
-            if let (Some(page), Some(out)) = (page, out.first_chunk_mut()) {
-                page.encode(out);
+            if let Some(page) = pages.into_iter().flatten().next() {
+                put_page(&span.buffer, at, &page);
             }
         }
-        bytes
+        span
     }
 }

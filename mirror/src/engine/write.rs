@@ -167,6 +167,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.hot
                 .end_write(extent, intersect(&blocks, &extent.blocks()), now);
         }
+        if written {
+            let blocks = blocks_within(range.start, len);
+            maps.log.cleared(&blocks);
+            maps.damaged.clear(blocks);
+        }
         if self.flush_failures.get() != failures {
             for extent in extents(range) {
                 let part = intersect(&blocks, &extent.blocks());
@@ -181,11 +186,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if written && maps.hot.unequalised_blocks() > 0 {
             // Whole blocks that every in-sync member has just taken are equal again.
             maps.hot.clear_unequalised(blocks_within(range.start, len));
-        }
-        if written {
-            let blocks = blocks_within(range.start, len);
-            maps.log.cleared(&blocks);
-            maps.damaged.clear(blocks);
         }
         if written && !maps.suspect.is_clear() {
             maps.suspect.clear(blocks_within(range.start, len));

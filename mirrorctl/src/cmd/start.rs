@@ -88,6 +88,12 @@ pub(crate) struct Options {
     /// Most that a scrub reads from a member a second
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
     scrub_ceiling: Option<u32>,
+    /// Least that a resync copies a second, whatever it costs the applications [default: 10]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    resync_floor: Option<u32>,
+    /// Most that a resync copies a second
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    resync_ceiling: Option<u32>,
     /// Blocks that may have to be rewritten on a member within so many hours before it is failed;
     /// or `unlimited` [default: 64/24]
     #[arg(long, value_name = "BLOCKS/HOURS")]
@@ -144,6 +150,8 @@ impl Options {
         option("--hot-memory", self.hot_memory.map(|n| number(n.into())));
         option("--scrub-days", self.scrub_days.map(|n| number(n.into())));
         option("--scrub-ceiling", self.scrub_ceiling.map(number));
+        option("--resync-floor", self.resync_floor.map(number));
+        option("--resync-ceiling", self.resync_ceiling.map(number));
         option(
             "--error-budget",
             self.error_budget.map(|budget| budget.to_string().into()),
@@ -277,6 +285,8 @@ mod tests {
             hot_memory: Some(64),
             scrub_days: Some(0),
             scrub_ceiling: Some(90),
+            resync_floor: Some(3),
+            resync_ceiling: Some(70),
             error_budget: Some(ErrorBudget::Unlimited),
             check_reads: Some(CheckReads::ScrubOnly),
             checksum_cache: Some(8),
@@ -288,7 +298,9 @@ mod tests {
             text.join(" "),
             "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
-             --scrub-days 0 --scrub-ceiling 90 --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force --no-intent-unsafe-for-benchmarks -- /a -b"
+             --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
+             --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force \
+             --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
     }

@@ -120,6 +120,8 @@ impl Device {
 
     /// Makes everything written durable.
     pub(super) fn sync(&self) -> io::Result<()> {
+        #[cfg(test)]
+        tests::note(self.medium.path(), Event::Sync);
         self.medium.file().sync_all()
     }
 }
@@ -159,7 +161,7 @@ fn has_gone(error: &io::Error) -> bool {
 }
 
 #[cfg(test)]
-pub(super) use tests::damage;
+pub(super) use tests::{Event, damage, events};
 
 #[cfg(test)]
 mod tests {
@@ -170,6 +172,27 @@ mod tests {
 
     /// Bytes that cannot be read until they have been written.
     static BAD: Mutex<Vec<(PathBuf, Range<u64>)>> = Mutex::new(Vec::new());
+
+    /// What was done to files, in order.
+    static EVENTS: Mutex<Vec<(PathBuf, Event)>> = Mutex::new(Vec::new());
+
+    /// Something done to a file.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(in super::super) enum Event {
+        Write(u64),
+        Sync,
+    }
+
+    pub(super) fn note(path: &Path, event: Event) {
+        EVENTS.lock().unwrap().push((path.to_owned(), event));
+    }
+
+    /// What was done to the files in `dir`, in order.
+    pub(in super::super) fn events(dir: &Path) -> Vec<(PathBuf, Event)> {
+        let mut events = EVENTS.lock().unwrap().clone();
+        events.retain(|(path, _)| path.starts_with(dir));
+        events
+    }
 
     /// Bytes of the file at `path` cannot be read until a single write covers them.
     pub(in super::super) fn damage(path: &Path, range: Range<u64>) {
@@ -188,6 +211,7 @@ mod tests {
     }
 
     pub(super) fn written(path: &Path, offset: u64, len: usize) {
+        note(path, Event::Write(offset));
         let end = offset + len as u64;
         BAD.lock()
             .unwrap()

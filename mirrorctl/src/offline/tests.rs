@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use dirty_map::{Block, Extent};
 
-use super::device::damage;
+use super::device::{Event, damage, events};
 use super::report::{Class, Finding, Kind, Outcome};
 use super::{Inspection, Mode, Request, inspect};
 use crate::progress::Progress;
@@ -15,6 +15,11 @@ use crate::run_dir::RunDir;
 #[path = "../../tests/common/members.rs"]
 mod members;
 use members::{Members, content};
+
+/// Nothing is started here, so nobody has to wait.
+fn programs() -> impl Sized {
+    std::io::sink()
+}
 
 /// Members in a directory of their own, which goes with them.
 struct Made {
@@ -112,6 +117,21 @@ fn without_a_checksum_what_can_be_read_is_vouched_for_before_it_is_copied() {
     let (_, found) = made.run(Mode::Repair);
     assert_eq!(found[0].outcome, Outcome::Mended, "{found:?}");
     assert!(made.members.everything() == before);
+    // Each durable before the next, after what was there has been made durable.
+    let sums = Event::Write(made.members.page_at(Extent(0)));
+    let copy = Event::Write(made.members.block_at(30));
+    let want = [
+        (0, Event::Sync),
+        (1, Event::Sync),
+        (1, sums),
+        (1, Event::Sync),
+        (0, copy),
+        (0, Event::Sync),
+        (0, sums),
+        (0, Event::Sync),
+    ];
+    let want = want.map(|(member, event)| (made.members.paths[member].clone(), event));
+    assert_eq!(events(&made.dir), want);
 }
 
 #[test]
@@ -166,6 +186,9 @@ fn an_unreadable_page_of_checksums_is_written_anew() {
 fn unreadable_blocks_of_hot_extents_are_left_to_the_start() {
     let made = Made::new("hot", 2);
     made.unreadable_block(1, 1024);
+    // Its stored checksums are not even looked at.
+    let at = made.members.page_at(Extent(1));
+    made.unreadable(0, at..at + 1);
     let (inspection, found) = made.run(Mode::Repair);
     let want = (
         Kind::Unreadable,

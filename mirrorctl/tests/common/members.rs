@@ -14,6 +14,10 @@ use mirror::create::{CreateRequest, NewMember, copies, plan};
 use mirror::layout::{Layout, RegionKind};
 use mirror::superblock::{LastStop, SlotState, Superblock};
 
+// A process that is being started holds what its parent has open for writing, and what somebody
+// writes to is refused: the two are kept apart.
+use super::programs;
+
 /// Size of the device: five whole extents and one that ends with a short block.
 pub(crate) const SIZE: u64 = (21 << 20) + 4096 + 512;
 /// The extents' states, in order.
@@ -74,6 +78,7 @@ impl Members {
         };
         let made = plan(&request).unwrap();
         for (path, member) in paths.iter().zip(&made.members) {
+            let _alone = programs();
             let file = File::create(path).unwrap();
             file.set_len(member_bytes).unwrap();
             for (offset, bytes) in member.maps.iter().chain(&member.superblocks) {
@@ -112,11 +117,19 @@ impl Members {
 
     /// Overwrites bytes of a member.
     pub(crate) fn put(&self, member: usize, offset: u64, bytes: &[u8]) {
+        let _alone = programs();
         let file = File::options()
             .write(true)
             .open(&self.paths[member])
             .unwrap();
         file.write_all_at(bytes, offset).unwrap();
+    }
+
+    /// Cuts a member off.
+    pub(crate) fn cut_off(&self, member: usize, len: u64) {
+        let _alone = programs();
+        let file = File::options().write(true).open(&self.paths[member]);
+        file.unwrap().set_len(len).unwrap();
     }
 
     /// Bytes of a member.
