@@ -19,7 +19,7 @@
 //! ```
 //!
 //! The first pass over a mirror starts anywhere, so that mirrors that are restarted often are
-//! scrubbed everywhere. Two lanes check one extent each, so that a disk reads while the other lane
+//! scrubbed everywhere. Four lanes check one extent each, so that disks read while another lane
 //! computes. How far the pass has come is kept in the mirror itself
 //! ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a restart goes on from there.
 //!
@@ -49,7 +49,7 @@ use sweep::{Next, Sweep};
 use wait::News;
 
 /// Extents checked at once.
-const LANES: usize = 2;
+const LANES: usize = 4;
 /// How far a pass has come is kept this often,
 const NOTED_EVERY: Duration = Duration::from_secs(5);
 /// or after so many bytes of the device.

@@ -193,3 +193,83 @@ fn count(ranges: &[Range<u32>], next_written: impl Fn(Extent) -> Option<Extent>)
     }
     count
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use mirror::scrub_log::PassCounts;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn pass(start: u32) -> Pass {
+        Pass {
+            number: 1,
+            began_secs: 0,
+            worked_ms: 0,
+            check_only: false,
+            start: Extent(start),
+            cursor: Extent(start),
+            wrapped: false,
+            left: Vec::new(),
+            counts: PassCounts::default(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_written_is_checked_or_counted(
+            start in 0..5000_u32,
+            every in 1..7_u32,
+            hot in proptest::collection::btree_set(0..5000_u32, 0..20),
+            cools in 0..6_u32,
+            restarts in proptest::collection::btree_set(0..4000_usize, 0..4),
+        ) {
+            let extents = 5000;
+            let is_written = |number: u32| number.is_multiple_of(every);
+            let next_written = |from: Extent| {
+                (from.0..extents).find(|number| is_written(*number)).map(Extent)
+            };
+            let mut sweep = Sweep::new(pass(start), extents);
+            let (mut seen, mut steps, mut rounds) = (BTreeSet::new(), 0, 0);
+            loop {
+                steps += 1;
+                if restarts.contains(&steps) {
+                    sweep = Sweep::new(sweep.noted(Duration::ZERO), extents);
+                }
+                match sweep.next(next_written) {
+                    Next::Extent(extent) if hot.contains(&extent.0) && rounds < cools => {
+                        sweep.left(extent);
+                    }
+                    Next::Extent(extent) => {
+                        sweep.checked(extent, &Checked::default());
+                        seen.insert(extent.0);
+                    }
+                    Next::Cooling => {
+                        sweep.again();
+                        rounds += 1;
+                    }
+                    Next::Later => panic!("nothing is under way"),
+                    Next::Over => break,
+                }
+            }
+            let want: BTreeSet<u32> = (0..extents).filter(|number| is_written(*number)).collect();
+            let missing: BTreeSet<u32> = want.difference(&seen).copied().collect();
+            prop_assert_eq!(sweep.pass().counts.left_out, missing.len() as u64);
+            prop_assert!(missing.is_subset(&hot));
+            prop_assert!(missing.is_empty() || cools > ROUNDS);
+            prop_assert!(seen.is_subset(&want));
+        }
+    }
+
+    #[test]
+    fn very_many_hot_extents_take_a_bounded_memory() {
+        let mut ranges = Vec::new();
+        for number in 0..100_000 {
+            add(&mut ranges, Extent(number * 3));
+            assert!(ranges.len() <= RANGES_MAX);
+        }
+        let covered = |extent: u32| ranges.iter().any(|range| range.contains(&extent));
+        assert!((0..100_000).step_by(997).all(|number| covered(number * 3)));
+    }
+}
