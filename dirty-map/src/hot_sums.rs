@@ -180,7 +180,7 @@ impl HotSums {
         if let Some(entry) = self.table.get_mut(&block) {
             entry.sum = sum;
         } else if *count >= ENTRIES_MAX {
-            if self.to_page(extent) {
+            if self.promote(extent) {
                 self.set(block, sum);
             }
         } else if room {
@@ -200,7 +200,7 @@ impl HotSums {
             Some(Blocks::Few { .. })
         );
         if few && blocks.end - blocks.start >= u64::from(ENTRIES_MAX) / 4 {
-            self.to_page(extent);
+            self.promote(extent);
         }
     }
 
@@ -351,7 +351,7 @@ impl HotSums {
     }
 
     /// Gives an extent a page of its own; `false` when memory is short.
-    fn to_page(&mut self, extent: Extent) -> bool {
+    fn promote(&mut self, extent: Extent) -> bool {
         let Some(Blocks::Few { count, .. }) = self.extents.get(&extent).map(|own| &own.blocks)
         else {
             return true;
