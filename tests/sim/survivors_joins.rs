@@ -42,6 +42,9 @@ fn third_lacks(size: u64, pages: std::ops::Range<u64>) -> Machine {
     for page in pages {
         wr(&machine, page * MISSED_PAGE, 4096);
     }
+    // Cool, and so recorded before anybody joins: what joins has it from its join alone.
+    seconds(&machine, 30);
+    assert_eq!(machine.mirror().status().extents.hot, 0);
     machine
 }
 
