@@ -117,3 +117,18 @@ fn words_that_are_turned_over_are_counted() {
     assert_eq!(map.memory_bytes(), empty);
     assert_eq!(map.count(), 0);
 }
+
+/// A page whose words were turned over is none when it is empty, beside one that is not.
+#[test]
+fn a_page_that_was_turned_over_and_emptied_takes_no_memory() {
+    let node = size_of::<[Page; PAGES_PER_NODE]>();
+    let mut map = MissedMap::new(BLOCKS);
+    let empty = map.memory_bytes();
+    map.set(BITS_PER_PAGE..BITS_PER_PAGE + 1);
+    map.load_word(3, 0x00ff, u64::MAX);
+    map.load_word(3, 0xff0f, u64::MAX);
+    assert_eq!(map.memory_bytes(), empty + node + 2 * WORDS_PER_PAGE * 8);
+    map.clear(3 * 64..3 * 64 + 20);
+    assert_eq!(map.memory_bytes(), empty + node + WORDS_PER_PAGE * 8);
+    assert_eq!(map.count(), 1);
+}

@@ -255,3 +255,20 @@ fn map_sectors_are_tied_to_the_mirrors_uuid() {
     superblock.mirror = Uuid::from_bytes(*b"\x01\x02\x03\x04567890123456");
     assert_eq!(superblock.tag(), 0x0403_0201);
 }
+
+#[test]
+fn slot_numbers_that_make_no_sense_are_damage() {
+    // Three slots, of which the member's own is the first one.
+    for (at, value, sound) in [
+        (188, 2, true),
+        (188, 3, false),
+        (189, 0, false),
+        (189, 10, false),
+    ] {
+        let mut bytes = sample().encode();
+        bytes[at] = value;
+        reseal(&mut bytes);
+        let decoded = Superblock::decode(&bytes);
+        assert_eq!(decoded.is_ok(), sound, "{value} at {at}");
+    }
+}
