@@ -352,3 +352,19 @@ fn only_what_is_at_rest_is_coolable() {
     hot.clear_unequalised(1024..1025);
     assert!(hot.is_coolable(Extent(1)));
 }
+
+/// Clearing up to the end of an extent leaves the next one alone, its memory included.
+#[test]
+fn what_is_equal_ends_with_its_extent() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    for extent in [1, 2] {
+        hot.insert(Extent(extent), NOW);
+        hot.set_unequalised_all(Extent(extent));
+    }
+    let before = hot.memory_bytes();
+    hot.clear_unequalised(1024..2048);
+    assert_eq!(hot.unequalised_blocks(), 1024);
+    assert_eq!(hot.memory_bytes(), before, "both are sets without a mask");
+    hot.clear_unequalised(2048..2049);
+    assert_eq!(hot.memory_bytes(), before + MASK_BYTES);
+}

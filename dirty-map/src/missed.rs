@@ -449,6 +449,10 @@ fn small(number: u64) -> usize {
 }
 
 #[cfg(test)]
+#[path = "missed_tests.rs"]
+mod levels;
+
+#[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
@@ -456,26 +460,6 @@ mod tests {
     use proptest::prelude::*;
 
     const TIB: u64 = 1 << 28;
-
-    #[test]
-    fn memory_grows_by_mixed_pages_and_nodes() {
-        let mut map = MissedMap::new(3 * BITS_PER_NODE);
-        let empty = map.memory_bytes();
-        assert_eq!(empty, 3 * size_of::<Node>());
-        let page = WORDS_PER_PAGE * 8;
-        let node = size_of::<[Page; PAGES_PER_NODE]>();
-        for (blocks, pages, nodes) in [
-            (7..8, 1, 1),
-            (9..10, 1, 1),
-            (BITS_PER_PAGE..BITS_PER_PAGE + 1, 2, 1),
-            (2 * BITS_PER_NODE + 5..2 * BITS_PER_NODE + 6, 3, 2),
-            // A page that is set throughout is none.
-            (0..BITS_PER_PAGE, 2, 2),
-        ] {
-            map.set(blocks);
-            assert_eq!(map.memory_bytes(), empty + pages * page + nodes * node);
-        }
-    }
 
     #[test]
     fn uniform_maps_take_no_memory() {

@@ -375,6 +375,25 @@ mod tests {
         assert_eq!(counts, [0, 0, extents, 0]);
     }
 
+    /// Extents that come by loads and by themselves are counted together.
+    #[test]
+    fn a_page_of_several_states_is_not_uniform() {
+        let mut map = StateMap::new(4096);
+        let mut payload = [0; PAYLOAD_BYTES];
+        payload[..8].fill(0b0101_0101);
+        map.load_payload(0, &payload);
+        for extent in 64..128 {
+            map.force(Extent(extent), ExtentState::Hot);
+        }
+        payload[8..16].fill(0b0101_0101);
+        payload[16..32].fill(0b1010_1010);
+        map.load_payload(0, &payload);
+        let counts = ALL.map(|state| map.count(state));
+        assert_eq!(counts, [4096 - 128, 64, 64, 0]);
+        let states = [0, 63, 64, 127, 128].map(|extent| map.get(Extent(extent)) as u8);
+        assert_eq!(states, [1, 1, 2, 2, 0]);
+    }
+
     #[test]
     fn only_the_diagrams_arrows_are_taken() {
         let legal: Vec<(ExtentState, ExtentState)> = ALL

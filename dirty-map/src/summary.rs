@@ -109,6 +109,7 @@ mod tests {
             summary.set(page);
         }
         assert_eq!(summary.iter().collect::<Vec<_>>(), pages);
+        assert!((0..5000).all(|page| summary.get(page) == pages.contains(&page)));
         let mut copy = Summary::new(5000);
         for sector in 0..2 {
             let mut payload = [0; PAYLOAD_BYTES];

@@ -14,3 +14,9 @@ fn memory_for_decoding_grows_with_the_line() {
     assert_eq!(bytes, [4096, 4192, 100_096]);
     assert!(decoded_bytes_max(MAX_REQUEST_BYTES) < 8 << 20);
 }
+
+#[test]
+fn an_error_number_is_said_in_words() {
+    let words = crate::Errno::IO.to_string();
+    assert!(words.contains("os error 5"), "{words}");
+}

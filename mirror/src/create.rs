@@ -411,4 +411,57 @@ mod tests {
             assert!(error.contains(want), "{error}");
         }
     }
+
+    #[test]
+    fn what_is_known_of_a_device_is_recorded() {
+        let mut asked = request(&[1 << 30, 1 << 30]);
+        asked.members[1].zeroed = true;
+        asked.members[1].path = "/".to_owned() + &"x".repeat(ADDRESS_BYTES_MAX);
+        let plan = plan(&asked).unwrap();
+        let [(_, a), (_, b)] = &plan.members[0].superblocks[..] else {
+            panic!("two copies");
+        };
+        let slots = Superblock::load(a, b).unwrap().superblock.slots;
+        assert_eq!((slots[0].zeroed, slots[1].zeroed), (false, true));
+        assert_eq!(slots[0].address, "/dev/d0");
+        assert_eq!(slots[1].address, "", "too long to be a hint");
+        let longest = "x".repeat(ADDRESS_BYTES_MAX);
+        assert_eq!(hint(&longest), longest);
+        assert_eq!(wipe_ranges(), [(4096, 4096), (8192, 4096)]);
+    }
+
+    #[test]
+    fn a_logical_block_is_no_smaller_than_any_members() {
+        let block = |of_members: u32, asked: Option<u32>| {
+            let mut request = request(&[1 << 30, 1 << 30]);
+            request.members[1].logical_block_bytes = of_members;
+            request.logical_block_bytes = asked;
+            logical_block(&request).ok()
+        };
+        assert_eq!(block(512, None), Some(512));
+        assert_eq!(block(4096, None), Some(4096));
+        assert_eq!(block(512, Some(4096)), Some(4096));
+        assert_eq!(block(4096, Some(512)), None);
+        assert_eq!(block(512, Some(1024)), None);
+    }
+
+    #[test]
+    fn sizes_at_the_limits() {
+        let sized = |asked: Option<u64>, smallest: u64| {
+            let mut request = request(&[1 << 60, smallest]);
+            request.size_bytes = asked;
+            size(&request, 512).ok()
+        };
+        assert_eq!(
+            sized(Some(MIRROR_BYTES_MAX), 1 << 60),
+            Some(MIRROR_BYTES_MAX)
+        );
+        assert_eq!(sized(Some(MIRROR_BYTES_MAX + 512), 1 << 60), None);
+        assert_eq!(sized(Some(512), 1 << 60), Some(512));
+        assert_eq!(sized(Some(256), 1 << 60), None);
+        assert_eq!(sized(Some(0), 1 << 60), None);
+        assert_eq!(sized(None, 1 << 60), Some(MIRROR_BYTES_MAX));
+        assert!(sized(None, MEMBER_BYTES_MIN).is_some());
+        assert_eq!(sized(None, MEMBER_BYTES_MIN - 4096), None);
+    }
 }

@@ -274,4 +274,36 @@ mod tests {
         into_data.regions.last_mut().unwrap().len = 1 << 40;
         assert!(!into_data.is_sound());
     }
+
+    #[test]
+    fn tables_at_the_limits_of_what_is_sound() {
+        let good = || {
+            let mut layout = Layout::for_size(1 << 30);
+            layout.data_offset += 4 << 20;
+            layout
+        };
+        let with = |change: &dyn Fn(&mut Layout)| {
+            let mut layout = good();
+            change(&mut layout);
+            layout.is_sound()
+        };
+        assert!(good().is_sound());
+        assert!(with(&|layout| layout.data_offset = MIRROR_BYTES_MAX));
+        assert!(!with(&|layout| layout.data_offset = MIRROR_BYTES_MAX + 4096));
+        // The last region may move and grow, in whole pages and to twice what is needed.
+        let last = |layout: &mut Layout, by: u64, len: u64| {
+            let region = layout.regions.last_mut().unwrap();
+            let (copy_a, old) = (region.copy_a + by, region.len);
+            region.len = if len == 0 { old } else { len };
+            (region.copy_a, region.copy_b) = (copy_a, copy_a + region.len.next_multiple_of(4096));
+        };
+        let len = SCRUB_PAGES * PAGE_BYTES;
+        assert!(with(&|layout| last(layout, 4096, 0)));
+        assert!(!with(&|layout| last(layout, 512, 0)), "off the pages");
+        assert!(!with(&|layout| last(layout, 0, len + 512)), "half a page");
+        assert!(with(&|layout| last(layout, 0, len + 4096)));
+        assert!(with(&|layout| last(layout, 0, 2 * len)));
+        assert!(!with(&|layout| last(layout, 0, 2 * len + 4096)));
+        assert!(!with(&|layout| last(layout, 0, len - 4096)));
+    }
 }

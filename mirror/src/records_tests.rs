@@ -84,7 +84,14 @@ fn an_older_copy_is_marked_once() {
     assert_eq!((marked.event_count, marked.updated_secs), (20, 50));
     assert_eq!((marked.own_slot, marked.member), (1, Uuid::from_u128(101)));
     assert_eq!(marked.own_record().state, SlotState::Stale);
-    let again = [seen(config, 9), seen(marked.clone(), 9)];
+    // The next start finds the mirror further on, and the copy marked.
+    let later = Superblock {
+        event_count: 31,
+        updated_secs: 90,
+        write_count: 500,
+        ..config
+    };
+    let again = [seen(later, 9), seen(marked.clone(), 9)];
     assert_eq!(disown(&again, &plan), []);
 }
 
@@ -108,9 +115,30 @@ fn a_start_by_force_is_recorded_as_one() {
         };
         start(&mut config, &seen, &plan, forced, 10);
         assert_eq!(config.forced, recorded);
+        let third = [SlotState::Faulty, SlotState::Missing][usize::from(!plan.lost.is_empty())];
+        assert_eq!(config.slots[2].state, third);
         assert_eq!(config.epoch.id, 10, "somebody is not in-sync");
         assert_eq!(config.slots[0].state, SlotState::InSync);
     }
+}
+
+/// Who is lost by a start is stale when it is there, and is not to come back by delta.
+#[test]
+fn a_member_that_is_lost_and_there_is_stale() {
+    let mut config = superblock(0);
+    let seen = [seen(config.clone(), 9), seen(superblock(1), 9)];
+    let full = Verdict::Full {
+        reason: "older".into(),
+    };
+    let plan = Plan {
+        newest: 0,
+        verdicts: vec![Verdict::InSync, full],
+        lost: vec![(1, "older".into()), (2, "not found".into())],
+    };
+    start(&mut config, &seen, &plan, false, 10);
+    let states: Vec<SlotState> = config.slots.iter().map(|slot| slot.state).collect();
+    let expected = [SlotState::InSync, SlotState::Stale, SlotState::Missing];
+    assert_eq!(states, expected);
 }
 
 /// A member whose verdict is another one than in-sync is not made so by a start.

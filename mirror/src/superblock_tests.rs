@@ -194,3 +194,81 @@ fn a_mirror_without_a_scrub_log_is_sound() {
     let again = Superblock::decode(&superblock.encode());
     assert_eq!(again, Ok(superblock));
 }
+
+#[test]
+fn limits_are_inside() {
+    let decoded = |change: &dyn Fn(&mut Superblock)| {
+        let mut superblock = sample();
+        change(&mut superblock);
+        let decoded = Superblock::decode(&superblock.encode());
+        if let Ok(decoded) = &decoded {
+            assert_eq!(*decoded, superblock);
+        }
+        decoded.is_ok()
+    };
+    let sized = |size: u64| {
+        decoded(&|superblock: &mut Superblock| superblock.layout = Layout::for_size(size))
+    };
+    assert!(sized(MIRROR_BYTES_MAX) && !sized(MIRROR_BYTES_MAX + 4096));
+    assert!(sized(1 << 30) && !sized((1 << 30) + 256) && !sized(0));
+    assert!(decoded(&|superblock| {
+        superblock.history = (0..48)
+            .map(|id| Epoch {
+                id,
+                ordinal: 60 - u32::try_from(id).unwrap(),
+            })
+            .collect();
+    }));
+    // Every flag alone.
+    for flag in 0..8 {
+        assert!(decoded(&|superblock| {
+            let slot = &mut superblock.slots[1];
+            (slot.zeroed, slot.full) = (flag & 1 != 0, flag & 2 != 0);
+            slot.loss.as_mut().unwrap().block_exact = flag & 4 != 0;
+            (superblock.forced, superblock.flush_failed) = (flag & 1 != 0, flag & 2 != 0);
+        }));
+    }
+}
+
+#[test]
+fn unknown_features_of_either_kind_refuse() {
+    for at in [24, 32] {
+        let mut bytes = sample().encode();
+        bytes[at] |= 4;
+        reseal(&mut bytes);
+        let refused = Superblock::decode(&bytes);
+        assert!(matches!(refused, Err(SuperblockError::TooNew(_))), "{at}");
+    }
+}
+
+#[test]
+fn of_two_copies_of_one_count_the_first_one_counts() {
+    let (first, mut second) = (sample(), sample());
+    second.event_count += 1;
+    let loaded = Superblock::load(&first.encode(), &second.encode()).unwrap();
+    assert!(loaded.needs_mending && loaded.superblock == first);
+}
+
+#[test]
+fn map_sectors_are_tied_to_the_mirrors_uuid() {
+    let mut superblock = sample();
+    superblock.mirror = Uuid::from_bytes(*b"\x01\x02\x03\x04567890123456");
+    assert_eq!(superblock.tag(), 0x0403_0201);
+}
+
+#[test]
+fn slot_numbers_that_make_no_sense_are_damage() {
+    // Three slots, of which the member's own is the first one.
+    for (at, value, sound) in [
+        (188, 2, true),
+        (188, 3, false),
+        (189, 0, false),
+        (189, 10, false),
+    ] {
+        let mut bytes = sample().encode();
+        bytes[at] = value;
+        reseal(&mut bytes);
+        let decoded = Superblock::decode(&bytes);
+        assert_eq!(decoded.is_ok(), sound, "{value} at {at}");
+    }
+}

@@ -309,3 +309,13 @@ fn a_start_without_members_says_so() {
         .unwrap_err();
     assert_eq!(unknown.kind, ErrorKind::NotFound);
 }
+
+#[test]
+fn memory_is_as_long_as_it_was_asked_for() {
+    use mirror::{Buffer as _, Host as _};
+    let machine = Machine::new(1, 2, 64 << 20);
+    let host = mirror::sim::SimHost(machine.world.clone());
+    let (some, none) = (host.allocate(8192), host.allocate(0));
+    assert_eq!((some.len(), some.is_empty()), (8192, false));
+    assert_eq!((none.len(), none.is_empty()), (0, true));
+}

@@ -16,14 +16,14 @@ use std::time::Duration;
 const SIZE: u64 = (60 << 20) + (1 << 20) + 512;
 const MIB: u64 = 1 << 20;
 
-/// A mirror with data in these ranges, durably.
-fn written(seed: u64, members: usize, ranges: &[Range<u64>]) -> Machine {
+/// A mirror with data in these ranges (start, end), durably.
+fn written(seed: u64, members: usize, ranges: &[(u64, u64)]) -> Machine {
     let mut machine = Machine::new(seed, members, SIZE);
     machine.start();
-    for range in ranges {
-        let mut at = range.start;
-        while at < range.end {
-            let len = (range.end - at).min(MIB);
+    for &(start, end) in ranges {
+        let mut at = start;
+        while at < end {
+            let len = (end - at).min(MIB);
             wr(&machine, at, len as usize);
             at += len;
         }
@@ -72,7 +72,7 @@ fn zeroes_of_any_range_are_zeroes_there_and_nowhere_else() {
         (60 * MIB..SIZE - 512, 0..0),
         (0..SIZE, 0..SIZE),
     ] {
-        let mut machine = written(0, 2, &[0..14 * MIB, 56 * MIB..SIZE]);
+        let mut machine = written(0, 2, &[(0, 14 * MIB), (56 * MIB, SIZE)]);
         write_zeroes(&machine, range.clone(), true);
         for extent in (0..14 * MIB).step_by(4 << 20).chain([56 * MIB, 60 * MIB]) {
             let zeroes = machine.mirror().reads_as_zeroes(extent);
@@ -102,7 +102,7 @@ fn five() -> u64 {
 /// Zeroes over what reads as zeroes leave the disks alone.
 #[test]
 fn zeroes_over_nothing_write_nothing() {
-    let machine = written(0, 2, &[0..MIB]);
+    let machine = written(0, 2, &[(0, MIB)]);
     let before = machine.mirror().status();
     write_zeroes(&machine, 9 * MIB..23 * MIB, true);
     let after = machine.mirror().status();
@@ -115,7 +115,7 @@ fn zeroes_over_nothing_write_nothing() {
 #[test]
 fn a_discard_tells_every_disk_of_whole_extents() {
     for range in [4 * MIB..8 * MIB, 3 * MIB..9 * MIB, 56 * MIB..SIZE] {
-        let machine = written(0, 2, &[0..12 * MIB, 52 * MIB..SIZE]);
+        let machine = written(0, 2, &[(0, 12 * MIB), (52 * MIB, SIZE)]);
         let all = 0..SIZE;
         let before: Vec<_> = (0..2)
             .map(|slot| on_disk(&machine, slot, all.clone()))
@@ -144,7 +144,7 @@ fn a_discard_tells_every_disk_of_whole_extents() {
 /// A disk that does not answer a discard is lost for the stall; one more error is none.
 #[test]
 fn a_discard_without_an_answer_is_a_stall() {
-    let machine = written(0, 2, &[0..12 * MIB]);
+    let machine = written(0, 2, &[(0, 12 * MIB)]);
     let hang = Rc::new(RefCell::new(false));
     let (client, done) = (machine.client(), hang.clone());
     machine.world.spawn_task(async move {
@@ -169,7 +169,7 @@ fn a_discard_without_an_answer_is_a_stall() {
 #[test]
 fn a_discard_that_is_not_recorded_leaves_the_data() {
     for seed in seeds(10) {
-        let mut machine = written(seed, 3, &[0..12 * MIB]);
+        let mut machine = written(seed, 3, &[(0, 12 * MIB)]);
         machine.fail(2).unwrap();
         for disk in &machine.disks {
             disk.set_faults(Faults {
@@ -213,7 +213,7 @@ fn what_is_bad_here_is_read_there() {
         (vec![5, 6, 7, 700], vec![4, 8, 699, 701], None),
         (vec![5, 44], vec![44, 9], Some(44)),
     ] {
-        let mut machine = written(0, 2, &[0..3 * MIB]);
+        let mut machine = written(0, 2, &[(0, 3 * MIB)]);
         let begin = MIB + 8 * 512;
         let sector = |sector: u64| machine.data_offset + begin + sector * 512;
         for (disk, bad) in machine.disks.iter().zip([&first, &second]) {
@@ -254,7 +254,7 @@ fn what_is_bad_here_is_read_there() {
 /// A repair of more than one piece, that ends in the short block at the end of the device.
 #[test]
 fn one_bad_sector_of_a_large_read_is_one_block() {
-    let mut machine = written(0, 2, &[57 * MIB..SIZE]);
+    let mut machine = written(0, 2, &[(57 * MIB, SIZE)]);
     let at = machine.data_offset + SIZE - 512;
     // An idle mirror asks the first member first.
     machine.disks[0].spoil(at);
@@ -283,7 +283,7 @@ fn only_after_the_deadline_is_a_member_lost() {
     for (millis, lost) in [(4900, false), (5800, true)] {
         for phase in 0..8 {
             for request in 0..3 {
-                let machine = written(0, 2, &[0..MIB]);
+                let machine = written(0, 2, &[(0, MIB)]);
                 let host = SimHost(machine.world.clone());
                 let wait = move |millis| host.sleep(Duration::from_millis(millis));
                 machine.world.block_on(wait(phase * 85 + 3));
@@ -319,7 +319,7 @@ fn only_after_the_deadline_is_a_member_lost() {
 /// A range beyond the device or off the blocks is refused before anything is done.
 #[test]
 fn ranges_that_do_not_fit_are_refused() {
-    let machine = written(0, 2, &[0..MIB]);
+    let machine = written(0, 2, &[(0, MIB)]);
     let client = machine.client();
     let operations = machine.operations();
     machine.world.block_on(async move {
