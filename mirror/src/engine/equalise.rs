@@ -164,6 +164,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         })?;
         let mut lacking = [None; SLOTS_MAX];
         for (member, receiver) in copies.members.iter().enumerate() {
+            if !self.stalls.is_in_sync(receiver.slot) {
+                // Lost over the read.
+                continue;
+            }
             let written = self.write_chosen(&copies, &choices, member, suspect).await;
             lacking[usize::from(receiver.slot)] = written.err();
         }
