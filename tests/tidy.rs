@@ -27,8 +27,9 @@ const UNSAFE_FILE: &str = "ublk-target/src/sys.rs";
 const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dirty-map", &[]),
     ("mirror", &["dirty-map"]),
-    ("ublk-target", &["dirty-map", "mirror"]),
-    ("mirrorctl", &["dirty-map", "mirror"]),
+    ("peer", &["dirty-map", "mirror"]),
+    ("ublk-target", &["dirty-map", "mirror", "peer"]),
+    ("mirrorctl", &["dirty-map", "mirror", "peer"]),
 ];
 
 /// External crates that only one crate may use.
