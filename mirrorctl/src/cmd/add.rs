@@ -25,6 +25,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let path = path_text(&args.path)?;
+    super::refuse_long_address(&path)?;
     let status = client::status(&context.run_dir, &args.name)?;
     let held = status.members.iter().find(|m| m.path == path && m.attached);
     if let Some(member) = held {
