@@ -35,7 +35,10 @@ const KEEPALIVE_PROBES: u32 = 3;
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
     /// Nobody is there.
-    #[error("{address} cannot be reached: {source}; check the address, the server and the network")]
+    #[error(
+        "{address} cannot be reached: {}; check the address, the server and the network",
+        words(source)
+    )]
     Unreachable {
         /// The export.
         address: Address,
@@ -95,6 +98,13 @@ impl ConnectError {
     pub fn is_absence(&self) -> bool {
         !matches!(self, Self::Unusable { .. })
     }
+}
+
+/// The system's words for an error, without the number that Rust appends.
+fn words(error: &io::Error) -> String {
+    let mut text = error.to_string();
+    text.truncate(text.rfind(" (os error").unwrap_or(text.len()));
+    text
 }
 
 /// A stream socket with limits of time.

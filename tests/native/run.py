@@ -21,9 +21,10 @@ import t_crash
 import t_damage
 import t_input
 import t_life
+import t_peer
 import t_space
 
-MODULES = [t_life, t_crash, t_input, t_damage, t_space]
+MODULES = [t_life, t_crash, t_input, t_damage, t_space, t_peer]
 
 
 def tests():

@@ -365,8 +365,11 @@ fn report(
     }))
 }
 
-/// The text with its first letter as a capital.
+/// The text with its first letter as a capital, except where that is a part of an address.
 fn capital(text: &str) -> String {
+    if text.split(' ').next().is_some_and(peer::is_address) {
+        return text.to_owned();
+    }
     let mut chars = text.chars();
     match chars.next() {
         Some(first) => first.to_uppercase().chain(chars).collect(),
@@ -392,5 +395,6 @@ mod tests {
     fn sentences_begin_with_a_capital() {
         assert_eq!(capital("a mirror"), "A mirror");
         assert_eq!(capital(""), "");
+        assert_eq!(capital("nbd://h/m has 1 byte"), "nbd://h/m has 1 byte");
     }
 }
