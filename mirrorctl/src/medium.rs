@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use mirror::superblock::{
     COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loaded, Superblock, SuperblockError,
 };
+use peer::blocking::CONNECT_PATIENCE;
 use peer::{Address, Client};
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
 
@@ -130,7 +131,7 @@ impl Medium {
     /// Opens the device or file at `path`, or connects to the export there.
     pub(crate) fn open(path: &Path, access: Access) -> Result<Self, Failure> {
         if is_address(path) {
-            return Self::connect(path);
+            return Self::connect(path, access);
         }
         let cannot = |e: &io::Error| {
             Failure::new(
@@ -182,10 +183,13 @@ impl Medium {
         Self::measure(path, file, kind).map_err(|e| cannot(&e))
     }
 
-    fn connect(path: &Path) -> Result<Self, Failure> {
+    fn connect(path: &Path, access: Access) -> Result<Self, Failure> {
         let address = address(path)?;
-        let client = Client::connect(&address)
-            .map_err(|e| Failure::new(Exit::from(e.kind()), format!("{e}.")))?;
+        let client = match access {
+            Access::Look => Client::look(&address, CONNECT_PATIENCE),
+            Access::Exclusive => Client::connect(&address),
+        };
+        let client = client.map_err(|e| Failure::new(Exit::from(e.kind()), format!("{e}.")))?;
         Ok(Self {
             path: path.to_owned(),
             size_bytes: client.export().usable_bytes(),

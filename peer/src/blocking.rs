@@ -246,11 +246,27 @@ impl Client {
     /// When the server cannot be reached within [`CONNECT_PATIENCE`], refuses, or its export is
     /// not fit for a member.
     pub fn connect(address: &Address) -> Result<Self, ConnectError> {
-        let give_up = Instant::now() + CONNECT_PATIENCE;
+        let client = Self::look(address, CONNECT_PATIENCE)?;
+        match client.export.check() {
+            Ok(()) => Ok(client),
+            Err(source) => Err(ConnectError::Unusable {
+                address: address.clone(),
+                source,
+            }),
+        }
+    }
+
+    /// Connects within `patience` to whatever is exported, to look at it.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be reached or refuses.
+    pub fn look(address: &Address, patience: Duration) -> Result<Self, ConnectError> {
+        let give_up = Instant::now() + patience;
         let trouble = |source: io::Error| match source.kind() {
             io::ErrorKind::TimedOut => ConnectError::NoAnswer {
                 address: address.clone(),
-                seconds: CONNECT_PATIENCE.as_secs(),
+                seconds: patience.as_secs(),
             },
             _ => ConnectError::Unreachable {
                 address: address.clone(),
@@ -273,10 +289,6 @@ impl Client {
         let Some(export) = handshake.export() else {
             unreachable!("a handshake that is over has an export")
         };
-        export.check().map_err(|source| ConnectError::Unusable {
-            address: address.clone(),
-            source,
-        })?;
         Ok(Self {
             stream,
             address: address.clone(),
@@ -451,3 +463,7 @@ impl Drop for Client {
 fn length(bytes: u64) -> io::Result<usize> {
     usize::try_from(bytes).map_err(io::Error::other)
 }
+
+#[cfg(test)]
+#[path = "blocking_tests.rs"]
+mod tests;

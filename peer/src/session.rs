@@ -151,6 +151,8 @@ impl<T> Session<T> {
                 generation: 0,
                 asked: None,
             });
+            // Room for all of them, so that taking a reply needs no memory.
+            self.free.reserve(self.places.len());
             number
         });
         let place = &mut self.places[number as usize];

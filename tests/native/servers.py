@@ -178,8 +178,9 @@ class Scripted:
 
     FLAGS = 1 | nbd.FLAG_FLUSH | nbd.FLAG_FUA | nbd.FLAG_TRIM | nbd.FLAG_WRITE_ZEROES
 
-    def __init__(self, area, name, size=SIZE, flags=FLAGS, sizes=None):
+    def __init__(self, area, name, size=SIZE, flags=FLAGS, sizes=None, greeting=None):
         self.flags, self.sizes, self.data = flags, sizes, bytearray(size)
+        self.greeting = greeting or b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
         self.socket = area.file(f"{name}.socket")
         self.address = f"nbd+unix:///?socket={self.socket}"
         self.how, self.done, self.asked = None, threading.Event(), 0
@@ -249,7 +250,7 @@ class Scripted:
         return data
 
     def _handshake(self, connection):
-        connection.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+        connection.sendall(self.greeting)
         self._take(connection, 4)
         _, option, length = struct.unpack(">8sII", self._take(connection, 16))
         self._take(connection, length)

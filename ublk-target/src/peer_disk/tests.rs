@@ -364,11 +364,12 @@ fn an_orphans_late_data_go_into_its_own_buffer() {
 fn a_server_that_only_hangs_is_let_go_of() {
     on_ring(32, |ring| {
         // Takes the first header only, so that the rest fills the socket.
-        let (begun, wait) = mpsc::channel();
+        let ((begun, wait), (release, held)) = (mpsc::channel(), mpsc::channel::<()>());
         let (disk, peers, server) = disk(&ring, ALL, BlockSizes::DEFAULT, move |mut server| {
             let mut header = [0; REQUEST_BYTES];
             server.0.read_exact(&mut header).unwrap();
             begun.send(()).unwrap();
+            held.recv().unwrap_err();
             let mut rest = Vec::new();
             server.0.read_to_end(&mut rest).unwrap_or(0)
         });
@@ -393,9 +394,11 @@ fn a_server_that_only_hangs_is_let_go_of() {
             assert_eq!(disk.in_flight(), 0);
             assert_eq!(waits.await, Err(GONE));
             assert!(!target.in_use() && !buffers.iter().any(|it| it.in_use()));
+            drop(release);
         })
         .unwrap();
-        server.join().unwrap();
+        let sent = server.join().unwrap();
+        assert!(sent < 32 << 20, "the server was not stuck: {sent} bytes came");
     });
 }
 
