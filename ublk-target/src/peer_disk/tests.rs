@@ -136,7 +136,9 @@ fn many_requests_are_answered_in_any_order() {
         ring.block_on(async move {
             let buffers: Vec<_> = (0..64).map(|at| buffer(4096, at)).collect();
             // Sizes from less to much more than one receive brings.
-            let larger: Vec<_> = (0..16).map(|at| IoBuffer::zeroed(4096 << at / 2)).collect();
+            let larger: Vec<_> = (0..16)
+                .map(|at| IoBuffer::zeroed(4096 << (at / 2)))
+                .collect();
             let writes: Vec<_> = (0_u64..)
                 .zip(&buffers[..48])
                 .map(|(at, buffer)| write(&ours, at * 4096, buffer, at % 2 == 1))
@@ -181,7 +183,15 @@ fn what_the_server_does_not_offer_is_done_otherwise_or_refused() {
             let mut got = Vec::new();
             while let Some(request) = server.next() {
                 let refused = if request.offset == 1 << 20 { 28 } else { 0 };
-                server.reply(request.cookie, refused, &[]);
+                let bytes = |len| (0..len).map(|at| content(request.offset + u64::from(at)));
+                let right: Vec<u8> = bytes(request.len).collect();
+                let data = if request.kind == READ {
+                    &right[..]
+                } else {
+                    &[]
+                };
+                server.reply(request.cookie, refused, data);
+                assert!(request.kind != WRITE || request.data == right);
                 got.push((request.kind, request.flags, request.offset, request.len));
             }
             got
@@ -195,11 +205,17 @@ fn what_the_server_does_not_offer_is_done_otherwise_or_refused() {
             assert_eq!(zeroes.await, Err(Errno::NOT_SUPPORTED));
             let discard = disk.submit(DiskRequest::Discard { offset, len });
             assert_eq!(discard.await, Err(Errno::NOT_SUPPORTED));
-            // FUA is a flush after the last part.
-            let long = buffer(20 << 10, 1);
+            // FUA is a flush after the last part; each part is of the right bytes.
+            let (long, back) = (IoBuffer::zeroed(20 << 10), IoBuffer::zeroed(20 << 10));
+            let right = |at: usize| content(4096 + at as u64);
+            long.fill(|bytes| (0..).zip(bytes).for_each(|(at, byte)| *byte = right(at)));
             assert_eq!(write(&disk, 4096, &long, true).await, Ok(()));
+            assert_eq!(read(&disk, 4096, &back).await, Ok(()));
+            let same = |ours: &[u8]| back.read(|bytes| bytes[..20 << 10] == ours[..20 << 10]);
+            assert!(long.read(same));
             // A write that failed is not flushed.
-            let failed = write(&disk, 1 << 20, &buffer(4096, 1), true).await;
+            let failed = buffer(4096, content(1 << 20));
+            let failed = write(&disk, 1 << 20, &failed, true).await;
             assert_eq!(failed, Err(Errno::NO_SPACE));
             assert_eq!(disk.submit(DiskRequest::Flush).await, Ok(()));
         })
@@ -210,6 +226,9 @@ fn what_the_server_does_not_offer_is_done_otherwise_or_refused() {
             (WRITE, 0, 12288, 8192),
             (WRITE, 0, 20480, 4096),
             (FLUSH, 0, 0, 0),
+            (READ, 0, 4096, 8192),
+            (READ, 0, 12288, 8192),
+            (READ, 0, 20480, 4096),
             (WRITE, 0, 1 << 20, 4096),
             (FLUSH, 0, 0, 0),
         ];
@@ -398,7 +417,10 @@ fn a_server_that_only_hangs_is_let_go_of() {
         })
         .unwrap();
         let sent = server.join().unwrap();
-        assert!(sent < 32 << 20, "the server was not stuck: {sent} bytes came");
+        assert!(
+            sent < 32 << 20,
+            "the server was not stuck: {sent} bytes came"
+        );
     });
 }
 
