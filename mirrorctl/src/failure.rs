@@ -18,8 +18,9 @@ Exit codes:
   4  not found: no such mirror, member, device or file
   5  busy or timed out: something is in use, already running or did not answer in time
 
-MEMBER is a slot number or the path of the member's device or file (write ./1 for a file
-that is named 1). Sizes take K, M, G, T, P (powers of 1024), KB, MB, ... (powers of 1000).";
+MEMBER is a slot number, or the path of the member's device or file (write ./1 for a file
+that is named 1), or the address of its export. An ADDRESS is nbd://HOST[:PORT]/EXPORT or
+nbd+unix:///EXPORT?socket=PATH, and stands wherever a member's path may. Sizes take K, M, G, T, P (powers of 1024), KB, MB, ... (powers of 1000).";
 
 /// The exit codes other than 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -119,8 +119,13 @@ impl Stream {
         match place {
             Place::Tcp { host, port } => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-                for address in (host.as_str(), *port).to_socket_addrs()? {
-                    match TcpStream::connect_timeout(&address, left(give_up)?) {
+                let addresses = (host.as_str(), *port).to_socket_addrs()?;
+                let mut to_try = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
+                for address in addresses {
+                    // One that swallows everything leaves time for the others.
+                    let share = (left(give_up)? / to_try).max(Duration::from_millis(1));
+                    to_try -= 1;
+                    match TcpStream::connect_timeout(&address, share) {
                         Ok(stream) => {
                             keep_alive(&stream)?;
                             return Ok(Self::Tcp(stream));

@@ -13,7 +13,7 @@ use crate::{Context, client, output, probe};
 pub(crate) struct Args {
     /// The mirror
     name: String,
-    /// The new device or image file; what it holds is lost
+    /// The new device, image file or export (ADDRESS); what it holds is lost
     path: PathBuf,
     /// Overwrite a filesystem or another mirror's member
     #[arg(long)]

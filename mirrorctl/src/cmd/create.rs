@@ -25,8 +25,7 @@ use crate::{Context, client, output, probe, size};
 pub(crate) struct Args {
     /// Name of the new mirror
     name: String,
-    /// A device, an image file or an NBD export (nbd://HOST[:PORT]/EXPORT or
-    /// nbd+unix:///EXPORT?socket=PATH); give it two to eight times
+    /// A device, an image file or an NBD export; give it two to eight times
     #[arg(long = "member", value_name = "PATH|ADDRESS", required = true)]
     members: Vec<PathBuf>,
     /// Size of the device; needed to make image files [default: the largest that fits]

@@ -27,7 +27,7 @@ use crate::medium;
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make a new mirror out of two to eight devices or image files
+    /// Make a new mirror out of two to eight devices, image files or exports
     Create(create::Args),
     /// Start a mirror whose members were created before
     Start(start::Args),

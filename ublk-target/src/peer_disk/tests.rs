@@ -425,6 +425,36 @@ fn a_server_that_only_hangs_is_let_go_of() {
 }
 
 #[test]
+fn nothing_fails_while_the_kernel_may_still_use_its_memory() {
+    on_ring(32, |ring| {
+        let (release, held) = mpsc::channel::<()>();
+        // The sender is stuck in the middle of data when the reader meets nonsense.
+        let (disk, _, server) = disk(&ring, ALL, BlockSizes::DEFAULT, move |mut server| {
+            server.0.read_exact(&mut [0; REQUEST_BYTES]).unwrap();
+            server.0.write_all(&[0; REPLY_BYTES]).unwrap();
+            held.recv().unwrap_err();
+        });
+        ring.block_on(async move {
+            let buffers: Vec<_> = (0..16).map(|_| buffer(1 << 20, 3)).collect();
+            let ops: Vec<_> = buffers
+                .iter()
+                .map(|data| write(&disk, 0, data, false))
+                .collect();
+            for op in ops {
+                assert_eq!(op.await, Err(GONE));
+                assert!(
+                    !buffers.iter().any(|it| it.in_use()),
+                    "a write was answered and its memory is still used"
+                );
+            }
+            drop(release);
+        })
+        .unwrap();
+        server.join().unwrap();
+    });
+}
+
+#[test]
 fn a_disk_that_is_dropped_leaves_in_an_orderly_way() {
     on_ring(32, |ring| {
         let (disk, _, server) = disk(&ring, ALL, BlockSizes::DEFAULT, |mut server| {
