@@ -5,7 +5,8 @@ Usage: fuzz/seeds.py BINARIES FOLDER
 
 BINARIES holds mirrorctl and ublk-mirror; qemu-io and qemu-img are the NBD clients. A mirror of
 two image files is created, written, loses a member and gets it back, and is stopped; meanwhile
-its superblocks and map sectors are copied, and what clients send is recorded. For each target
+its superblocks and map sectors are copied, and what clients send is recorded. Then mirrorctl
+looks at exports of nbdkit and qemu-nbd, and what these send is recorded too. For each target
 FOLDER/TARGET gets files that `cargo fuzz cmin` can then thin out. Needs no root.
 """
 
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 COPIES, MAPS = (4096, 12288), (12288, 2 << 20)
 SECTOR = 512
@@ -93,6 +95,50 @@ class Seeds:
                      + stream[at:at + (16 << 10)])
 
 
+    def add_server(self, stream):
+        """What an NBD server has sent: its part of the handshake, and each way to answer."""
+        at, kind = 18, 0
+        while kind != 1 and kind < 1 << 31 and len(stream) >= at + 20:
+            kind = int.from_bytes(stream[at + 12:at + 16], "big")
+            at += 20 + int.from_bytes(stream[at + 16:at + 20], "big")
+        self.add("peer_handshake", stream[:at])
+        if len(stream) >= at + 16:
+            reply = bytes(stream[at:at + 16])
+            ask = b"\x00\x00\x10"
+            self.add("peer_reply", ask + b"\x01" + reply)
+            self.add("peer_reply", ask * 2 + b"\x01" + reply + b"\x01" + reply)
+
+
+def look_at_servers(binaries, area, seeds):
+    """Exports good and bad, as mirrorctl meets them."""
+    disk, real = f"{area}/export", f"{area}/server"
+    with open(disk, "wb") as file:
+        file.truncate(64 << 20)
+    nbdkit = ["nbdkit", "-f", "-U", real]
+    servers = [
+        [*nbdkit, "file", disk],
+        [*nbdkit, "-r", "file", disk],
+        [*nbdkit, "--filter=blocksize-policy", "memory", "64M", "blocksize-minimum=4096",
+         "blocksize-preferred=64K", "blocksize-maximum=1M"],
+        [*nbdkit, "--filter=exportname", "memory", "1M", "exportname-strict=true",
+         "exportname=other"],
+        ["qemu-nbd", "-t", "-f", "raw", "-x", "m", "-k", real, disk],
+        ["qemu-nbd", "-t", "-f", "raw", "-x", "other", "-D", "a disk", "-k", real, disk],
+    ]
+    for number, command in enumerate(servers):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as server:
+            while not os.path.exists(real):
+                time.sleep(0.05)
+            proxy = Proxy(f"{area}/seen{number}", real)
+            address = f"nbd+unix:///m?socket={area}/seen{number}"
+            subprocess.run([f"{binaries}/mirrorctl", "examine", address], check=False)
+            server.kill()
+        if os.path.exists(real):
+            os.unlink(real)
+        for stream in proxy.received:
+            seeds.add_server(bytes(stream))
+
+
 def main():
     """One mirror's life."""
     binaries, folder = sys.argv[1:]
@@ -146,6 +192,7 @@ def main():
             seeds.add("control_request", line)
         for line in control.received:
             seeds.add("control_reply", line)
+        look_at_servers(binaries, area, seeds)
 
 
 if __name__ == "__main__":

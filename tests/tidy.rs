@@ -28,8 +28,9 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("dirty-map", &[]),
     ("mirror", &["dirty-map"]),
     ("scrubber", &["dirty-map", "mirror"]),
-    ("ublk-target", &["dirty-map", "mirror", "scrubber"]),
-    ("mirrorctl", &["dirty-map", "mirror"]),
+    ("peer", &["dirty-map", "mirror"]),
+    ("ublk-target", &["dirty-map", "mirror", "peer", "scrubber"]),
+    ("mirrorctl", &["dirty-map", "mirror", "peer"]),
 ];
 
 /// External crates that only one crate may use.

@@ -3,7 +3,7 @@
 //! An input is the export's size in sectors of 512 bytes (eight bytes), the size of its logical
 //! blocks (one byte, odd for 4 KiB), and the client's side of the connection. Decoding a header
 //! takes no memory; a request that is not refused lies within the export; what it asks memory
-//! for stays within the announced limit. The daemon decodes no NBD replies: it is a server only.
+//! for stays within the announced limit. (Replies, which peers send, have a target of their own.)
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

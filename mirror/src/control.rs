@@ -272,6 +272,9 @@ pub struct MemberStatus {
     pub read_errors: u64,
     /// Blocks rewritten here from a good copy after a failed read.
     pub repaired_blocks: u64,
+    /// Whether it is a peer whose server cannot end an earlier session first (R13).
+    #[serde(default)]
+    pub unfenced: bool,
 }
 
 /// How many extents are in each state.

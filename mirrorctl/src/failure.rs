@@ -23,8 +23,9 @@ Exit codes:
   13  check, repair: blocks are damaged, no copy of them is provably right
 Of 10 to 13 the highest that applies; repair counts what is left.
 
-MEMBER is a slot number or the path of the member's device or file (write ./1 for a file
-that is named 1). Sizes take K, M, G, T, P (powers of 1024), KB, MB, ... (powers of 1000).";
+MEMBER is a slot number, or the path of the member's device or file (write ./1 for a file
+that is named 1), or the address of its export. An ADDRESS is nbd://HOST[:PORT]/EXPORT or
+nbd+unix:///EXPORT?socket=PATH, and stands wherever a member's path may. Sizes take K, M, G, T, P (powers of 1024), KB, MB, ... (powers of 1000).";
 
 /// The exit codes other than 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,4 +1,4 @@
-//! Devices and image files that are or become members.
+//! Devices, image files and exports that are or become members.
 //!
 //! A medium is opened in one of three ways: to look at it, which disturbs nobody; exclusively,
 //! which the kernel grants to one opener only: `O_EXCL` on a block device (nobody has it
@@ -7,16 +7,25 @@
 //! writes to it without such a claim is looked for as well, as far as privileges reach. Nothing
 //! is ever written through a medium that was not opened exclusively, and no option gets around
 //! that.
+//!
+//! Over NBD none of that is possible: whoever connects to an export gets it, whoever else has it,
+//! and what holds the disk on the server's machine cannot be seen from here. What an export
+//! holds is looked at all the same, and a client that would be the second one at a server that
+//! takes one at a time is told so.
 
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
 
 use mirror::superblock::{
     COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loaded, Superblock, SuperblockError,
 };
+use peer::blocking::CONNECT_PATIENCE;
+use peer::{Address, Client};
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
 
 use crate::failure::{Exit, Failure, words};
@@ -43,27 +52,68 @@ pub(crate) enum Access {
     Exclusive,
 }
 
-/// An open device or image file.
+/// How long zeroing a whole medium may take and still be cheap.
+const ZEROING_BUDGET: Duration = Duration::from_millis(500);
+
+/// An open device, image file or export.
 #[derive(Debug)]
 pub(crate) struct Medium {
     path: PathBuf,
-    file: File,
-    kind: Kind,
+    device: Device,
     size_bytes: u64,
     logical_block_bytes: u32,
 }
 
+#[derive(Debug)]
+enum Device {
+    Local(File, Kind),
+    /// Members are read by several threads at once, a connection by one of them.
+    Peer(Mutex<Client>),
+}
+
 /// Identity of a medium, whatever path led to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Identity {
     /// Device number.
     BlockDevice(u64),
     /// Filesystem and inode.
     File(u64, u64),
+    /// An address in its one form; several may lead to one export.
+    Export(String),
+}
+
+/// The client, for one request. Where a thread panicked in the middle of one, nobody knows what
+/// the connection brings next.
+fn locked(client: &Mutex<Client>) -> io::Result<MutexGuard<'_, Client>> {
+    let lost = |_| io::Error::other("the connection was left in the middle of a request");
+    client.lock().map_err(lost)
+}
+
+/// Whether a member's path is the address of an export.
+pub(crate) fn is_address(path: &Path) -> bool {
+    path.to_str().is_some_and(peer::is_address)
+}
+
+/// The address in a path that is one.
+fn address(path: &Path) -> Result<Address, Failure> {
+    let text = path.to_string_lossy();
+    text.parse()
+        .map_err(|e: peer::AddressError| Failure::usage(format!("{e}.")))
+}
+
+/// Refuses an export where only the disk itself will do.
+pub(crate) fn needs_the_disk(path: &Path) -> Failure {
+    Failure::usage(format!(
+        "{} is an NBD export: run this where its disk is.",
+        path.display()
+    ))
 }
 
 /// The identity of what lies at `path`; `None` when it cannot be told.
 pub(crate) fn identity(path: &Path) -> Option<Identity> {
+    if is_address(path) {
+        return Some(Identity::Export(address(path).ok()?.to_string()));
+    }
     let meta = std::fs::metadata(path).ok()?;
     if meta.file_type().is_block_device() {
         Some(Identity::BlockDevice(meta.rdev()))
@@ -83,8 +133,11 @@ pub(crate) fn holders(path: &Path) -> Vec<String> {
 }
 
 /// The path as the daemon, which has another working directory, can use it. Links are kept:
-/// a name under /dev/disk/by-id outlives the node behind it.
+/// a name under /dev/disk/by-id outlives the node behind it. An address comes in its one form.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    if is_address(path) {
+        return Ok(address(path)?.to_string().into());
+    }
     std::path::absolute(path).map_err(|e| {
         Failure::usage(format!(
             "'{}' is not a path: {}.",
@@ -95,8 +148,11 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf, Failure> {
 }
 
 impl Medium {
-    /// Opens the device or file at `path`.
+    /// Opens the device or file at `path`, or connects to the export there.
     pub(crate) fn open(path: &Path, access: Access) -> Result<Self, Failure> {
+        if is_address(path) {
+            return Self::connect(path, access);
+        }
         let cannot = |e: &io::Error| {
             Failure::new(
                 Exit::of_io(e),
@@ -142,6 +198,22 @@ impl Medium {
         Self::measure(path, file, kind).map_err(|e| cannot(&e))
     }
 
+    fn connect(path: &Path, access: Access) -> Result<Self, Failure> {
+        let address = address(path)?;
+        let client = match access {
+            Access::Look => Client::look(&address, CONNECT_PATIENCE),
+            Access::Undisturbed => return Err(needs_the_disk(path)),
+            Access::Exclusive => Client::connect(&address),
+        };
+        let client = client.map_err(|e| Failure::new(Exit::from(e.kind()), format!("{e}.")))?;
+        Ok(Self {
+            path: path.to_owned(),
+            size_bytes: client.export().usable_bytes(),
+            logical_block_bytes: client.export().logical_block_bytes(),
+            device: Device::Peer(Mutex::new(client)),
+        })
+    }
+
     fn measure(path: &Path, file: File, kind: Kind) -> io::Result<Self> {
         let (size_bytes, logical_block_bytes) = match kind {
             Kind::File => (file.metadata()?.len(), 512),
@@ -152,8 +224,7 @@ impl Medium {
         };
         Ok(Self {
             path: path.to_owned(),
-            file,
-            kind,
+            device: Device::Local(file, kind),
             size_bytes,
             logical_block_bytes,
         })
@@ -164,9 +235,17 @@ impl Medium {
         &self.path
     }
 
-    /// The open device or file.
-    pub(crate) fn file(&self) -> &File {
-        &self.file
+    /// Whether it is an export.
+    pub(crate) fn is_export(&self) -> bool {
+        matches!(self.device, Device::Peer(_))
+    }
+
+    /// The open device or file; an export has none.
+    pub(crate) fn file(&self) -> Option<&File> {
+        match &self.device {
+            Device::Local(file, _) => Some(file),
+            Device::Peer(_) => None,
+        }
     }
 
     /// Capacity in bytes.
@@ -181,7 +260,8 @@ impl Medium {
 
     /// What is known of its content.
     pub(crate) fn signatures(&self) -> Result<Vec<Finding>, Failure> {
-        probe::signatures(&self.file, self.size_bytes).map_err(|e| self.unreadable(&e))
+        let read = |bytes: &mut [u8], offset| self.read(bytes, offset);
+        probe::signatures(&read, self.size_bytes).map_err(|e| self.unreadable(&e))
     }
 
     /// The bytes of both superblock copies; zeroes where the medium is too small for them.
@@ -195,9 +275,16 @@ impl Medium {
         Ok(Superblock::load(&copy_a, &copy_b))
     }
 
+    fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        match &self.device {
+            Device::Local(file, _) => file.read_exact_at(bytes, offset),
+            Device::Peer(client) => locked(client).and_then(|mut c| c.read_at(bytes, offset)),
+        }
+    }
+
     fn copy_at(&self, offset: u64) -> Result<Vec<u8>, Failure> {
         let mut bytes = vec![0; COPY_BYTES];
-        match self.file.read_exact_at(&mut bytes, offset) {
+        match self.read(&mut bytes, offset) {
             Ok(()) => Ok(bytes),
             Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(vec![0; COPY_BYTES]),
             Err(e) => Err(self.unreadable(&e)),
@@ -214,7 +301,11 @@ impl Medium {
 
     /// Writes bytes; they are durable after [`Medium::sync`].
     pub(crate) fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), Failure> {
-        self.file.write_all_at(bytes, offset).map_err(|e| {
+        let written = match &self.device {
+            Device::Local(file, _) => file.write_all_at(bytes, offset),
+            Device::Peer(client) => locked(client).and_then(|mut c| c.write_at(bytes, offset)),
+        };
+        written.map_err(|e| {
             Failure::failed(format!(
                 "Writing {} bytes at byte {offset} of {} failed: {}.",
                 bytes.len(),
@@ -226,7 +317,11 @@ impl Medium {
 
     /// Makes everything written durable.
     pub(crate) fn sync(&self) -> Result<(), Failure> {
-        self.file.sync_all().map_err(|e| {
+        let durable = match &self.device {
+            Device::Local(file, _) => file.sync_all(),
+            Device::Peer(client) => locked(client).and_then(|mut c| c.flush()),
+        };
+        durable.map_err(|e| {
             Failure::failed(format!(
                 "{} did not make durable what was written to it: {}.",
                 self.path.display(),
@@ -266,45 +361,46 @@ impl Medium {
     /// it does now. A file's data is given back to its filesystem; a device is asked to zero
     /// without moving data, in steps, and given up on when it is slow.
     pub(crate) fn zero_cheaply(&self) -> bool {
-        match self.kind {
-            Kind::File => self.zero_file().is_ok(),
-            Kind::BlockDevice => self.zero_device().is_ok(),
-        }
+        let zeroed = match &self.device {
+            Device::Local(file, Kind::File) => zero_file(file),
+            Device::Local(file, Kind::BlockDevice) => zero_device(file, self.size_bytes),
+            Device::Peer(client) => locked(client).and_then(|mut c| c.zero_all(ZEROING_BUDGET)),
+        };
+        zeroed.is_ok()
     }
+}
 
-    fn zero_file(&self) -> io::Result<()> {
-        self.file.sync_all()?;
-        let fd = self.file.as_fd();
-        let mut from = 0;
-        loop {
-            let start = match rustix::fs::seek(fd, SeekFrom::Data(from)) {
-                Ok(start) => start,
-                // No data after this place: the rest is a hole.
-                Err(rustix::io::Errno::NXIO) => break,
-                Err(e) => return Err(e.into()),
-            };
-            let end = rustix::fs::seek(fd, SeekFrom::Hole(start))?;
-            punch(fd, start, end - start)?;
-            from = end;
-        }
-        self.file.sync_all()
+fn zero_file(file: &File) -> io::Result<()> {
+    file.sync_all()?;
+    let fd = file.as_fd();
+    let mut from = 0;
+    loop {
+        let start = match rustix::fs::seek(fd, SeekFrom::Data(from)) {
+            Ok(start) => start,
+            // No data after this place: the rest is a hole.
+            Err(rustix::io::Errno::NXIO) => break,
+            Err(e) => return Err(e.into()),
+        };
+        let end = rustix::fs::seek(fd, SeekFrom::Hole(start))?;
+        punch(fd, start, end - start)?;
+        from = end;
     }
+    file.sync_all()
+}
 
-    fn zero_device(&self) -> io::Result<()> {
-        const STEP_BYTES: u64 = 1 << 30;
-        const BUDGET: std::time::Duration = std::time::Duration::from_millis(500);
-        let began = std::time::Instant::now();
-        let mut from = 0;
-        while from < self.size_bytes {
-            let len = STEP_BYTES.min(self.size_bytes - from);
-            punch(self.file.as_fd(), from, len)?;
-            from += len;
-            if began.elapsed() > BUDGET && from < self.size_bytes {
-                return Err(io::ErrorKind::TimedOut.into());
-            }
+fn zero_device(file: &File, size_bytes: u64) -> io::Result<()> {
+    const STEP_BYTES: u64 = 1 << 30;
+    let began = Instant::now();
+    let mut from = 0;
+    while from < size_bytes {
+        let len = STEP_BYTES.min(size_bytes - from);
+        punch(file.as_fd(), from, len)?;
+        from += len;
+        if began.elapsed() > ZEROING_BUDGET && from < size_bytes {
+            return Err(io::ErrorKind::TimedOut.into());
         }
-        self.file.sync_all()
     }
+    file.sync_all()
 }
 
 /// On a block device the kernel turns this into a write-zeroes that is never done by writing
@@ -338,7 +434,9 @@ fn refuse_read_only(path: &Path, meta: &std::fs::Metadata) -> Result<(), Failure
 
 /// Refuses what somebody writes to without having asked for it alone.
 fn refuse_writers(path: &Path) -> Result<(), Failure> {
-    let writers = identity(path).map(users::writers).unwrap_or_default();
+    let writers = identity(path)
+        .map(|id| users::writers(&id))
+        .unwrap_or_default();
     if writers.is_empty() {
         return Ok(());
     }

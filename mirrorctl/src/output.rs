@@ -65,8 +65,11 @@ pub(crate) fn done(json: bool, message: &str) -> Result<(), Failure> {
     }
 }
 
-/// The text with its first letter as a capital.
+/// The text with its first letter as a capital, except where that is a part of an address.
 pub(crate) fn capital(text: &str) -> String {
+    if text.split(' ').next().is_some_and(peer::is_address) {
+        return text.to_owned();
+    }
     let mut chars = text.chars();
     let first = chars.next().into_iter().flat_map(char::to_uppercase);
     first.chain(chars).collect()
@@ -105,6 +108,7 @@ mod tests {
     fn sentences_begin_with_a_capital() {
         assert_eq!(capital("a mirror"), "A mirror");
         assert_eq!(capital(""), "");
+        assert_eq!(capital("nbd://h/m has 1 byte"), "nbd://h/m has 1 byte");
     }
 
     #[test]

@@ -131,7 +131,9 @@ impl RunDir {
     /// Paths where the members of a mirror were last seen.
     pub(crate) fn hints(&self, name: &str) -> Vec<PathBuf> {
         let text = fs::read_to_string(self.hints_path(name)).unwrap_or_default();
-        let lines = text.lines().filter(|line| line.starts_with('/'));
+        let lines = text
+            .lines()
+            .filter(|line| line.starts_with('/') || peer::is_address(line));
         lines.take(HINTS_MAX).map(PathBuf::from).collect()
     }
 
@@ -139,7 +141,7 @@ impl RunDir {
     pub(crate) fn all_hints(&self) -> Vec<PathBuf> {
         let names = self.names_with(".members").unwrap_or_default();
         let mut all: Vec<PathBuf> = names.iter().flat_map(|name| self.hints(name)).collect();
-        all.retain(|path| path.exists());
+        all.retain(|path| may_be_there(path));
         all
     }
 
@@ -173,6 +175,11 @@ impl RunDir {
     pub(crate) fn forget_hints(&self, name: &str) {
         drop(fs::remove_file(self.hints_path(name)));
     }
+}
+
+/// Whether a look at the path is worth it. An export is found out by asking its server.
+pub(crate) fn may_be_there(path: &Path) -> bool {
+    crate::medium::is_address(path) || path.exists()
 }
 
 /// Refuses what cannot be the name of a mirror; the name becomes part of file names.
@@ -230,13 +237,13 @@ mod tests {
         assert!(run.hints("m").is_empty());
         run.set_hints("m", &[PathBuf::from("/b"), PathBuf::from("/a")]);
         run.add_hint("m", Path::new("/b"));
-        run.add_hint("m", Path::new("/c"));
+        run.add_hint("m", Path::new("nbd://host/c"));
         assert_eq!(
             run.hints("m"),
             [
                 PathBuf::from("/a"),
                 PathBuf::from("/b"),
-                PathBuf::from("/c")
+                PathBuf::from("nbd://host/c")
             ]
         );
         run.forget_hints("m");

@@ -10,6 +10,10 @@
 //! anybody but its holder, so it is left out in favour of the upper one; when nothing else shows
 //! that member, that is said.
 //!
+//! Exports are looked at where their address was given or last seen, or where the superblock of
+//! another member says; what a network has is not searched. Of one that does not answer that is
+//! said, because somebody named it.
+//!
 //! Where a mirror was last seen comes first: when every member is still there, nothing else is
 //! looked at.
 
@@ -22,7 +26,7 @@ use uuid::Uuid;
 use crate::failure::Failure;
 use crate::medium::{self, Access, Identity, Medium, identity};
 use crate::output;
-use crate::run_dir::RunDir;
+use crate::run_dir::{RunDir, may_be_there};
 
 /// A medium with a superblock.
 #[derive(Clone, Debug)]
@@ -118,7 +122,9 @@ fn expand(places: &[PathBuf]) -> Result<Vec<PathBuf>, Failure> {
                 ),
             )
         };
-        if std::fs::metadata(place).map_err(cannot)?.is_dir() {
+        if medium::is_address(place) {
+            all.push(place.clone());
+        } else if std::fs::metadata(place).map_err(cannot)?.is_dir() {
             let entries = std::fs::read_dir(place).map_err(cannot)?;
             let mut inside: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
             inside.sort_unstable();
@@ -146,7 +152,23 @@ fn members_where(
     for sentence in search.left_out() {
         output::note(&sentence);
     }
-    Ok(search.found)
+    let peers = peers_of(&search.found);
+    let mut found = search.found;
+    found.extend(self::search(&peers, medium::holders)?.found);
+    Ok(found)
+}
+
+/// The addresses of members of the same mirrors that were not found: nothing on this machine
+/// would show them.
+fn peers_of(found: &[Found]) -> Vec<PathBuf> {
+    let here = |uuid| found.iter().any(|other| other.superblock.member == uuid);
+    let records = found.iter().flat_map(|it| &it.superblock.slots);
+    let absent = records.filter(|it| it.member.is_some_and(|uuid| !here(uuid)));
+    let addresses: BTreeSet<PathBuf> = absent
+        .map(|record| PathBuf::from(&record.address))
+        .filter(|address| medium::is_address(address))
+        .collect();
+    addresses.into_iter().collect()
 }
 
 /// What a search saw.
@@ -206,6 +228,16 @@ fn search(
 
 /// The superblock at `path`, when there is a valid one that can be read.
 fn look(path: &Path) -> Option<Superblock> {
+    if medium::is_address(path) {
+        let found = Medium::open(path, Access::Look).and_then(|medium| medium.superblock());
+        return match found {
+            Ok(superblock) => Some(superblock.ok()?.superblock),
+            Err(failure) => {
+                output::note(&failure.message);
+                None
+            }
+        };
+    }
     let meta = std::fs::metadata(path).ok()?;
     if meta.is_dir() || (meta.is_file() && meta.len() < 12 << 10) {
         return None;
@@ -251,7 +283,7 @@ pub(crate) fn named(
         return only_named(members_where(places, is_named)?, name);
     }
     let mut everywhere = run_dir.hints(name);
-    everywhere.retain(|path| path.exists());
+    everywhere.retain(|path| may_be_there(path));
     let hinted = search(&everywhere, medium::holders)?.found;
     if let Ok(mirror) = only_named(hinted, name)
         && mirror.is_complete()

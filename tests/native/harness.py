@@ -64,10 +64,14 @@ class Area:
         self.random = random.Random(seed)
         self.mounts = []
         self.wrapper = []
+        # Whatever else ends with the area: has a kill().
+        self.children = []
 
     def close(self):
         """Ends every daemon of this area and removes all."""
         self.kill_daemons()
+        for child in self.children:
+            child.kill()
         for mount in reversed(self.mounts):
             subprocess.run(["umount", "-l", mount], check=False)
         shutil.rmtree(self.path, ignore_errors=True)

@@ -22,10 +22,11 @@ import t_damage
 import t_input
 import t_life
 import t_offline
+import t_peer
 import t_scrub
 import t_space
 
-MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub]
+MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer]
 
 
 def tests():

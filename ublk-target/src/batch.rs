@@ -57,10 +57,13 @@ impl Batch {
 
     /// Appends a part of a buffer without copying it.
     pub(crate) fn push_span(&mut self, span: &Span<IoBuffer>) {
-        self.bytes += span.len;
-        self.parts.push(Part::Memory(
-            span.buffer.lend_to_reader(span.start, span.len),
-        ));
+        self.push_lend(span.buffer.lend_to_reader(span.start, span.len));
+    }
+
+    /// Appends memory that has been lent already.
+    pub(crate) fn push_lend(&mut self, lend: Lend) {
+        self.bytes += lend.len();
+        self.parts.push(Part::Memory(lend));
     }
 
     /// The parts from byte `skip` on, as the kernel takes them.

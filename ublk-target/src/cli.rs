@@ -28,6 +28,9 @@ pub(crate) struct Args {
     /// Start although a member that is not here may hold newer data
     #[arg(long)]
     pub(crate) force: bool,
+    /// The servers of peer members have ended every earlier session with them
+    #[arg(long)]
+    pub(crate) peer_sessions_over: bool,
     /// Do not record write intent: after a crash the copies may differ. For benchmarks only
     #[arg(long)]
     pub(crate) no_intent_unsafe_for_benchmarks: bool,
@@ -69,7 +72,7 @@ pub(crate) struct Args {
     /// Descriptor that receives one line of JSON when the mirror is up or has failed
     #[arg(long, value_name = "FD")]
     pub(crate) ready_fd: Option<i32>,
-    /// The members' devices or image files
+    /// The members' devices, image files or addresses
     #[arg(required = true, value_name = "MEMBER_PATH")]
     pub(crate) members: Vec<String>,
 }

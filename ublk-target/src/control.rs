@@ -10,12 +10,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use mirror::ControlError;
-use mirror::control::{ErrorKind, MAX_REQUEST_BYTES, Reply, Request, from_line, to_line};
+use mirror::control::{
+    ErrorKind, MAX_REQUEST_BYTES, MemberRef, Reply, Request, from_line, to_line,
+};
 use scrubber::Start;
 
 use crate::batch::Batch;
 use crate::daemon::Daemon;
-use crate::disk::{self, LocalDisk};
+use crate::member::{self, MemberDisk};
 use crate::ring;
 use crate::stream::{Inbox, StreamError, send_all};
 use crate::sys::Prepared;
@@ -134,10 +136,14 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             status.device = Some(daemon.device.clone());
             status.daemon_pid = std::process::id();
             status.scrub = Some(Box::new(daemon.scrubber.status()));
+            for member in &mut status.members {
+                // No server that is spoken to can fence yet.
+                member.unfenced = peer::is_address(&member.path);
+            }
             return Reply::Status(Box::new(status));
         }
         Request::Fail { member } => engine.fail(&member).await,
-        Request::Remove { member, force } => engine.remove(&member, force).await,
+        Request::Remove { member, force } => remove(daemon, &member, force).await,
         Request::ReAdd {
             path,
             full,
@@ -194,10 +200,37 @@ fn scrub_report(daemon: &Rc<Daemon>) -> Reply {
     Reply::ScrubReport(report)
 }
 
-async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<LocalDisk, ControlError> {
+/// Lets go of a member's device. A peer that owes answers for good is let go of by ending the
+/// connection, which nothing else would do while its server only hangs.
+async fn remove(
+    daemon: &Rc<Daemon>,
+    member: &MemberRef,
+    force: bool,
+) -> Result<String, ControlError> {
+    let removed = daemon.engine.remove(member, force).await;
+    let Err(busy) = removed else {
+        return removed;
+    };
+    let members = daemon.engine.status().members;
+    let path = members.iter().find(|it| match member {
+        MemberRef::Slot(slot) => it.slot == *slot,
+        MemberRef::Path(path) => it.path == *path,
+    });
+    match path {
+        Some(it) if busy.kind == ErrorKind::Busy && it.orphans > 0 => {
+            if daemon.peers.sever(&daemon.ring, &it.path).await {
+                return daemon.engine.remove(member, force).await;
+            }
+            Err(busy)
+        }
+        _ => Err(busy),
+    }
+}
+
+async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<MemberDisk, ControlError> {
     let path = path.to_owned();
-    match daemon.ring.blocking(move || disk::open(&path)).await {
-        Ok(opened) => Ok(LocalDisk::new(&daemon.ring, opened)),
+    match daemon.ring.blocking(move || member::open(&path)).await {
+        Ok(opened) => Ok(opened.bind(&daemon.ring, daemon.deadline, &daemon.peers)),
         Err(error) => Err(ControlError {
             kind: error.kind(),
             message: error.to_string(),

@@ -22,11 +22,12 @@ use scrubber::{Scrubber, Settings};
 
 use crate::cli::{Args, CheckReads, FrontKind};
 use crate::control;
-use crate::disk::{self, LocalDisk, OpenError};
 use crate::front_nbd::{Listener, NbdServer};
 use crate::front_ublk::{self, UblkFront, users};
 use crate::host::RingHost;
 use crate::log;
+use crate::member::{self, MemberDisk, OpenError, Opened};
+use crate::peer_disk::Peers;
 use crate::ready::{Failure, Ready};
 use crate::ring::{self, Ring};
 use crate::rundir::{RunDir, listen_tcp, listen_unix};
@@ -34,8 +35,8 @@ use crate::signal::Signal;
 use crate::surroundings;
 use crate::sys::{self, Prepared};
 
-/// The engine over this machine's ring and disks.
-pub(crate) type Engine = Mirror<RingHost, LocalDisk>;
+/// The engine over this machine's ring, its disks and its peers.
+pub(crate) type Engine = Mirror<RingHost, MemberDisk>;
 
 /// Submissions that fit into one turn; more only cost another system call.
 const RING_ENTRIES: u32 = 2048;
@@ -72,6 +73,10 @@ pub(crate) struct Daemon {
     pub(crate) commands: Cell<usize>,
     /// Notified whenever one has been answered.
     pub(crate) command_ended: Signal,
+    /// The connections to peer members.
+    pub(crate) peers: Rc<Peers>,
+    /// A member that has not answered for so long is lost.
+    pub(crate) deadline: Duration,
     front: Front,
     name: String,
     stop_asked: Rc<Signal>,
@@ -225,9 +230,9 @@ fn run_with_sockets(
     let ring = Ring::new(RING_ENTRIES).map_err(Failure::failed)?;
     let stop_asked = Rc::new(Signal::default());
     watch_signals(&ring, signals, &stop_asked);
-    let engine = ring
-        .block_on(start_engine(args.clone(), Rc::clone(&ring)))
-        .map_err(broken)??;
+    let peers = Rc::new(Peers::default());
+    let starting = start_engine(args.clone(), Rc::clone(&ring), Rc::clone(&peers));
+    let engine = ring.block_on(starting).map_err(broken)??;
     if sys::memory_lock_refused() {
         tracing::warn!("the kernel refused to lock I/O buffers in RAM (see ulimit -l)");
     }
@@ -237,6 +242,7 @@ fn run_with_sockets(
         control,
         ring: &ring,
         engine: &engine,
+        peers: &peers,
         stop_asked: &stop_asked,
     };
     let served = match args.front {
@@ -270,6 +276,7 @@ struct Life<'a> {
     control: Rc<OwnedFd>,
     ring: &'a Rc<Ring>,
     engine: &'a Rc<Engine>,
+    peers: &'a Rc<Peers>,
     stop_asked: &'a Rc<Signal>,
 }
 
@@ -289,6 +296,8 @@ impl Life<'_> {
             device,
             commands: Cell::new(0),
             command_ended: Signal::default(),
+            peers: Rc::clone(self.peers),
+            deadline: Duration::from_secs(self.args.deadline),
             front,
             name: self.args.name.clone(),
             stop_asked: Rc::clone(self.stop_asked),
@@ -366,20 +375,26 @@ fn watch_signals(ring: &Rc<Ring>, signals: OwnedFd, stop_asked: &Rc<Signal>) {
     });
 }
 
-async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure> {
+async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc<Engine>, Failure> {
+    let deadline = Duration::from_secs(args.deadline);
     let mut candidates = Vec::new();
+    // The engine decides whether the mirror may start without these (R15).
     let mut missing = Vec::new();
+    let mut kind = ErrorKind::NotFound;
     for path in &args.members {
         match open_member(&ring, path).await {
-            Ok(opened) => {
-                let disk = LocalDisk::new(&ring, opened);
-                candidates.push(Candidate {
+            Ok(opened) => match opened.unfinished_session() {
+                Some(why) if !args.peer_sessions_over => {
+                    tracing::warn!("{why}");
+                    missing.push(why);
+                    kind = ErrorKind::Refused;
+                }
+                _ => candidates.push(Candidate {
                     path: path.clone(),
-                    disk,
-                });
-            }
-            // The engine decides whether the mirror may start without it (R15).
-            Err(error @ (OpenError::Missing { .. } | OpenError::Failed { .. })) => {
+                    disk: opened.bind(&ring, deadline, &peers),
+                }),
+            },
+            Err(error) if error.is_absence() => {
                 tracing::warn!("{error}");
                 missing.push(error.to_string());
             }
@@ -387,13 +402,13 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
         }
     }
     if candidates.is_empty() {
-        return Err(Failure::new(ErrorKind::NotFound, missing.join("; ")));
+        return Err(Failure::new(kind, missing.join("; ")));
     }
     let options = StartOptions {
         name: args.name.clone(),
         force: args.force,
         write_intent: !args.no_intent_unsafe_for_benchmarks,
-        deadline: Duration::from_secs(args.deadline),
+        deadline,
         hot_budget: args.hot_budget,
         hot_memory_bytes: args
             .hot_memory
@@ -425,12 +440,12 @@ async fn start_engine(args: Args, ring: Rc<Ring>) -> Result<Rc<Engine>, Failure>
 }
 
 /// Opens a member; waits a little while a dead daemon still holds it (R13).
-async fn open_member(ring: &Rc<Ring>, path: &str) -> Result<disk::OpenedDisk, OpenError> {
+async fn open_member(ring: &Rc<Ring>, path: &str) -> Result<Opened, OpenError> {
     let give_up = ring::now() + BUSY_PATIENCE;
     loop {
         let owned = path.to_owned();
-        match ring.blocking(move || disk::open(&owned)).await {
-            Err(OpenError::Busy { .. }) if ring::now() < give_up => {
+        match ring.blocking(move || member::open(&owned)).await {
+            Err(error) if error.may_pass() && ring::now() < give_up => {
                 ring.sleep_until(ring::now() + Duration::from_millis(100))
                     .await;
             }

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `sys` | memory shared with the kernel and all unsafe code |
 //! | `ring` | the reactor: one io_uring, timers, tasks |
-//! | `host`, `disk` | the engine's traits over the ring |
+//! | `host`, `member`, `disk`, `peer_disk` | the engine's traits over the ring; members are local or peers |
 //! | `stream`, `batch`, `signal` | sockets on the ring; a flag that tasks wait for |
 //! | `nbd_proto`, `front_nbd` | the NBD front end |
 //! | `front_ublk` | the ublk front end; hides libublk |
@@ -26,7 +26,9 @@ mod front_nbd;
 mod front_ublk;
 mod host;
 mod log;
+mod member;
 mod nbd_proto;
+mod peer_disk;
 mod ready;
 mod ring;
 mod rundir;

@@ -6,53 +6,30 @@
 //! any bytes (R17): a request's header allocates nothing, an option what [`MAX_OPTION_BYTES`]
 //! says and its short answer.
 //!
-//! ```text
-//! server → client  "NBDMAGIC" "IHAVEOPT" handshake flags u16
-//! client → server  client flags u32
-//! client → server  "IHAVEOPT" option u32, length u32, data          (repeated)
-//! server → client  reply magic u64, option u32, type u32, length u32, data
-//! client → server  magic u32, command flags u16, type u16, cookie u64, offset u64, length u32
-//! server → client  magic u32, error u32, cookie u64                 (then the data of a read)
-//! ```
+//! Byte tables and numbers are in [`peer::wire`].
 
-/// First eight bytes of a server's greeting.
-const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
-/// "IHAVEOPT": follows the greeting and begins each option.
-const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
-const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
-const REQUEST_MAGIC: u32 = 0x2560_9513;
-const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+pub(crate) use peer::wire::REQUEST_BYTES;
+use peer::wire::{
+    COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS,
+    EXPORT_MULTI_CONN, EXPORT_TRIM, EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES,
+    INFO_BLOCK_SIZE, INFO_EXPORT, INIT_MAGIC, OPTION_ABORT, OPTION_BYTES, OPTION_EXPORT_NAME,
+    OPTION_GO, OPTION_INFO, OPTION_LIST, OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK,
+    REP_ERR_INVALID, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_SERVER,
+    REPLY_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16, be32, be64,
+};
 
-/// Bytes of a request's header.
-pub(crate) const REQUEST_BYTES: usize = 28;
-/// Bytes of a simple reply's header.
-pub(crate) const REPLY_BYTES: usize = 16;
-/// Bytes of an option's header.
-const OPTION_BYTES: usize = 16;
 /// Longest option data that is read; the longest meaningful one is a name of 4096 bytes.
 pub(crate) const MAX_OPTION_BYTES: usize = 8192;
 /// Longest read or write, announced as the maximum block size.
 pub(crate) const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 
-const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
-const FLAG_NO_ZEROES: u16 = 1 << 1;
-
-/// Transmission flags: has flags, flush, FUA, trim, write zeroes, multi-conn.
-const TRANSMISSION_FLAGS: u16 = 1 << 0 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8;
-
-const REP_ACK: u32 = 1;
-const REP_SERVER: u32 = 2;
-const REP_INFO: u32 = 3;
-const REP_ERR_UNSUP: u32 = 0x8000_0001;
-const REP_ERR_INVALID: u32 = 0x8000_0003;
-const REP_ERR_UNKNOWN: u32 = 0x8000_0006;
-const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
-
-const INFO_EXPORT: u16 = 0;
-const INFO_BLOCK_SIZE: u16 = 3;
-
-const COMMAND_FLAG_FUA: u16 = 1 << 0;
-const COMMAND_FLAG_NO_HOLE: u16 = 1 << 1;
+/// What the mirror offers.
+const TRANSMISSION_FLAGS: u16 = EXPORT_HAS_FLAGS
+    | EXPORT_FLUSH
+    | EXPORT_FUA
+    | EXPORT_TRIM
+    | EXPORT_WRITE_ZEROES
+    | EXPORT_MULTI_CONN;
 
 /// What a client sees of the mirror.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,18 +68,6 @@ pub(crate) enum ProtocolError {
     /// A write whose data would not fit.
     #[error("the client announced a write of {0} bytes, more than the limit")]
     WriteTooLong(u32),
-}
-
-fn be16(bytes: &[u8], at: usize) -> Option<u16> {
-    Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
-}
-
-fn be32(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
-}
-
-fn be64(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_be_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
 }
 
 /// The server's greeting.
@@ -202,12 +167,7 @@ pub(crate) fn answer_option(
     no_zeroes: bool,
     reply: &mut Vec<u8>,
 ) -> Result<Next, ProtocolError> {
-    const EXPORT_NAME: u32 = 1;
-    const ABORT: u32 = 2;
-    const LIST: u32 = 3;
-    const INFO: u32 = 6;
-    const GO: u32 = 7;
-    if option == EXPORT_NAME {
+    if option == OPTION_EXPORT_NAME {
         if !data.is_some_and(|name| export.answers_to(name)) {
             return Err(ProtocolError::UnknownExport);
         }
@@ -223,11 +183,11 @@ pub(crate) fn answer_option(
         return Ok(Next::More);
     };
     match option {
-        ABORT => {
+        OPTION_ABORT => {
             option_reply(reply, option, REP_ACK, &[]);
             Ok(Next::Close)
         }
-        LIST if data.is_empty() => {
+        OPTION_LIST if data.is_empty() => {
             let mut server = Vec::with_capacity(4 + export.name.len());
             let len = u32::try_from(export.name.len()).unwrap_or(0);
             server.extend_from_slice(&len.to_be_bytes());
@@ -236,11 +196,11 @@ pub(crate) fn answer_option(
             option_reply(reply, option, REP_ACK, &[]);
             Ok(Next::More)
         }
-        LIST => {
+        OPTION_LIST => {
             option_reply(reply, option, REP_ERR_INVALID, b"LIST takes no data");
             Ok(Next::More)
         }
-        INFO | GO => Ok(answer_go(option, data, export, reply)),
+        OPTION_INFO | OPTION_GO => Ok(answer_go(option, data, export, reply)),
         _ => {
             option_reply(reply, option, REP_ERR_UNSUP, &[]);
             Ok(Next::More)
@@ -249,7 +209,6 @@ pub(crate) fn answer_option(
 }
 
 fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> Next {
-    const GO: u32 = 7;
     let Some(name) = go_name(data) else {
         option_reply(
             reply,
@@ -285,7 +244,7 @@ fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> 
     }
     option_reply(reply, option, REP_INFO, &info);
     option_reply(reply, option, REP_ACK, &[]);
-    if option == GO {
+    if option == OPTION_GO {
         Next::Transmission
     } else {
         Next::More

@@ -8,13 +8,13 @@ use mirror::host::{Buffer as _, Errno};
 use crate::batch::Batch;
 use crate::nbd_proto::{Peer, ProtocolError};
 use crate::ring::Ring;
-use crate::sys::{IoBuffer, Prepared};
+use crate::sys::{IoBuffer, Lend, Prepared};
 
 /// What ends a stream.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StreamError {
     /// The peer closed in the middle of something.
-    #[error("the client closed the connection in the middle of a message")]
+    #[error("the other end closed the connection in the middle of a message")]
     Closed,
     /// The socket failed.
     #[error("the socket failed: {0}")]
@@ -105,6 +105,24 @@ impl Inbox {
                 .ring
                 .submit(Prepared::receive(&self.fd, lend, true), None);
             let received = received.bytes().await?;
+            if received == 0 {
+                return Err(StreamError::Closed);
+            }
+            done += received;
+        }
+        Ok(())
+    }
+
+    /// Fills memory that has been lent, in the same way. Only this may write there meanwhile.
+    pub(crate) async fn fill_lent(&mut self, target: &Lend) -> Result<(), StreamError> {
+        let len = target.len();
+        let mut done = len.min(self.end - self.start);
+        self.buffer
+            .read(|bytes| target.write(0, &bytes[self.start..self.start + done]));
+        self.start += done;
+        while done < len {
+            let receive = Prepared::receive(&self.fd, target.rest(done), true);
+            let received = self.ring.submit(receive, None).bytes().await?;
             if received == 0 {
                 return Err(StreamError::Closed);
             }

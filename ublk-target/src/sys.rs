@@ -25,6 +25,7 @@
 
 #![allow(unsafe_code)]
 
+mod entries;
 mod pool;
 
 use std::cell::Cell;
@@ -34,7 +35,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use io_uring::{IoUring, opcode, squeue, types};
 use mirror::host::Buffer;
@@ -281,6 +281,34 @@ impl Lend {
         self.len as usize
     }
 
+    /// Another hold on the part from byte `skip` on.
+    pub(crate) fn rest(&self, skip: usize) -> Self {
+        assert!(
+            self.to_writer,
+            "memory lent for reading is lent for writing"
+        );
+        let len = self.len().saturating_sub(skip);
+        self.buffer.lend_to_writer(self.start + skip, len)
+    }
+
+    /// Writes into the part, as the device would that it was lent to.
+    pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
+        assert!(self.to_writer, "a write into memory lent for reading");
+        let end = at.checked_add(bytes.len());
+        assert!(
+            end.is_some_and(|end| end <= self.len()),
+            "a write beyond what was lent"
+        );
+        // SAFETY: the range lies within the part (asserted), which lies within the region
+        // (asserted in `new`). No Rust code refers to the region: none did when it was lent to
+        // a writer, and none can begin before this lend has ended (asserted in `read` and
+        // `fill`); `bytes` therefore lie elsewhere.
+        unsafe {
+            let target = self.address().add(at);
+            ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
+        }
+    }
+
     /// Where the part begins, as the kernel is told.
     pub(crate) fn address(&self) -> *mut u8 {
         // SAFETY: `start` lies within the region (asserted in `new`).
@@ -364,76 +392,6 @@ fn fd_of(fd: &Rc<OwnedFd>) -> types::Fd {
 }
 
 impl Prepared {
-    /// Reads from `offset` into `lend`.
-    pub(crate) fn read(fd: &Rc<OwnedFd>, offset: u64, lend: Lend) -> Self {
-        assert!(
-            lend.to_writer,
-            "a read into memory that was lent for reading"
-        );
-        let (fd_number, address, len) = (fd_of(fd), lend.address(), lend.len);
-        let entry = match lend.buffer.0.registered.get() {
-            Some(index) => opcode::ReadFixed::new(fd_number, address, len, index)
-                .offset(offset)
-                .build(),
-            None => opcode::Read::new(fd_number, address, len)
-                .offset(offset)
-                .build(),
-        };
-        Self {
-            entry,
-            keep: Keep::Memory {
-                _lend: lend,
-                _fd: Some(Rc::clone(fd)),
-            },
-        }
-    }
-
-    /// Writes `lend` to `offset`; with `fua` it completes when the bytes are durable.
-    pub(crate) fn write(fd: &Rc<OwnedFd>, offset: u64, lend: Lend, fua: bool) -> Self {
-        let flags = if fua { libc::RWF_DSYNC } else { 0 };
-        let (fd_number, address, len) = (fd_of(fd), lend.address().cast_const(), lend.len);
-        let entry = match lend.buffer.0.registered.get() {
-            Some(index) => opcode::WriteFixed::new(fd_number, address, len, index)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
-            None => opcode::Write::new(fd_number, address, len)
-                .offset(offset)
-                .rw_flags(flags)
-                .build(),
-        };
-        Self {
-            entry,
-            keep: Keep::Memory {
-                _lend: lend,
-                _fd: Some(Rc::clone(fd)),
-            },
-        }
-    }
-
-    /// fdatasync.
-    pub(crate) fn sync(fd: &Rc<OwnedFd>) -> Self {
-        let entry = opcode::Fsync::new(fd_of(fd))
-            .flags(types::FsyncFlags::DATASYNC)
-            .build();
-        Self {
-            entry,
-            keep: Keep::File { _fd: Rc::clone(fd) },
-        }
-    }
-
-    /// fallocate with `mode`.
-    pub(crate) fn fallocate(fd: &Rc<OwnedFd>, mode: i32, offset: u64, len: u64) -> Self {
-        let entry = opcode::Fallocate::new(fd_of(fd), len)
-            .offset(offset)
-            .mode(mode)
-            .build();
-        Self {
-            entry,
-            keep: Keep::File { _fd: Rc::clone(fd) },
-        }
-    }
-
     /// A block device's discard command (BLOCK_URING_CMD_DISCARD, Linux 6.12), free to block.
     pub(crate) fn discard(fd: &Rc<OwnedFd>, offset: u64, len: u64) -> Self {
         const BLOCK_URING_CMD_DISCARD: u32 = 0x1200;
@@ -449,25 +407,6 @@ impl Prepared {
         Self {
             entry: entry.flags(squeue::Flags::ASYNC),
             keep: Keep::File { _fd: Rc::clone(fd) },
-        }
-    }
-
-    /// Receives from a socket into `lend`.
-    pub(crate) fn receive(fd: &Rc<OwnedFd>, lend: Lend, all: bool) -> Self {
-        assert!(
-            lend.to_writer,
-            "a receive into memory that was lent for reading"
-        );
-        let flags = if all { libc::MSG_WAITALL } else { 0 };
-        let entry = opcode::Recv::new(fd_of(fd), lend.address(), lend.len)
-            .flags(flags)
-            .build();
-        Self {
-            entry,
-            keep: Keep::Memory {
-                _lend: lend,
-                _fd: Some(Rc::clone(fd)),
-            },
         }
     }
 
@@ -492,31 +431,6 @@ impl Prepared {
             keep: Keep::Message {
                 _message: message,
                 _fd: Rc::clone(fd),
-            },
-        }
-    }
-
-    /// Completes when `fd` has something to read.
-    pub(crate) fn poll_readable(fd: &Rc<OwnedFd>) -> Self {
-        let flags = u32::from(libc::POLLIN.cast_unsigned());
-        let entry = opcode::PollAdd::new(fd_of(fd), flags).build();
-        Self {
-            entry,
-            keep: Keep::File { _fd: Rc::clone(fd) },
-        }
-    }
-
-    /// Completes when the clock that counts from boot, suspended time included, reaches
-    /// `deadline`.
-    pub(crate) fn timeout(deadline: Duration) -> Self {
-        let deadline = Box::new(types::Timespec::from(deadline));
-        let entry = opcode::Timeout::new(&raw const *deadline)
-            .flags(types::TimeoutFlags::ABS | types::TimeoutFlags::BOOTTIME)
-            .build();
-        Self {
-            entry,
-            keep: Keep::Deadline {
-                _deadline: deadline,
             },
         }
     }

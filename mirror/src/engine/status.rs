@@ -104,6 +104,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 },
                 read_errors: state.read_errors,
                 repaired_blocks: state.repaired_blocks,
+                unfenced: false,
             }
         })
         .collect()

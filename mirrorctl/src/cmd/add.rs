@@ -13,7 +13,7 @@ use crate::{Context, client, output, probe};
 pub(crate) struct Args {
     /// The mirror
     name: String,
-    /// The new device or image file; what it holds is lost
+    /// The new device, image file or export (ADDRESS); what it holds is lost
     path: PathBuf,
     /// Overwrite a filesystem or another mirror's member
     #[arg(long)]
@@ -25,6 +25,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let path = path_text(&args.path)?;
+    super::refuse_long_address(&path)?;
     let status = client::status(&context.run_dir, &args.name)?;
     let held = status.members.iter().find(|m| m.path == path && m.attached);
     if let Some(member) = held {

@@ -9,13 +9,15 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mirror::create::{CreateError, CreatePlan, CreateRequest, MEMBERS, NewMember, plan};
+use mirror::create::{
+    CreateError, CreatePlan, CreateRequest, MEMBERS, MemberPlan, NewMember, plan,
+};
 use mirror::layout::{Layout, MEMBER_BYTES_MIN, MIRROR_BYTES_MAX};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::path_text;
 use crate::failure::{Exit, Failure, words};
-use crate::medium::{Access, Medium, identity};
+use crate::medium::{Access, Medium, identity, is_address};
 use crate::run_dir::check_name;
 use crate::{Context, client, output, probe, size};
 
@@ -23,8 +25,8 @@ use crate::{Context, client, output, probe, size};
 pub(crate) struct Args {
     /// Name of the new mirror
     name: String,
-    /// A device or image file; give it two to eight times
-    #[arg(long = "member", value_name = "PATH", required = true)]
+    /// A device, an image file or an NBD export; give it two to eight times
+    #[arg(long = "member", value_name = "PATH|ADDRESS", required = true)]
     members: Vec<PathBuf>,
     /// Size of the device; needed to make image files [default: the largest that fits]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
@@ -105,6 +107,7 @@ fn check_members(members: &[PathBuf]) -> Result<(), Failure> {
         )));
     }
     for (index, path) in members.iter().enumerate() {
+        super::refuse_long_address(&path_text(path)?)?;
         let same = |other: &&PathBuf| {
             *other == path || identity(path).is_some_and(|id| identity(other) == Some(id))
         };
@@ -121,7 +124,7 @@ fn check_members(members: &[PathBuf]) -> Result<(), Failure> {
 
 fn open_all(args: &Args) -> Result<Vec<Place>, Failure> {
     let open = |path: &PathBuf| {
-        if path.exists() {
+        if is_address(path) || path.exists() {
             return Ok(Place::Open(Medium::open(path, Access::Exclusive)?));
         }
         let absolute = crate::medium::absolute(path)?;
@@ -306,7 +309,26 @@ fn write(plan: &CreatePlan, places: &[Place]) -> Result<(), Failure> {
         }
         medium.sync()?;
     }
+    for (member, medium) in pairs() {
+        refuse_twin(member, medium)?;
+    }
     Ok(())
+}
+
+/// Two addresses may lead to one disk, or an address to a disk of this machine. Only what has
+/// been written tells.
+fn refuse_twin(member: &MemberPlan, medium: &Medium) -> Result<(), Failure> {
+    let (copy_a, copy_b) = medium.superblock_bytes()?;
+    let wrote = |copy: &Vec<u8>| member.superblocks.iter().any(|(_, bytes)| bytes == copy);
+    if wrote(&copy_a) && wrote(&copy_b) {
+        return Ok(());
+    }
+    Err(Failure::refused(format!(
+        "{} does not hold what was written to it: another of the members named leads to the same \
+         disk. Nothing was created, and that disk now holds a superblock of no use: 'mirrorctl \
+         destroy' it.",
+        medium.path().display()
+    )))
 }
 
 fn sentence(args: &Args, plan: &CreatePlan, verb: &str) -> String {

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use mirror::create::wipe_ranges;
-use mirror::superblock::{Superblock, SuperblockError};
+use mirror::superblock::{LastStop, Superblock, SuperblockError};
 
 use crate::failure::Failure;
 use crate::medium::{Access, Medium};
@@ -114,15 +114,19 @@ fn absent_slots(mirror: &scan::FoundMirror) -> Vec<usize> {
 fn examine(path: &Path, force: bool) -> Result<Doomed, Failure> {
     let medium = Medium::open(path, Access::Exclusive)?;
     let shown = path.display();
-    let (what, name) = match medium.superblock()? {
-        Ok(loaded) => (member(&loaded.superblock), Some(loaded.superblock.name)),
+    let (what, name, last_stop) = match medium.superblock()? {
+        Ok(loaded) => {
+            let superblock = loaded.superblock;
+            let what = member(&superblock);
+            (what, Some(superblock.name), Some(superblock.last_stop))
+        }
         Err(SuperblockError::NotAMember) => {
             let found = probe::describe(&medium.signatures()?);
             return Err(Failure::not_found(format!(
                 "{shown} is not a member of a mirror; it holds {found}. Nothing was wiped."
             )));
         }
-        Err(error) if force => (format!("a member: {error}"), None),
+        Err(error) if force => (format!("a member: {error}"), None, None),
         Err(error) => {
             return Err(Failure::refused(format!(
                 "{shown} is a member of a mirror, but of which cannot be told: {error}. \
@@ -130,6 +134,15 @@ fn examine(path: &Path, force: bool) -> Result<Doomed, Failure> {
             )));
         }
     };
+    if let (Some(last_stop), true, false) = (last_stop, medium.is_export(), force)
+        && last_stop == LastStop::Unclean
+    {
+        return Err(Failure::refused(format!(
+            "{shown} is {what}, and that mirror was not stopped while it had this member: it may \
+             be running with it now, which cannot be told over the network. Nothing was wiped; \
+             --force wipes the superblock all the same."
+        )));
+    }
     // At its end a member holds what applications wrote, which is not a reason to refuse.
     let mut others = medium.signatures()?;
     others.retain(|finding| !finding.is_mirror && !finding.at_end);

@@ -17,7 +17,7 @@ use crate::{Context, output, probe};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// A device or image file
+    /// A device, image file or export (ADDRESS)
     path: PathBuf,
 }
 

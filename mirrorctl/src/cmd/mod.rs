@@ -22,7 +22,7 @@ use std::path::Path;
 
 use clap::Subcommand;
 use mirror::control::MemberRef;
-use mirror::superblock::SlotState;
+use mirror::superblock::{ADDRESS_BYTES_MAX, SlotState};
 
 use crate::Context;
 use crate::failure::Failure;
@@ -31,7 +31,7 @@ use crate::medium;
 /// What to do.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make a new mirror out of two to eight devices or image files
+    /// Make a new mirror out of two to eight devices, image files or exports
     Create(create::Args),
     /// Start a mirror whose members were created before
     Start(start::Args),
@@ -123,7 +123,19 @@ fn slot_state(state: SlotState) -> &'static str {
     }
 }
 
-/// An absolute path as the control protocol carries it.
+/// Refuses an address that a slot record has no room for: a peer is found by nothing else.
+fn refuse_long_address(path: &str) -> Result<(), Failure> {
+    if peer::is_address(path) && path.len() > ADDRESS_BYTES_MAX {
+        return Err(Failure::usage(format!(
+            "The address {path} has {} bytes and a superblock has room for {ADDRESS_BYTES_MAX}: \
+             use a shorter name for the host, the export or the socket.",
+            path.len()
+        )));
+    }
+    Ok(())
+}
+
+/// An absolute path, or an address, as the control protocol carries it.
 fn path_text(path: &Path) -> Result<String, Failure> {
     let absolute = medium::absolute(path)?;
     absolute.into_os_string().into_string().map_err(|path| {
@@ -148,8 +160,29 @@ mod tests {
             member_ref("/dev/sda").unwrap(),
             MemberRef::Path("/dev/sda".into())
         );
+        assert_eq!(
+            member_ref("nbd://Host:10809/m").unwrap(),
+            MemberRef::Path("nbd://host/m".into())
+        );
         assert!(matches!(member_ref("./1").unwrap(), MemberRef::Path(p) if p.ends_with("/1")));
         assert!(member_ref("256").unwrap_err().message.contains("'256'"));
         assert!(member_ref("").is_err());
+        assert!(
+            member_ref("nbds://host/m")
+                .unwrap_err()
+                .message
+                .contains("TLS")
+        );
+    }
+
+    #[test]
+    fn addresses_have_to_fit_into_a_superblock() {
+        let of = |len: usize| format!("nbd://h/{}", "e".repeat(len - 8));
+        assert_eq!(refuse_long_address(&of(ADDRESS_BYTES_MAX)), Ok(()));
+        assert!(refuse_long_address(&of(ADDRESS_BYTES_MAX + 1)).is_err());
+        assert_eq!(
+            refuse_long_address(&format!("/{}", "d".repeat(300))),
+            Ok(())
+        );
     }
 }

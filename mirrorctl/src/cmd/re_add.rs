@@ -16,7 +16,7 @@ use crate::{Context, client, output};
 pub(crate) struct Args {
     /// The mirror
     name: String,
-    /// The member's device or image file
+    /// The member's device, image file or export (ADDRESS)
     path: PathBuf,
     /// Accept a full resync where a delta is not possible
     #[arg(long)]

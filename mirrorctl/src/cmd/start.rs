@@ -64,6 +64,9 @@ pub(crate) struct Options {
     /// Start although an absent member may hold newer data
     #[arg(long)]
     force: bool,
+    /// The servers of peer members have ended every earlier session with them (or were restarted)
+    #[arg(long)]
+    peer_sessions_over: bool,
     /// Record no write intent: an unclean stop then loses data. For benchmarks only
     #[arg(long)]
     no_intent_unsafe_for_benchmarks: bool,
@@ -162,6 +165,9 @@ impl Options {
         if self.force {
             args.push("--force".into());
         }
+        if self.peer_sessions_over {
+            args.push("--peer-sessions-over".into());
+        }
         if self.no_intent_unsafe_for_benchmarks {
             args.push("--no-intent-unsafe-for-benchmarks".into());
         }
@@ -239,8 +245,13 @@ fn refuse_running(context: &Context, name: &str) -> Result<(), Failure> {
 fn candidates(args: &Args, context: &Context) -> Result<Vec<PathBuf>, Failure> {
     if !args.paths.is_empty() {
         for path in &args.paths {
-            // Only to say in time that it is not there or no device.
-            medium::Medium::open(path, medium::Access::Look)?;
+            // Only to say in time that it is not there or no device. Of an export the daemon says
+            // it as well, and decides whether the mirror may start without it.
+            if medium::is_address(path) {
+                medium::absolute(path)?;
+            } else {
+                medium::Medium::open(path, medium::Access::Look)?;
+            }
         }
         let absolute = args.paths.iter().map(|path| medium::absolute(path));
         return absolute.collect();
@@ -278,6 +289,7 @@ mod tests {
             nbd_socket: Some("/s".into()),
             nbd_tcp: Some("[::1]:10809".parse().unwrap()),
             force: true,
+            peer_sessions_over: true,
             no_intent_unsafe_for_benchmarks: true,
             queue_depth: Some(64),
             deadline: Some(7),
@@ -300,7 +312,7 @@ mod tests {
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
              --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
              --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force \
-             --no-intent-unsafe-for-benchmarks -- /a -b"
+             --peer-sessions-over --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
     }

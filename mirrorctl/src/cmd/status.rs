@@ -166,7 +166,8 @@ fn member_rows(status: &Status) -> Vec<Vec<String>> {
     let head = ["slot", "state", "missed", "path", ""];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for member in &status.members {
-        let mut notes: Vec<String> = member.reason.clone().into_iter().collect();
+        let unfenced = member.unfenced.then(|| "unfenced".to_owned());
+        let mut notes: Vec<String> = unfenced.into_iter().chain(member.reason.clone()).collect();
         for (count, what) in [
             (member.read_errors, "read errors"),
             (member.repaired_blocks, "blocks repaired"),

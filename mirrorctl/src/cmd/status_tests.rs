@@ -11,7 +11,7 @@ const DOCUMENT: &str = r#"{
      "missed-bytes": 0, "attached": true, "orphans": 0, "read-errors": 2, "repaired-blocks": 2},
     {"slot": 1, "path": "/b.img", "uuid": "u1", "state": "resyncing", "reason": "It was away.",
      "missed-bytes": 4096000, "attached": true, "orphans": 0, "read-errors": 0,
-     "repaired-blocks": 0}
+     "repaired-blocks": 0, "unfenced": true}
   ],
   "extents": {"unwritten": 200, "cool": 50, "hot": 6, "discarded": 0, "hot-budget": 64,
               "unequalised-blocks": 0},
@@ -34,7 +34,7 @@ mirror data: resyncing, 1.0 GiB on /dev/ublkb0
   uuid 0192, event count 3, daemon process 42, logical block 512 bytes
   slot  state      missed   path
   0     in-sync    -        /a.img  2 read errors; 2 blocks repaired
-  1     resyncing  3.9 MiB  /b.img  It was away.
+  1     resyncing  3.9 MiB  /b.img  unfenced; It was away.
   extents: 56 written (6 hot of a budget of 64, 50 cool), 200 unwritten, 0 discarded
   delta resync of slot 1: 25.0 %, 3.0 KiB left, about 0.3 s to go
     Its position is known.

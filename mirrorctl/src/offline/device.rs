@@ -13,7 +13,7 @@ use std::path::Path;
 use dirty_map::BLOCK_BYTES;
 
 use crate::failure::{Failure, words};
-use crate::medium::{Access, Medium};
+use crate::medium::{self, Access, Medium};
 
 /// Bytes of a block, as lengths in memory are counted.
 pub(super) const BLOCK: usize = 4096;
@@ -58,9 +58,16 @@ pub(super) struct Device {
 
 impl Device {
     /// Opens the device or file at `path`, to read it undisturbed or to mend it alone.
+    ///
+    /// Refuses an export: over NBD nobody else can be kept away, and the server's cache cannot be
+    /// read past.
     pub(super) fn open(path: &Path, access: Access) -> Result<Self, Failure> {
+        if medium::is_address(path) {
+            return Err(medium::needs_the_disk(path));
+        }
         let medium = Medium::open(path, access)?;
-        let same = format!("/proc/self/fd/{}", medium.file().as_raw_fd());
+        let file = medium.file().ok_or_else(|| medium::needs_the_disk(path))?;
+        let same = format!("/proc/self/fd/{}", file.as_raw_fd());
         let direct = OpenOptions::new()
             .read(true)
             .write(access == Access::Exclusive)
@@ -75,6 +82,11 @@ impl Device {
     /// The open device or file.
     pub(super) fn medium(&self) -> &Medium {
         &self.medium
+    }
+
+    fn file(&self) -> io::Result<&File> {
+        let file = self.medium.file();
+        file.ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 
     /// Reads at `offset`, a multiple of 4 KiB. Parts that cannot be read are named, in whole
@@ -100,7 +112,7 @@ impl Device {
                 done => return done,
             }
         }
-        self.medium.file().read_exact_at(out, offset)
+        self.file()?.read_exact_at(out, offset)
     }
 
     /// Writes at `offset`, a multiple of 4 KiB; durable after [`Device::sync`].
@@ -115,14 +127,14 @@ impl Device {
                 done => return done,
             }
         }
-        self.medium.file().write_all_at(aligned.get(), offset)
+        self.file()?.write_all_at(aligned.get(), offset)
     }
 
     /// Makes everything written durable.
     pub(super) fn sync(&self) -> io::Result<()> {
         #[cfg(test)]
         tests::note(self.medium.path(), Event::Sync);
-        self.medium.file().sync_all()
+        self.file()?.sync_all()
     }
 }
 

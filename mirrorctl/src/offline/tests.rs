@@ -9,6 +9,7 @@ use dirty_map::{Block, Extent};
 use super::device::{Event, damage, events};
 use super::report::{Class, Finding, Kind, Outcome};
 use super::{Inspection, Mode, Request, inspect};
+use crate::failure::Exit;
 use crate::progress::Progress;
 use crate::run_dir::RunDir;
 
@@ -73,6 +74,32 @@ fn kinds(findings: &[Finding]) -> Vec<Short> {
     let slot = |finding: &Finding| finding.member.as_ref().and_then(|(_, slot)| *slot);
     let each = findings.iter();
     each.map(|f| (f.kind, f.class, slot(f), f.bytes)).collect()
+}
+
+#[test]
+fn an_export_is_refused_unconnected_and_nothing_is_written_to_the_others() {
+    let mut made = Made::new("export", 2);
+    let before = made.members.everything();
+    // Nobody listens there: a try to connect would be another error.
+    let address = "nbd+unix:///data?socket=/nowhere";
+    made.members.paths.push(address.into());
+    let run_dir = RunDir::new(&made.dir).unwrap();
+    for mode in [Mode::Check, Mode::DryRun, Mode::Repair] {
+        let request = Request {
+            paths: &made.members.paths,
+            mode,
+            force: true,
+            limit: 100,
+        };
+        let refused = inspect(&request, &run_dir, &mut Progress::quiet()).unwrap_err();
+        assert_eq!(refused.exit, Exit::Usage);
+        assert_eq!(
+            refused.message,
+            format!("{address} is an NBD export: run this where its disk is.")
+        );
+    }
+    made.members.paths.pop();
+    assert!(made.members.everything() == before);
 }
 
 #[test]

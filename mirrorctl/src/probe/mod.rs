@@ -9,9 +9,7 @@
 pub(crate) mod table;
 pub(crate) mod users;
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock, SuperblockError};
 
@@ -38,6 +36,9 @@ pub(crate) struct Finding {
     pub(crate) is_mirror: bool,
 }
 
+/// Fills bytes from an offset of the device.
+type ReadAt<'a> = dyn Fn(&mut [u8], u64) -> io::Result<()> + 'a;
+
 /// The beginning and the end of a device.
 struct Windows {
     head: Vec<u8>,
@@ -46,12 +47,12 @@ struct Windows {
 }
 
 impl Windows {
-    fn read(file: &File, size_bytes: u64) -> io::Result<Self> {
+    fn read(read: &ReadAt<'_>, size_bytes: u64) -> io::Result<Self> {
         let len = size_bytes.min(WINDOW_BYTES);
         let read_at = |offset| -> io::Result<Vec<u8>> {
             let len = usize::try_from(len).map_err(io::Error::other)?;
             let mut bytes = vec![0; len];
-            file.read_exact_at(&mut bytes, offset)?;
+            read(&mut bytes, offset)?;
             Ok(bytes)
         };
         Ok(Self {
@@ -86,9 +87,10 @@ impl Windows {
     }
 }
 
-/// Everything known that lies on the device, in order of its place, each kind once.
-pub(crate) fn signatures(file: &File, size_bytes: u64) -> io::Result<Vec<Finding>> {
-    let windows = Windows::read(file, size_bytes)?;
+/// Everything known that lies on the device, in order of its place, each kind once. `read` fills
+/// bytes from an offset.
+pub(crate) fn signatures(read: &ReadAt<'_>, size_bytes: u64) -> io::Result<Vec<Finding>> {
+    let windows = Windows::read(read, size_bytes)?;
     let mut found = Vec::new();
     for signature in SIGNATURES {
         let all_fit = signature.marks.iter().all(|mark| {

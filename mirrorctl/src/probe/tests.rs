@@ -1,6 +1,8 @@
 //! Every signature as a row; real tools where they exist are the integration tests' part.
 #![allow(clippy::unwrap_used)]
 use super::*;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -29,9 +31,13 @@ impl Scratch {
         self
     }
 
-    fn kinds(&self) -> Vec<String> {
+    fn signatures(&self) -> Vec<Finding> {
         let size = self.1.metadata().unwrap().len();
-        let found = signatures(&self.1, size).unwrap();
+        signatures(&|bytes, offset| self.1.read_exact_at(bytes, offset), size).unwrap()
+    }
+
+    fn kinds(&self) -> Vec<String> {
+        let found = self.signatures();
         found.into_iter().map(|finding| finding.what).collect()
     }
 }
@@ -101,7 +107,7 @@ fn a_zfs_label_is_found_by_any_uberblock() {
 fn a_damaged_superblock_still_says_that_it_is_a_member() {
     let scratch = Scratch::new(SIZE);
     scratch.put(COPY_B_OFFSET, b"UBLKMIRR");
-    let found = signatures(&scratch.1, SIZE).unwrap();
+    let found = scratch.signatures();
     assert_eq!(found.len(), 1);
     assert!(found[0].is_mirror);
     assert!(found[0].what.contains("damaged"), "{found:?}");
@@ -112,7 +118,7 @@ fn several_findings_make_a_sentence_and_each_kind_is_named_once() {
     let scratch = Scratch::new(SIZE);
     scratch.put(0, b"LUKS\xba\xbe").put(0x438, &[0x53, 0xef]);
     scratch.put(512, b"EFI PART").put(SIZE - 512, b"EFI PART");
-    let found = signatures(&scratch.1, SIZE).unwrap();
+    let found = scratch.signatures();
     assert_eq!(
         describe(&found),
         "a LUKS encrypted volume (at byte 0), a GPT partition table (at byte 512) and an ext2, \

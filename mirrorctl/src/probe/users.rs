@@ -62,7 +62,7 @@ pub(crate) fn of_file(path: &Path) -> Vec<String> {
 /// The processes that have the device or file with this identity open for writing, this one
 /// aside. Most programs open a device without asking for it alone (dd, qemu), and the kernel
 /// then lets another opener in. Without privilege only one's own processes are seen.
-pub(crate) fn writers(wanted: Identity) -> Vec<String> {
+pub(crate) fn writers(wanted: &Identity) -> Vec<String> {
     let own = std::process::id().to_string();
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let mut found = Vec::new();
@@ -83,11 +83,12 @@ pub(crate) fn writers(wanted: Identity) -> Vec<String> {
     found
 }
 
-fn has_open_for_writing(process: &Path, wanted: Identity) -> bool {
+fn has_open_for_writing(process: &Path, wanted: &Identity) -> bool {
     let descriptors = fs::read_dir(process.join("fd"));
     descriptors.into_iter().flatten().flatten().any(|entry| {
         let info = || fs::read_to_string(process.join("fdinfo").join(entry.file_name()));
-        identity(&entry.path()) == Some(wanted) && info().is_ok_and(|text| opened_to_write(&text))
+        identity(&entry.path()).as_ref() == Some(wanted)
+            && info().is_ok_and(|text| opened_to_write(&text))
     })
 }
 

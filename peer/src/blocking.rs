@@ -1,0 +1,474 @@
+//! Connecting to an export, and a client that waits for each answer.
+//!
+//! `mirrorctl` reads and writes superblocks with it; the daemon only connects with it, and takes
+//! the socket over with [`Client::into_parts`]. Connecting and each request have a limit of time
+//! as a whole, so that a server that says nothing, or one byte now and then, holds up nobody.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use mirror::control::ErrorKind;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
+
+use crate::address::{Address, Place};
+use crate::export::{Export, Unusable};
+use crate::handshake::{Handshake, HandshakeError, REPLY_BYTES_MAX};
+use crate::session::{Ask, Kind, Session, farewell};
+use crate::wire::REPLY_BYTES;
+
+/// Limit for connecting and the handshake together.
+pub const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
+/// Limit for one request.
+const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
+/// An idle connection is asked after so long whether its other end is still there.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+/// Between two such questions.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+/// Unanswered questions after which the connection is dead.
+const KEEPALIVE_PROBES: u32 = 3;
+
+/// Why there is no connection to an export; a sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// Nobody is there.
+    #[error(
+        "{address} cannot be reached: {}; check the address, the server and the network",
+        words(source)
+    )]
+    Unreachable {
+        /// The export.
+        address: Address,
+        /// The system's answer.
+        source: io::Error,
+    },
+    /// Somebody is there and says nothing.
+    #[error(
+        "{address} did not answer within {seconds} s; its server hangs, or serves one client at a \
+         time and has one"
+    )]
+    NoAnswer {
+        /// The export.
+        address: Address,
+        /// How long was waited.
+        seconds: u64,
+    },
+    /// The handshake failed.
+    #[error("{address} cannot be used: {source}")]
+    Handshake {
+        /// The export.
+        address: Address,
+        /// Why.
+        source: HandshakeError,
+    },
+    /// The export cannot hold a member.
+    #[error("{address} cannot hold a member: {source}")]
+    Unusable {
+        /// The export.
+        address: Address,
+        /// Why.
+        source: Unusable,
+    },
+}
+
+impl ConnectError {
+    /// Class of the failure.
+    #[must_use]
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Unreachable { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                ErrorKind::NotFound
+            }
+            Self::Unreachable { .. } => ErrorKind::Failed,
+            Self::NoAnswer { .. } => ErrorKind::Busy,
+            Self::Handshake { source, .. } => match source {
+                HandshakeError::UnknownExport(_) => ErrorKind::NotFound,
+                HandshakeError::ShuttingDown(_) => ErrorKind::Busy,
+                _ => ErrorKind::Failed,
+            },
+            Self::Unusable { .. } => ErrorKind::Refused,
+        }
+    }
+
+    /// Whether the export is not there, rather than there and of no use.
+    #[must_use]
+    pub fn is_absence(&self) -> bool {
+        !matches!(self, Self::Unusable { .. })
+    }
+}
+
+/// The system's words for an error, without the number that Rust appends.
+fn words(error: &io::Error) -> String {
+    let mut text = error.to_string();
+    text.truncate(text.rfind(" (os error").unwrap_or(text.len()));
+    text
+}
+
+/// A stream socket with limits of time.
+#[derive(Debug)]
+enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+impl Stream {
+    fn connect(place: &Place, give_up: Instant) -> io::Result<Self> {
+        match place {
+            Place::Tcp { host, port } => {
+                let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+                let addresses = (host.as_str(), *port).to_socket_addrs()?;
+                let mut to_try = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
+                for address in addresses {
+                    // One that swallows everything leaves time for the others.
+                    let share = (left(give_up)? / to_try).max(Duration::from_millis(1));
+                    to_try -= 1;
+                    match TcpStream::connect_timeout(&address, share) {
+                        Ok(stream) => {
+                            keep_alive(&stream)?;
+                            return Ok(Self::Tcp(stream));
+                        }
+                        Err(error) => last = error,
+                    }
+                }
+                Err(last)
+            }
+            Place::Unix { socket } => Ok(Self::Unix(connect_unix(socket)?)),
+        }
+    }
+
+    fn set_limits(&self, limit: Option<Duration>) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => {
+                stream.set_read_timeout(limit)?;
+                stream.set_write_timeout(limit)
+            }
+            Self::Unix(stream) => {
+                stream.set_read_timeout(limit)?;
+                stream.set_write_timeout(limit)
+            }
+        }
+    }
+
+    fn receive(&mut self, bytes: &mut [u8], give_up: Instant) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            self.set_limits(Some(left(give_up)?))?;
+            let received = match self {
+                Self::Tcp(stream) => stream.read(&mut bytes[done..]),
+                Self::Unix(stream) => stream.read(&mut bytes[done..]),
+            };
+            match received {
+                Ok(0) => {
+                    let why = "its server closed the connection";
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
+                }
+                Ok(received) => done += received,
+                Err(error) if is_transient(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, bytes: &[u8], give_up: Instant) -> io::Result<()> {
+        let mut done = 0;
+        while done < bytes.len() {
+            self.set_limits(Some(left(give_up)?))?;
+            let sent = match self {
+                Self::Tcp(stream) => stream.write(&bytes[done..]),
+                Self::Unix(stream) => stream.write(&bytes[done..]),
+            };
+            match sent {
+                Ok(sent) => done += sent,
+                Err(error) if is_transient(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether to look at the clock and try again.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
+}
+
+/// What is left until `give_up`; an error when that is nothing.
+fn left(give_up: Instant) -> io::Result<Duration> {
+    let left = give_up.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    Ok(left)
+}
+
+/// Without a wait: a server that accepts nobody leaves its queue full.
+fn connect_unix(path: &Path) -> io::Result<UnixStream> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&fd, &address).map_err(|errno| match errno {
+        rustix::io::Errno::AGAIN => io::ErrorKind::TimedOut.into(),
+        errno => io::Error::from(errno),
+    })?;
+    let stream = UnixStream::from(fd);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}
+
+/// Small requests are sent at once, and a host that is gone is noticed.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    Ok(())
+}
+
+/// A connection to an export, one request at a time.
+#[derive(Debug)]
+pub struct Client {
+    stream: Stream,
+    address: Address,
+    export: Export,
+    session: Session<()>,
+    /// The stream is out of step: nothing more is asked.
+    broken: bool,
+}
+
+impl Client {
+    /// Connects, and takes only what can hold a member.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be reached within [`CONNECT_PATIENCE`], refuses, or its export is
+    /// not fit for a member.
+    pub fn connect(address: &Address) -> Result<Self, ConnectError> {
+        let client = Self::look(address, CONNECT_PATIENCE)?;
+        match client.export.check() {
+            Ok(()) => Ok(client),
+            Err(source) => Err(ConnectError::Unusable {
+                address: address.clone(),
+                source,
+            }),
+        }
+    }
+
+    /// Connects within `patience` to whatever is exported, to look at it.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be reached or refuses.
+    pub fn look(address: &Address, patience: Duration) -> Result<Self, ConnectError> {
+        let give_up = Instant::now() + patience;
+        let trouble = |source: io::Error| match source.kind() {
+            io::ErrorKind::TimedOut => ConnectError::NoAnswer {
+                address: address.clone(),
+                seconds: patience.as_secs(),
+            },
+            _ => ConnectError::Unreachable {
+                address: address.clone(),
+                source,
+            },
+        };
+        let mut stream = Stream::connect(&address.place, give_up).map_err(trouble)?;
+        let mut handshake = Handshake::new(&address.export);
+        let mut bytes = [0; REPLY_BYTES_MAX];
+        while handshake.wants() > 0 {
+            let bytes = &mut bytes[..handshake.wants()];
+            stream.receive(bytes, give_up).map_err(trouble)?;
+            let refused = |source| ConnectError::Handshake {
+                address: address.clone(),
+                source,
+            };
+            let out = handshake.feed(bytes).map_err(refused)?;
+            stream.send(&out, give_up).map_err(trouble)?;
+        }
+        let Some(export) = handshake.export() else {
+            unreachable!("a handshake that is over has an export")
+        };
+        Ok(Self {
+            stream,
+            address: address.clone(),
+            export,
+            session: Session::default(),
+            broken: false,
+        })
+    }
+
+    /// What the server offers.
+    #[must_use]
+    pub fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// The socket, blocking and without limits of time, with nothing outstanding on it.
+    ///
+    /// # Errors
+    ///
+    /// When the connection has failed.
+    pub fn into_parts(mut self) -> io::Result<(OwnedFd, Export)> {
+        if self.broken {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        self.stream.set_limits(None)?;
+        // The other descriptor goes without a farewell.
+        self.broken = true;
+        let fd = match &self.stream {
+            Stream::Tcp(stream) => stream.as_fd().try_clone_to_owned()?,
+            Stream::Unix(stream) => stream.as_fd().try_clone_to_owned()?,
+        };
+        Ok((fd, self.export))
+    }
+
+    /// Reads at any offset; what the server's smallest request takes beyond is thrown away.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` beyond the export's end, otherwise the server's or the connection's.
+    pub fn read_at(&mut self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let len = bytes.len() as u64;
+        let unit = u64::from(self.export.logical_block_bytes());
+        let end = offset.checked_add(len);
+        let end = end.filter(|end| *end <= self.export.usable_bytes());
+        let end = end.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let first = offset - offset % unit;
+        if first == offset && end.is_multiple_of(unit) {
+            return self.read_aligned(bytes, offset);
+        }
+        let mut whole = vec![0; length(end.next_multiple_of(unit) - first)?];
+        self.read_aligned(&mut whole, first)?;
+        let skip = length(offset - first)?;
+        bytes.copy_from_slice(&whole[skip..skip + bytes.len()]);
+        Ok(())
+    }
+
+    fn read_aligned(&mut self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut rest = bytes;
+        for piece in self.export.pieces(offset, rest.len() as u64) {
+            let (part, after) = rest.split_at_mut(piece.len as usize);
+            rest = after;
+            let ask = Ask {
+                kind: Kind::Read,
+                fua: false,
+                offset: piece.offset,
+                len: piece.len,
+            };
+            self.exchange(&ask, &[], part)?;
+        }
+        Ok(())
+    }
+
+    /// Writes whole logical blocks; durable after [`Client::flush`].
+    ///
+    /// # Errors
+    ///
+    /// `InvalidInput` for a part of a block, otherwise the server's or the connection's.
+    pub fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let unit = u64::from(self.export.logical_block_bytes());
+        if !offset.is_multiple_of(unit) || !(bytes.len() as u64).is_multiple_of(unit) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut rest = bytes;
+        for piece in self.export.pieces(offset, bytes.len() as u64) {
+            let (part, after) = rest.split_at(piece.len as usize);
+            rest = after;
+            let ask = Ask {
+                kind: Kind::Write,
+                fua: false,
+                offset: piece.offset,
+                len: piece.len,
+            };
+            self.exchange(&ask, part, &mut [])?;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable.
+    ///
+    /// # Errors
+    ///
+    /// The server's or the connection's.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.exchange(&Ask::FLUSH, &[], &mut [])
+    }
+
+    /// Makes all of the export read as zeroes, where the server does that by itself and within
+    /// `budget`.
+    ///
+    /// # Errors
+    ///
+    /// `Unsupported` where it does not, `TimedOut` when the budget is used up, otherwise the
+    /// server's or the connection's.
+    pub fn zero_all(&mut self, budget: Duration) -> io::Result<()> {
+        if !self.export.has_write_zeroes() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let give_up = Instant::now() + budget;
+        for piece in self.export.pieces(0, self.export.usable_bytes()) {
+            left(give_up)?;
+            let ask = Ask {
+                kind: Kind::WriteZeroes,
+                fua: false,
+                offset: piece.offset,
+                len: piece.len,
+            };
+            self.exchange(&ask, &[], &mut [])?;
+        }
+        self.flush()
+    }
+
+    fn exchange(&mut self, ask: &Ask, out: &[u8], into: &mut [u8]) -> io::Result<()> {
+        if self.broken {
+            return Err(io::ErrorKind::ConnectionReset.into());
+        }
+        // Any way out of here but an answer leaves the stream out of step.
+        self.broken = true;
+        let give_up = Instant::now() + REQUEST_PATIENCE;
+        let header = self.session.ask(ask, ());
+        self.stream.send(&header, give_up)?;
+        self.stream.send(out, give_up)?;
+        let mut reply = [0; REPLY_BYTES];
+        self.stream.receive(&mut reply, give_up)?;
+        let answer = self.session.answered(&reply).map_err(io::Error::other)?;
+        if answer.error.is_none() {
+            self.stream.receive(into, give_up)?;
+        }
+        self.broken = false;
+        match answer.error {
+            None => Ok(()),
+            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+        }
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        if !self.broken {
+            let soon = Instant::now() + Duration::from_millis(100);
+            // Only a courtesy: a server notices the end of the stream as well.
+            let _ = self.stream.send(&farewell(), soon);
+        }
+    }
+}
+
+fn length(bytes: u64) -> io::Result<usize> {
+    usize::try_from(bytes).map_err(io::Error::other)
+}
+
+#[cfg(test)]
+#[path = "blocking_tests.rs"]
+mod tests;

@@ -1,0 +1,277 @@
+//! From a server's greeting to the description of an export, without any I/O.
+//!
+//! ```text
+//! Greeting ──flags, GO──► Reply ──header──► Data ──┐
+//!                           ▲                      │ information
+//!                           ├──────────────────────┘
+//!                           └─ acknowledgement ─► Done     (an error, or nonsense, ends it)
+//! ```
+//!
+//! The caller reads as many bytes as [`Handshake::wants`], hands them to [`Handshake::feed`] and
+//! sends what that returns, until nothing more is wanted. Byte tables are in [`crate::wire`].
+//! Structured replies, TLS and metadata contexts are not asked for.
+
+use crate::export::{BlockSizes, Export};
+use crate::wire::{
+    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, GREETING_BYTES, INFO_BLOCK_SIZE, INFO_EXPORT, INIT_MAGIC,
+    OLD_STYLE_MAGIC, OPTION_BYTES, OPTION_GO, OPTION_MAGIC, OPTION_REPLY_BYTES, OPTION_REPLY_MAGIC,
+    REP_ACK, REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP,
+    REP_ERROR_BIT, REP_INFO, be16, be32, be64,
+};
+
+/// Longest data of one reply that is read. Strings have 4096 bytes at most by the protocol.
+pub const REPLY_BYTES_MAX: usize = 8192;
+/// A server that says more than this of one export will not come to an end.
+const REPLIES_MAX: u32 = 64;
+/// Longest part of a server's own words that is passed on.
+const WORDS_BYTES_MAX: usize = 256;
+
+/// Why there is no description; a part of a sentence.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HandshakeError {
+    /// Whatever listens there is something else.
+    #[error("what answers there is no NBD server")]
+    NotNbd,
+    /// The handshake of before 2011.
+    #[error("its server speaks a form of NBD that is too old (no fixed newstyle handshake)")]
+    TooOld,
+    /// The server has no such export.
+    #[error("its server has no such export{0}")]
+    UnknownExport(Words),
+    /// The server insists on TLS.
+    #[error("its server wants TLS, which is not there yet{0}")]
+    TlsRequired(Words),
+    /// The server is configured to refuse.
+    #[error("its server's configuration forbids it{0}")]
+    Forbidden(Words),
+    /// The server is going down.
+    #[error("its server is shutting down{0}")]
+    ShuttingDown(Words),
+    /// Another refusal.
+    #[error("its server refuses with error {code:#x}{words}")]
+    Refused {
+        /// The protocol's number.
+        code: u32,
+        /// What the server said.
+        words: Words,
+    },
+    /// The server breaks the protocol.
+    #[error("its server breaks the protocol: {0}")]
+    Nonsense(&'static str),
+}
+
+/// What a server said for people; prints as nothing, or as ` (it says: ...)`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Words(String);
+
+impl Words {
+    fn of(data: &[u8]) -> Self {
+        let text = String::from_utf8_lossy(&data[..data.len().min(WORDS_BYTES_MAX)]);
+        let plain = |c: char| if c.is_control() { ' ' } else { c };
+        Self(text.trim().chars().map(plain).collect())
+    }
+}
+
+impl std::fmt::Display for Words {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        write!(f, " (it says: {})", self.0)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Greeting,
+    Reply,
+    Data { kind: u32, len: usize },
+    Done,
+}
+
+/// The client's side of the handshake for one export.
+#[derive(Clone, Debug)]
+pub struct Handshake {
+    name: String,
+    stage: Stage,
+    replies: u32,
+    described: Option<(u64, u16)>,
+    blocks: BlockSizes,
+}
+
+impl Handshake {
+    /// A handshake that asks for the export of this name.
+    #[must_use]
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            stage: Stage::Greeting,
+            replies: 0,
+            described: None,
+            blocks: BlockSizes::DEFAULT,
+        }
+    }
+
+    /// How many bytes to receive next, at most [`REPLY_BYTES_MAX`]; 0 when it is over.
+    #[must_use]
+    pub fn wants(&self) -> usize {
+        match self.stage {
+            Stage::Greeting => GREETING_BYTES,
+            Stage::Reply => OPTION_REPLY_BYTES,
+            Stage::Data { len, .. } => len,
+            Stage::Done => 0,
+        }
+    }
+
+    /// Takes the bytes that were wanted and returns what is to be sent.
+    ///
+    /// # Errors
+    ///
+    /// When the server refuses or makes no sense; the connection is of no use then.
+    ///
+    /// # Panics
+    ///
+    /// When `bytes` are not as many as were wanted.
+    pub fn feed(&mut self, bytes: &[u8]) -> Result<Vec<u8>, HandshakeError> {
+        assert_eq!(bytes.len(), self.wants(), "the handshake was fed too much");
+        match self.stage {
+            Stage::Greeting => return self.greeted(bytes),
+            Stage::Reply => self.reply(bytes)?,
+            Stage::Data { kind, .. } => {
+                self.stage = Stage::Reply;
+                self.data(kind, bytes)?;
+            }
+            Stage::Done => {}
+        }
+        Ok(Vec::new())
+    }
+
+    /// The export, when the handshake is over.
+    #[must_use]
+    pub fn export(&self) -> Option<Export> {
+        let (size_bytes, flags) = self.described.filter(|_| self.stage == Stage::Done)?;
+        Some(Export {
+            size_bytes,
+            flags,
+            blocks: self.blocks,
+        })
+    }
+
+    fn greeted(&mut self, bytes: &[u8]) -> Result<Vec<u8>, HandshakeError> {
+        if be64(bytes, 0) != Some(INIT_MAGIC) {
+            return Err(HandshakeError::NotNbd);
+        }
+        let flags = be16(bytes, 16).unwrap_or(0);
+        match be64(bytes, 8) {
+            Some(OPTION_MAGIC) if flags & FLAG_FIXED_NEWSTYLE != 0 => {}
+            Some(OPTION_MAGIC | OLD_STYLE_MAGIC) => return Err(HandshakeError::TooOld),
+            _ => return Err(HandshakeError::NotNbd),
+        }
+        self.stage = Stage::Reply;
+        let name = self.name.as_bytes();
+        let len = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let mut out = Vec::with_capacity(4 + OPTION_BYTES + name.len() + 8);
+        let ours = flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
+        out.extend_from_slice(&u32::from(ours).to_be_bytes());
+        out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
+        out.extend_from_slice(&OPTION_GO.to_be_bytes());
+        out.extend_from_slice(&len(4 + name.len() + 4).to_be_bytes());
+        out.extend_from_slice(&len(name.len()).to_be_bytes());
+        out.extend_from_slice(name);
+        // Who asks for block sizes promises to keep to them.
+        out.extend_from_slice(&1_u16.to_be_bytes());
+        out.extend_from_slice(&INFO_BLOCK_SIZE.to_be_bytes());
+        Ok(out)
+    }
+
+    fn reply(&mut self, header: &[u8]) -> Result<(), HandshakeError> {
+        let nonsense = HandshakeError::Nonsense;
+        if be64(header, 0) != Some(OPTION_REPLY_MAGIC) {
+            return Err(nonsense("a reply to an option begins wrongly"));
+        }
+        if be32(header, 8) != Some(OPTION_GO) {
+            return Err(nonsense("it answers an option that was not sent"));
+        }
+        self.replies += 1;
+        if self.replies > REPLIES_MAX {
+            return Err(nonsense("its answer to one option does not end"));
+        }
+        let kind = be32(header, 12).unwrap_or(0);
+        let len =
+            be32(header, 16).map_or(usize::MAX, |len| usize::try_from(len).unwrap_or(usize::MAX));
+        if len > REPLY_BYTES_MAX {
+            return Err(nonsense("a reply to an option is too long"));
+        }
+        if len == 0 {
+            return self.data(kind, &[]);
+        }
+        self.stage = Stage::Data { kind, len };
+        Ok(())
+    }
+
+    /// A whole reply.
+    fn data(&mut self, kind: u32, data: &[u8]) -> Result<(), HandshakeError> {
+        let nonsense = HandshakeError::Nonsense;
+        match kind {
+            REP_ACK if self.described.is_none() => {
+                return Err(nonsense("it does not say how large the export is"));
+            }
+            REP_ACK => self.stage = Stage::Done,
+            REP_INFO => self.information(data)?,
+            error if error & REP_ERROR_BIT != 0 => return Err(refusal(error, Words::of(data))),
+            _ => {
+                return Err(nonsense(
+                    "it answers with a kind of reply that does not fit",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn information(&mut self, data: &[u8]) -> Result<(), HandshakeError> {
+        let wrong = HandshakeError::Nonsense("what it says of the export has a wrong length");
+        match be16(data, 0).ok_or(wrong.clone())? {
+            INFO_EXPORT => {
+                let (Some(size), Some(flags), 12) = (be64(data, 2), be16(data, 10), data.len())
+                else {
+                    return Err(wrong);
+                };
+                self.described = Some((size, flags));
+            }
+            INFO_BLOCK_SIZE => {
+                let at = |at| be32(data, at).filter(|_| data.len() == 14);
+                let (Some(minimum), Some(preferred), Some(maximum)) = (at(2), at(6), at(10)) else {
+                    return Err(wrong);
+                };
+                let blocks = BlockSizes {
+                    minimum,
+                    preferred,
+                    maximum,
+                };
+                if !blocks.are_legal() {
+                    return Err(HandshakeError::Nonsense("its block sizes make no sense"));
+                }
+                self.blocks = blocks;
+            }
+            // Whatever else a server wants to say: names, descriptions.
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn refusal(code: u32, words: Words) -> HandshakeError {
+    match code {
+        REP_ERR_UNKNOWN => HandshakeError::UnknownExport(words),
+        REP_ERR_TLS_REQD => HandshakeError::TlsRequired(words),
+        REP_ERR_POLICY => HandshakeError::Forbidden(words),
+        REP_ERR_SHUTDOWN => HandshakeError::ShuttingDown(words),
+        // Who does not know GO is from before 2017.
+        REP_ERR_UNSUP => HandshakeError::TooOld,
+        _ => HandshakeError::Refused { code, words },
+    }
+}
+
+#[cfg(test)]
+#[path = "handshake_tests.rs"]
+mod tests;

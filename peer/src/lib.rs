@@ -1,0 +1,42 @@
+//! Members behind the network: the client side of NBD.
+//!
+//! A peer member is a disk that some NBD server exports. It carries superblock, maps and data
+//! like a disk in this machine, so that nothing above this crate knows the network.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`address`] | `nbd://HOST/EXPORT` and `nbd+unix:///EXPORT?socket=PATH` |
+//! | [`wire`] | the protocol's numbers, shared with the server in `ublk-target` |
+//! | [`handshake`] | from the server's greeting to the export's description |
+//! | [`export`] | what a server offers, whether that can hold a member, how requests are cut |
+//! | [`session`] | requests and replies, matched by cookie |
+//! | [`blocking`] | connecting, and a client that waits for each answer |
+//!
+//! All but `blocking` are state machines over bytes, without I/O: the daemon runs them on its
+//! ring, `mirrorctl` over a blocking socket, and the fuzzer over nothing.
+//!
+//! # What it promises
+//!
+//! - Decoding any bytes gives a value or an error (R17). The handshake holds one reply of at most
+//!   [`handshake::REPLY_BYTES_MAX`] bytes; a reply to a request is decoded without memory.
+//! - A reply that answers nothing, or a second time, is an error that ends the connection: after
+//!   it nobody can tell which request the next bytes belong to.
+//! - No request is sent twice (R13). A connection that has failed stays failed; going on means
+//!   a new one, and that is the operator's decision, because an ordinary server may still be
+//!   working on what the old one brought it.
+//!
+//! It does not fence: no ordinary NBD server can be asked to end an older session first.
+#![forbid(unsafe_code)]
+
+pub mod address;
+pub mod blocking;
+pub mod export;
+pub mod handshake;
+pub mod session;
+pub mod wire;
+
+pub use address::{Address, AddressError, is_address};
+pub use blocking::{Client, ConnectError};
+pub use export::{Export, Unusable};
+pub use handshake::{Handshake, HandshakeError};
+pub use session::{Answer, Ask, Kind, ProtocolError, Session};

@@ -1,0 +1,159 @@
+//! The numbers of the NBD protocol, as far as this project speaks it.
+//!
+//! Source: "The NBD protocol" (doc/proto.md of the NBD project). All numbers are big-endian.
+//!
+//! # The handshake (fixed newstyle)
+//!
+//! Greeting, server to client:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | `NBDMAGIC` |
+//! | 8 | 8 | `IHAVEOPT` |
+//! | 16 | 2 | handshake flags: fixed newstyle, no zeroes |
+//!
+//! The client answers with four bytes of the same flags. An option, client to server:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | `IHAVEOPT` |
+//! | 8 | 4 | option |
+//! | 12 | 4 | length of the data |
+//! | 16 | | data; of GO: name length u32, name, count u16, information kinds u16 each |
+//!
+//! An option's reply, server to client (any number; an acknowledgement or an error is the last):
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | [`OPTION_REPLY_MAGIC`] |
+//! | 8 | 4 | option |
+//! | 12 | 4 | kind: acknowledgement, information, or an error (highest bit set) |
+//! | 16 | 4 | length of the data |
+//! | 20 | | data; of an error: a text for people |
+//!
+//! The data of an information about the export, and about block sizes:
+//!
+//! | offset | bytes | what | offset | bytes | what |
+//! |---|---|---|---|---|---|
+//! | 0 | 2 | 0: export | 0 | 2 | 3: block sizes |
+//! | 2 | 8 | size in bytes | 2 | 4 | smallest request |
+//! | 10 | 2 | transmission flags | 6 | 4 | preferred |
+//! | | | | 10 | 4 | largest payload |
+//!
+//! # Transmission (simple replies)
+//!
+//! | offset | bytes | request | offset | bytes | reply |
+//! |---|---|---|---|---|---|
+//! | 0 | 4 | [`REQUEST_MAGIC`] | 0 | 4 | [`SIMPLE_REPLY_MAGIC`] |
+//! | 4 | 2 | flags: FUA, no hole | 4 | 4 | error, 0 for success |
+//! | 6 | 2 | command | 8 | 8 | cookie of the request |
+//! | 8 | 8 | cookie | 16 | | data of a read that succeeded |
+//! | 16 | 8 | offset | | | |
+//! | 24 | 4 | length | | | |
+//! | 28 | | data of a write | | | |
+
+/// First eight bytes of a server's greeting, `NBDMAGIC`.
+pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
+/// `IHAVEOPT`: follows the greeting's magic and begins each option.
+pub const OPTION_MAGIC: u64 = 0x4948_4156_454f_5054;
+/// What follows the greeting's magic in the handshake of old, which knows no options.
+pub const OLD_STYLE_MAGIC: u64 = 0x0000_4202_8186_1253;
+/// Begins a reply to an option.
+pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
+/// Begins a request.
+pub const REQUEST_MAGIC: u32 = 0x2560_9513;
+/// Begins a simple reply.
+pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+
+/// Bytes of a request's header.
+pub const REQUEST_BYTES: usize = 28;
+/// Bytes of a simple reply's header.
+pub const REPLY_BYTES: usize = 16;
+/// Bytes of an option's header.
+pub const OPTION_BYTES: usize = 16;
+/// Bytes of the header of a reply to an option.
+pub const OPTION_REPLY_BYTES: usize = 20;
+/// Bytes of the server's greeting.
+pub const GREETING_BYTES: usize = 18;
+
+/// Handshake flag: options are answered one by one, errors included.
+pub const FLAG_FIXED_NEWSTYLE: u16 = 1 << 0;
+/// Handshake flag: no 124 zeroes after an export's description.
+pub const FLAG_NO_ZEROES: u16 = 1 << 1;
+
+/// Option: begin transmission, without a way to refuse.
+pub const OPTION_EXPORT_NAME: u32 = 1;
+/// Option: leave.
+pub const OPTION_ABORT: u32 = 2;
+/// Option: list the exports.
+pub const OPTION_LIST: u32 = 3;
+/// Option: describe an export.
+pub const OPTION_INFO: u32 = 6;
+/// Option: describe an export and begin transmission.
+pub const OPTION_GO: u32 = 7;
+
+/// Reply to an option: done.
+pub const REP_ACK: u32 = 1;
+/// Reply to an option: an export's name.
+pub const REP_SERVER: u32 = 2;
+/// Reply to an option: information about an export.
+pub const REP_INFO: u32 = 3;
+/// Reply to an option: the bit that all errors have.
+pub const REP_ERROR_BIT: u32 = 1 << 31;
+/// Reply to an option: it is unknown.
+pub const REP_ERR_UNSUP: u32 = 0x8000_0001;
+/// Reply to an option: forbidden by the server's configuration.
+pub const REP_ERR_POLICY: u32 = 0x8000_0002;
+/// Reply to an option: its data make no sense.
+pub const REP_ERR_INVALID: u32 = 0x8000_0003;
+/// Reply to an option: only with TLS.
+pub const REP_ERR_TLS_REQD: u32 = 0x8000_0005;
+/// Reply to an option: there is no such export.
+pub const REP_ERR_UNKNOWN: u32 = 0x8000_0006;
+/// Reply to an option: the server is shutting down.
+pub const REP_ERR_SHUTDOWN: u32 = 0x8000_0007;
+/// Reply to an option: too long.
+pub const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
+
+/// Information: the export's size and flags.
+pub const INFO_EXPORT: u16 = 0;
+/// Information: limits of requests.
+pub const INFO_BLOCK_SIZE: u16 = 3;
+
+/// Transmission flag: the flags mean something.
+pub const EXPORT_HAS_FLAGS: u16 = 1 << 0;
+/// Transmission flag: the export cannot be written.
+pub const EXPORT_READ_ONLY: u16 = 1 << 1;
+/// Transmission flag: FLUSH works.
+pub const EXPORT_FLUSH: u16 = 1 << 2;
+/// Transmission flag: FUA works.
+pub const EXPORT_FUA: u16 = 1 << 3;
+/// Transmission flag: TRIM works.
+pub const EXPORT_TRIM: u16 = 1 << 5;
+/// Transmission flag: WRITE_ZEROES works.
+pub const EXPORT_WRITE_ZEROES: u16 = 1 << 6;
+/// Transmission flag: a flush on one connection covers them all.
+pub const EXPORT_MULTI_CONN: u16 = 1 << 8;
+
+/// Flag of a request: durable before the reply.
+pub const COMMAND_FLAG_FUA: u16 = 1 << 0;
+/// Flag of WRITE_ZEROES: keep the space allocated.
+pub const COMMAND_FLAG_NO_HOLE: u16 = 1 << 1;
+
+/// The number at `at`, when it lies within `bytes`.
+#[must_use]
+pub fn be16(bytes: &[u8], at: usize) -> Option<u16> {
+    Some(u16::from_be_bytes(bytes.get(at..at + 2)?.try_into().ok()?))
+}
+
+/// The number at `at`, when it lies within `bytes`.
+#[must_use]
+pub fn be32(bytes: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// The number at `at`, when it lies within `bytes`.
+#[must_use]
+pub fn be64(bytes: &[u8], at: usize) -> Option<u64> {
+    Some(u64::from_be_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+}

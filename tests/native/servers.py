@@ -1,0 +1,303 @@
+"""NBD servers that export peer members: nbdkit, qemu-nbd, nbd-server, and one that misbehaves.
+
+Each has an `address` for mirrorctl, `start` (returns when it listens) and `kill` (SIGKILL, to all
+of its processes, and waits). The first three keep the disk in a file, `backing`. They end with
+the area.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+
+import nbd
+from harness import CannotRun, Failed, check, until
+
+SIZE = 100 << 20
+
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _answers(where):
+    family = socket.AF_INET if isinstance(where, tuple) else socket.AF_UNIX
+    with socket.socket(family) as probe:
+        try:
+            probe.connect(where)
+        except OSError:
+            return False
+        # A server that takes one client at a time is free again only after this one has left.
+        probe.settimeout(5)
+        try:
+            return probe.recv(8) == b"NBDMAGIC"
+        except OSError:
+            return False
+
+
+class Server:
+    """A process, over TCP or a unix socket."""
+
+    program = None
+
+    def __init__(self, area, name, tcp=False, options=(), size=SIZE):
+        if shutil.which(self.program) is None:
+            raise CannotRun(f"{self.program} is not installed")
+        self.area, self.options = area, list(options)
+        self.process = self.group = None
+        self.backing = area.file(f"{name}.img")
+        self.socket = area.file(f"{name}.socket")
+        self.port = free_port() if tcp else None
+        self.export = "m"
+        with open(self.backing, "wb") as file:
+            file.truncate(size)
+        area.children.append(self)
+
+    @property
+    def address(self):
+        """For mirrorctl."""
+        if self.port is not None:
+            return f"nbd://127.0.0.1:{self.port}/{self.export}"
+        return f"nbd+unix:///{self.export}?socket={self.socket}"
+
+    @property
+    def where(self):
+        """For a socket's connect()."""
+        return ("127.0.0.1", self.port) if self.port is not None else self.socket
+
+    def command(self):
+        """How to run it in the foreground."""
+        raise NotImplementedError
+
+    def start(self):
+        """Begins to serve what the backing file holds."""
+        if self.port is None and os.path.exists(self.socket):
+            os.unlink(self.socket)
+        log = open(self.area.file("servers.log"), "ab")
+        with log:
+            self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log,
+                                            stderr=log, start_new_session=True)
+        self.group = self.process.pid
+        until(lambda: self._lives() and _answers(self.where), f"{self.program} does not listen")
+
+    def _lives(self):
+        """Whether it runs; fails with what it said when it has ended."""
+        if self.process.poll() is None:
+            return True
+        with open(self.area.file("servers.log"), encoding="utf-8", errors="replace") as said:
+            raise Failed(f"{self.program} has ended: {said.read()[-500:]}")
+
+    def signal(self, number):
+        """Sends a signal to all of its processes."""
+        os.killpg(self.group, number)
+
+    def kill(self):
+        """SIGKILL; returns when it has let go of everything."""
+        if self.group is None:
+            return
+        group, self.group = self.group, None
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait(30)
+
+        def gone():
+            try:
+                os.killpg(group, 0)
+            except ProcessLookupError:
+                return True
+            return False
+
+        # Processes that it started are init's to bury.
+        until(gone, f"{self.program}'s processes do not end")
+
+
+class Nbdkit(Server):
+    """nbdkit; `options` are what follows its socket, by default the file plugin."""
+
+    program = "nbdkit"
+
+    def command(self):
+        at = ["-U", self.socket] if self.port is None else ["-i", "127.0.0.1", "-p", str(self.port)]
+        return ["nbdkit", "-f", *at, *(self.options or ["file", self.backing])]
+
+
+class QemuNbd(Server):
+    """qemu-nbd; persistent, for two clients at once."""
+
+    program = "qemu-nbd"
+
+    def command(self):
+        at = ["-k", self.socket] if self.port is None else ["-b", "127.0.0.1", "-p", str(self.port)]
+        return ["qemu-nbd", "-t", "-f", "raw", "-e", "2", "-x", self.export, *at, *self.options,
+                self.backing]
+
+
+class NbdServer(Server):
+    """nbd-server, which goes into the background; a process for each client."""
+
+    program = "nbd-server"
+
+    def _lives(self):
+        """It does when it has written its process id, whose number its group has too."""
+        if self.process.poll():
+            return super()._lives()
+        try:
+            with open(self.area.file("nbd-server.pid"), encoding="utf-8") as file:
+                self.group = int(file.read())
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def command(self):
+        at = f"unixsock = {self.socket}" if self.port is None else f"port = {self.port}"
+        path = self.area.file("nbd-server.conf")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(f"[generic]\n{at}\nlistenaddr = 127.0.0.1\n[{self.export}]\n"
+                       f"exportname = {self.backing}\nflush = true\nfua = true\ntrim = true\n")
+        pid = self.area.file("nbd-server.pid")
+        if os.path.exists(pid):
+            os.unlink(pid)
+        return ["nbd-server", "-C", path, "-p", pid, *self.options]
+
+
+class Scripted:
+    """A server in this process that keeps the disk in memory and misbehaves when it is told to.
+
+    `misbehave(how)` begins with the next request that fits: `garbage` answers a request with
+    noise, `half` closes in the middle of a read's data, `twice` answers a write twice, `silent`
+    answers nothing any more, `close` closes. `asked` counts requests.
+    """
+
+    FLAGS = 1 | nbd.FLAG_FLUSH | nbd.FLAG_FUA | nbd.FLAG_TRIM | nbd.FLAG_WRITE_ZEROES
+
+    def __init__(self, area, name, size=SIZE, flags=FLAGS, sizes=None, greeting=None):
+        self.flags, self.sizes, self.data = flags, sizes, bytearray(size)
+        self.greeting = greeting or b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3)
+        self.socket = area.file(f"{name}.socket")
+        self.address = f"nbd+unix:///?socket={self.socket}"
+        self.how, self.done, self.asked = None, threading.Event(), 0
+        self.lock, self.connections = threading.Lock(), []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.socket)
+        self.listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+        area.children.append(self)
+
+    def start(self):
+        """It serves from the beginning."""
+
+    def kill(self):
+        """Closes everything."""
+        # A close alone does not wake who waits in accept.
+        try:
+            self.listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.listener.close()
+        self.behave()
+
+    def misbehave(self, how):
+        """From the next request on that fits."""
+        self.done.clear()
+        self.how = how
+
+    def behave(self):
+        """Serves well again, those who connect anew."""
+        self.how = None
+        with self.lock:
+            for connection in self.connections:
+                try:
+                    connection.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass
+            self.connections.clear()
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with self.lock:
+                self.connections.append(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        try:
+            with connection:
+                self._handshake(connection)
+                while self._request(connection):
+                    pass
+        except (OSError, EOFError):
+            pass
+
+    @staticmethod
+    def _take(connection, length):
+        data = b""
+        while len(data) < length:
+            part = connection.recv(length - len(data))
+            if not part:
+                raise EOFError
+            data += part
+        return data
+
+    def _handshake(self, connection):
+        connection.sendall(self.greeting)
+        self._take(connection, 4)
+        _, option, length = struct.unpack(">8sII", self._take(connection, 16))
+        self._take(connection, length)
+
+        def reply(kind, data=b""):
+            head = struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data))
+            connection.sendall(head + data)
+
+        reply(3, struct.pack(">HQH", 0, len(self.data), self.flags))
+        if self.sizes:
+            reply(3, struct.pack(">HIII", 3, *self.sizes))
+        reply(1)
+
+    def _request(self, connection):
+        _, flags, kind, cookie, offset, length = struct.unpack(
+            ">IHHQQI", self._take(connection, 28))
+        payload = self._take(connection, length) if kind == nbd.WRITE else b""
+        if kind == nbd.DISCONNECT:
+            return False
+        self.asked += 1
+        known = self.FLAGS if kind != nbd.WRITE or flags == 0 else self.flags & nbd.FLAG_FUA
+        check(known, "FUA was sent to a server that does not know it")
+        how = self.how
+        if how == "silent":
+            self.done.set()
+            return True
+        if how == "close":
+            self.done.set()
+            return False
+        if how == "garbage":
+            self.done.set()
+            connection.sendall(b"\xa5" * 16)
+            return True
+        if kind == nbd.WRITE:
+            self.data[offset:offset + length] = payload
+        elif kind == nbd.WRITE_ZEROES:
+            self.data[offset:offset + length] = bytes(length)
+        answer = struct.pack(">IIQ", 0x67446698, 0, cookie)
+        if kind == nbd.READ:
+            data = bytes(self.data[offset:offset + length])
+            if how == "half":
+                self.done.set()
+                connection.sendall(answer + data[:length // 2])
+                return False
+            answer += data
+        elif kind == nbd.WRITE and how == "twice":
+            self.done.set()
+            answer += answer
+        connection.sendall(answer)
+        return True
