@@ -1,8 +1,6 @@
 //! Named cases: one situation each, from every interleaving that a few seeds give.
 
 use crate::machine::{GARBAGE, Machine, path};
-use crate::races::wr;
-use mirror::Host as _;
 use mirror::control::{MemberRef, MemberState};
 use mirror::sim::Faults;
 
@@ -58,36 +56,6 @@ fn a_clean_stop_keeps_everything() {
         assert_eq!((extents.hot, extents.cool), (0, 1));
         machine.check_all("after a clean stop");
         machine.compare_members();
-    }
-}
-
-/// A resync keeps the operator's ceiling, and goes on at its floor whatever the applications do.
-#[test]
-fn a_resync_is_paced() {
-    for (ceiling, busy, seconds) in [(1 << 20, false, 7..12), (u64::MAX, true, 0..60)] {
-        let mut machine = Machine::new(2, 2, 64 << 20);
-        machine.resync_limits.ceiling = ceiling;
-        machine.resync_limits.floor = 1 << 20;
-        machine.start();
-        machine.fail(1).unwrap();
-        for extent in 0..2 {
-            wr(&machine, extent << 22, 4 << 20);
-        }
-        machine.re_add(1).unwrap();
-        if busy {
-            let client = machine.client();
-            let host = mirror::sim::SimHost(machine.world.clone());
-            machine.world.spawn_task(async move {
-                while client.write(48 << 20, 4096, false).await.is_ok() {
-                    host.sleep(std::time::Duration::from_millis(3)).await;
-                }
-            });
-        }
-        machine.wait_in_sync();
-        let resync = machine.mirror().status().last_resync.unwrap();
-        assert_eq!(resync.copied_bytes, 8 << 20);
-        let took = resync.elapsed_ms / 1000;
-        assert!(seconds.contains(&took), "{took} s");
     }
 }
 

@@ -587,16 +587,6 @@ impl Client {
         Ok(())
     }
 
-    /// Reads sectors of which some cannot be read, because their block has rotted.
-    async fn read_singly(&self, sectors: &[u64], rotten: &Rotten, found: &mut Vec<(u64, Vec<u8>)>) {
-        for &sector in sectors {
-            match self.read_raw(sector * 512, 512).await {
-                Ok(bytes) => found.push((sector, bytes)),
-                Err(error) => assert!(rotten.concerns(sector * 512, 512), "{sector}: {error}"),
-            }
-        }
-    }
-
     pub(crate) async fn read_raw(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
         let span = self.mirror.read(offset, self.buffer(len)).await?;
         Ok(span.read(<[u8]>::to_vec))

@@ -3,9 +3,9 @@
 use crate::double_faults::faults;
 use crate::machine::Machine;
 use crate::races::{gone, none, seeds, wr};
-use mirror::Errno;
 use mirror::control::MemberState;
 use mirror::sim::Faults;
+use mirror::{Errno, Host as _};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -265,5 +265,35 @@ fn drbd_resync_that_latches() {
         let members = machine.mirror().status().members;
         assert!(members.iter().all(|m| m.state == MemberState::InSync));
         machine.compare_members();
+    }
+}
+
+/// A resync keeps the operator's ceiling, and goes on at its floor whatever the applications do.
+#[test]
+fn a_resync_is_paced() {
+    for (ceiling, busy, seconds) in [(1 << 20, false, 7..12), (u64::MAX, true, 0..60)] {
+        let mut machine = Machine::new(2, 2, 64 << 20);
+        machine.resync_limits.ceiling = ceiling;
+        machine.resync_limits.floor = 1 << 20;
+        machine.start();
+        machine.fail(1).unwrap();
+        for extent in 0..2 {
+            wr(&machine, extent << 22, 4 << 20);
+        }
+        machine.re_add(1).unwrap();
+        if busy {
+            let client = machine.client();
+            let host = mirror::sim::SimHost(machine.world.clone());
+            machine.world.spawn_task(async move {
+                while client.write(48 << 20, 4096, false).await.is_ok() {
+                    host.sleep(std::time::Duration::from_millis(3)).await;
+                }
+            });
+        }
+        machine.wait_in_sync();
+        let resync = machine.mirror().status().last_resync.unwrap();
+        assert_eq!(resync.copied_bytes, 8 << 20);
+        let took = resync.elapsed_ms / 1000;
+        assert!(seconds.contains(&took), "{took} s");
     }
 }

@@ -153,3 +153,20 @@ pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn()
         }
     }
 }
+
+impl Client {
+    /// Reads sectors of which some cannot be read, because their block has rotted.
+    pub(crate) async fn read_singly(
+        &self,
+        sectors: &[u64],
+        rotten: &Rotten,
+        found: &mut Vec<(u64, Vec<u8>)>,
+    ) {
+        for &sector in sectors {
+            match self.read_raw(sector * 512, 512).await {
+                Ok(bytes) => found.push((sector, bytes)),
+                Err(error) => assert!(rotten.concerns(sector * 512, 512), "{sector}: {error}"),
+            }
+        }
+    }
+}
