@@ -516,3 +516,31 @@ fn everything_at_once() {
         sums::check(&machine, "storm");
     }
 }
+
+/// Damage that a scrub has found is an error after a restart too, though reads are not checked;
+/// and what was written anew since is none.
+#[test]
+fn damage_is_known_after_a_restart() {
+    for seed in seeds(8) {
+        let mut machine = machine(seed, 2);
+        machine.without_read_checks();
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        rot(&machine, 0, 3);
+        spoil(&machine, 1, 3 * 4096, |sector| sector[8] ^= 1);
+        assert_eq!(check(&machine, 0, true).damaged, 1);
+        if seed % 2 == 0 {
+            machine.stop().unwrap();
+            machine.start();
+            assert_eq!(rd(&machine, 3 * 4096, 4096), Err(Errno::IO));
+        }
+        seconds(&machine, COOL);
+        wr(&machine, 3 * 4096, 4096);
+        fl(&machine);
+        // The log's note of it may be gone with the power.
+        machine.cut_power();
+        machine.start();
+        rd(&machine, 3 * 4096, 4096).unwrap();
+    }
+}

@@ -284,8 +284,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Reads what scrubs have done and found. A sector that is damaged everywhere loses what it
-    /// held. What it calls damaged may have been written anew shortly before a crash: the blocks'
-    /// checksums know.
+    /// held. What it calls damaged gets a second look when it is read: it may have been written anew
+    /// shortly before a crash.
     async fn load_log(&self, in_sync: &[&Present<D>]) {
         let config = self.config.borrow().clone();
         let Some(region) = config.layout.find(RegionKind::Scrub, 0) else {
@@ -305,6 +305,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             if merged.uneven {
                 maps.log.mark_dirty(sector);
+            }
+        }
+        if config.checksums {
+            for blocks in maps.log.damaged_runs() {
+                maps.damaged.set(blocks);
             }
         }
         maps.queue_log();
