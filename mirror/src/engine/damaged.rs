@@ -7,10 +7,12 @@
 //!
 //! And it may have the right copy: then that one is the source.
 
+use super::copies::Copies;
 use super::{Mirror, Receiver, length};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use crate::scrub_log::{Done, Finding, FoundBy, What};
-use dirty_map::{BLOCK_BYTES, Block, Known, Sum};
+use crate::verdict::BlockVerdict;
+use dirty_map::{BLOCK_BYTES, Block, Sum};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -28,20 +30,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         block: Block,
         errno: Errno,
     ) -> Result<(), Errno> {
-        let range = self.block_bytes(&(block.0..block.0 + 1));
+        let blocks = block.0..block.0 + 1;
+        let range = self.block_bytes(&blocks);
+        if self.maps.borrow().hot.is_unequalised(blocks) {
+            return Err(errno);
+        }
+        let copies = self.read_copies(&range).await;
+        let sums = self.sums_of(&copies).await;
+        let verdict = self.judge_all(&copies, &sums, &[]);
+        let damaged =
+            |v: &BlockVerdict| matches!(v, BlockVerdict::Damaged | BlockVerdict::Undecidable);
         // That the members answer for the checksums shows that the fault is not all of theirs.
         let stored = self.stored_pages(block.extent()).await;
         let answers = stored.iter().any(Option::is_some);
-        let sums: Vec<Sum> = match self.maps.borrow().sums.get(block) {
-            Known::Sum(sum) => vec![sum],
-            Known::Stored => {
-                let pages = stored.iter().flatten();
-                pages.filter_map(|page| page.get(block)).collect()
-            }
-            Known::Nothing => Vec::new(),
-        };
-        let damaged = self.maps.borrow().damaged.any_in(block.0..block.0 + 1);
-        if !answers || !damaged && sums.is_empty() {
+        let members = copies.members.iter();
+        let known: Vec<Sum> = members.filter_map(|r| sums.on(r.slot, block)).collect();
+        let certain = !copies.nothing_readable() || !known.is_empty();
+        if !answers || !certain || !verdict.iter().all(damaged) {
             return Err(errno);
         }
         let own = self.fresh_span(length(range.end - range.start));
@@ -52,11 +57,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         };
         let own = self.to_one(target, read).await.ok().map(|()| own);
         let fits =
-            |span: &Span<H::Buffer>| span.read(|content| sums.contains(&Sum::of(block, content)));
+            |span: &Span<H::Buffer>| span.read(|content| known.contains(&Sum::of(block, content)));
         if let Some(own) = own.as_ref().filter(|own| fits(own)) {
             return self.copy_back(&range, own).await;
         }
-        self.leave_damaged(target, &range, own).await
+        self.leave_damaged(target, &copies, own).await
     }
 
     /// The resyncing member alone has the right copy: it goes to the in-sync ones, as a repair.
@@ -94,11 +99,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     async fn leave_damaged(
         self: &Rc<Self>,
         target: &Receiver<D>,
-        range: &Range<u64>,
+        copies: &Copies<D>,
         own: Option<Span<H::Buffer>>,
     ) -> Result<(), Errno> {
+        let range = &copies.range;
         let block = range.start / BLOCK_BYTES;
-        let copies = self.read_copies(range).await;
         let mut same = own.is_none();
         copies.for_each_block(|_, contents| {
             if let Some(own) = &own {

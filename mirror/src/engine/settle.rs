@@ -63,7 +63,7 @@ pub(super) struct Sums {
 
 impl Sums {
     /// What a member's checksum of `block` is.
-    fn on(&self, slot: u8, block: Block) -> Option<Sum> {
+    pub(super) fn on(&self, slot: u8, block: Block) -> Option<Sum> {
         match self.known[length(block.0 - self.first)] {
             Known::Sum(sum) => Some(sum),
             Known::Stored => self.stored[usize::from(slot)].as_ref()?.get(block),
