@@ -321,7 +321,8 @@ impl Rules {
 
     /// R4: the missed bit of a block is cleared when the copy is durable.
     fn r4_copied_before_cleared(&self, known: &[Known], source: &Known, slot: u8, block: u64) {
-        let Some(superblock) = &source.superblock else {
+        // A former member whose maps are being overwritten may still say how things were long ago.
+        let Some(superblock) = Self::newest(known) else {
             return;
         };
         if self.rotten.concerns(block * BLOCK_BYTES, BLOCK_BYTES) {
@@ -357,7 +358,9 @@ impl Rules {
         };
         assert!(
             wanted.is_empty() || wanted.contains(&have),
-            "R4: block {block} is not missed by slot {slot} any more"
+            "R4: block {block} is not missed by slot {slot} any more, which begins with {:?} and not {:?}",
+            &have[..16],
+            wanted.iter().map(|copy| &copy[..16]).collect::<Vec<_>>()
         );
     }
 
