@@ -61,6 +61,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if let Some(own) = own.as_ref().filter(|own| fits(own)) {
             return self.copy_back(&range, own).await;
         }
+        if copies.nothing_readable() {
+            // The disk may read it yet.
+            return Err(errno);
+        }
         self.leave_damaged(target, &copies, own).await
     }
 

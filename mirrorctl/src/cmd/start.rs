@@ -82,7 +82,7 @@ pub(crate) struct Options {
     /// Memory that the state of hot extents may take, beyond which they cool early
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
     hot_memory: Option<u16>,
-    /// Check reads against the checksums of their blocks: `always` [default], or `scrub-only`
+    /// Check reads against the checksums of their blocks: `always`, or `scrub-only` [default: always]
     #[arg(long, value_enum)]
     check_reads: Option<CheckReads>,
     /// Days from the begin of one scrub pass to that of the next; 0: only by command
