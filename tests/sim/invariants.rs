@@ -344,12 +344,6 @@ impl Rules {
         };
         // One of them may be failing, and its loss not be recorded yet: any one that fits will do.
         let sources = Self::in_sync(known);
-        let spoilt =
-            |source: &&Known| (0..8).any(|sector| source.disk.is_spoilt(at + sector * 512));
-        if sources.iter().any(spoilt) {
-            // What nobody can read is not copied, and known to be damaged by its checksum.
-            return;
-        }
         let copies = sources
             .iter()
             .map(|known| known.disk.settled(at, BLOCK_BYTES));

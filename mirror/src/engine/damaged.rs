@@ -45,8 +45,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let answers = stored.iter().any(Option::is_some);
         let members = copies.members.iter();
         let known: Vec<Sum> = members.filter_map(|r| sums.on(r.slot, block)).collect();
-        let certain = !copies.nothing_readable() || !known.is_empty();
-        if !answers || !certain || !verdict.iter().all(damaged) {
+        if !answers || !verdict.iter().all(damaged) {
             return Err(errno);
         }
         let own = self.fresh_span(length(range.end - range.start));
