@@ -22,7 +22,7 @@ use crate::wire::{
 /// Longest data of one reply that is read. Strings have 4096 bytes at most by the protocol.
 pub const REPLY_BYTES_MAX: usize = 8192;
 /// A server that says more than this of one export will not come to an end.
-const REPLIES_MAX: u32 = 64;
+pub const REPLIES_MAX: u32 = 64;
 /// Longest part of a server's own words that is passed on.
 const WORDS_BYTES_MAX: usize = 256;
 

@@ -1,7 +1,7 @@
 //! A mirror on simulated disks, with the steps that tests put together.
 
 use crate::invariants::Rules;
-use crate::oracle::{Oracle, Version, fill};
+use crate::oracle::{Caches, Oracle, Version, fill};
 use crate::rot::Rotten;
 use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
@@ -253,7 +253,7 @@ impl Machine {
         if result.is_ok() {
             self.oracle.borrow_mut().flushed(begun);
         }
-        self.oracle.borrow_mut().crash(false);
+        self.oracle.borrow_mut().crash(Caches::Kept);
         self.replace_machine();
         result
     }
@@ -265,7 +265,7 @@ impl Machine {
         for disk in &self.disks {
             disk.finish_all(&mut rng);
         }
-        self.oracle.borrow_mut().crash(false);
+        self.oracle.borrow_mut().crash(Caches::Kept);
         self.replace_machine();
     }
 
@@ -281,7 +281,7 @@ impl Machine {
         for disk in &self.disks {
             disk.cut_power(choose);
         }
-        self.oracle.borrow_mut().crash(true);
+        self.oracle.borrow_mut().crash(Caches::AllLost);
         self.replace_machine();
     }
 

@@ -24,6 +24,20 @@ struct Change {
     given_up: bool,
 }
 
+/// What a crash did to the disks' caches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Caches {
+    /// Only the daemon died: what was acknowledged is there, and no more durable than before.
+    #[default]
+    Kept,
+    /// Those of some disks were emptied, and what only these should have held may be gone; what
+    /// is read now may be in the cache of another.
+    SomeLost,
+    /// The power went: what was acknowledged and not durable may be gone, and what is read now
+    /// is durable.
+    AllLost,
+}
+
 /// Handle of a change under way.
 pub(crate) struct Issued {
     sectors: std::ops::Range<u64>,
@@ -36,8 +50,8 @@ pub(crate) struct Oracle {
     time: u64,
     /// When the reads under way began.
     reading: Vec<u64>,
-    /// Whether the last crash took the disks' caches along.
-    caches_lost: bool,
+    /// What the last crash did.
+    caches: Caches,
     sectors: BTreeMap<u64, Vec<Change>>,
     /// Those with more than one change, or one that is not durable.
     open: BTreeSet<u64>,
@@ -210,13 +224,10 @@ impl Oracle {
     }
 
     /// The machine stopped without a word: what was under way may or may not have happened.
-    /// With the power (`caches_lost`) what was acknowledged and not durable may be gone too.
-    /// When only the daemon died it is still there, in the disks' caches, and no more durable
-    /// than before.
-    pub(crate) fn crash(&mut self, caches_lost: bool) {
+    pub(crate) fn crash(&mut self, caches: Caches) {
         self.reading.clear();
-        self.caches_lost = caches_lost;
-        if !caches_lost {
+        self.caches = caches;
+        if caches == Caches::Kept {
             return;
         }
         for sector in &self.open {
@@ -246,9 +257,10 @@ impl Oracle {
             return Ok(());
         }
         let version = version_of(sector, bytes);
-        let (before, now, caches_lost) = (self.tick(), self.tick(), self.caches_lost);
+        let (before, now) = (self.tick(), self.tick());
+        let all_lost = self.caches == Caches::AllLost;
         let changes = self.changes(sector);
-        if caches_lost {
+        if all_lost {
             // What a disk holds without its cache is durable.
             changes.retain(|change| Some(change.version) == version);
             changes.truncate(1);
@@ -263,11 +275,7 @@ impl Oracle {
             .rfind(|change| Some(change.version) == version);
         if let Some(found) = found {
             (found.issued, found.acknowledged) = (before, Some(now));
-            found.durable = if caches_lost {
-                Some(now)
-            } else {
-                found.durable
-            };
+            found.durable = if all_lost { Some(now) } else { found.durable };
         }
         if changes.len() > 1 || changes[0].durable.is_none() {
             self.open.insert(sector);

@@ -2,6 +2,7 @@
 
 use crate::invariants::Rules;
 use crate::machine::{Client, Machine, path};
+use crate::oracle::Caches;
 use crate::rot::{self, Rotten};
 use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
 use crate::sums;
@@ -190,7 +191,7 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
             .before_a_crash(disks, machine.data_offset, told);
     }
     // A member whose cache is gone and whose loss is not recorded takes what nobody had flushed
-    // along; with a crash on top that is a power cut for the reader.
+    // along; with a crash on top its part of what was in the caches is gone for the reader.
     let outages = bench.outages.borrow().clone();
     let unrecorded = |slot: &usize| !machine.is_recorded_lost(*slot, &outages);
     let caches_lost = outages.iter().any(unrecorded);
@@ -199,8 +200,8 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
         End::Stop | End::KillDaemon => machine.kill_daemon(),
         End::PowerCut => machine.cut_power(),
     }
-    if caches_lost {
-        machine.oracle.borrow_mut().crash(true);
+    if caches_lost && end != End::PowerCut {
+        machine.oracle.borrow_mut().crash(Caches::SomeLost);
     }
     machine.settle_slots(bench.slots());
 }
