@@ -16,7 +16,7 @@ binaries=${UBLK_MIRROR_BIN:-${CARGO_TARGET_DIR:-$project/target}/release}
 on_disk=${BENCH_DIR:-$project/.cache/bench}/$$
 in_memory=$on_disk.memory
 area=$on_disk
-export UBLK_MIRROR_RUN_DIR=$area/run PATH=$binaries:$PATH
+export UBLK_MIRROR_RUN_DIR=$area/run UBLK_MIRROR_SCRUB_DAYS=0 PATH=$binaries:$PATH
 place=native
 rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-6}
 storage_daemon=

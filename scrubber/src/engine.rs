@@ -51,6 +51,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Subject for Rc<Mirror<H, D>> {
         Mirror::error_budget(self).to_string()
     }
 
+    fn members(&self) -> u64 {
+        self.members_as_number()
+    }
+
+    fn is_idle(&self) -> bool {
+        Mirror::is_idle(self)
+    }
+
     fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool) {
         if on {
             Mirror::sample(self, pacer);

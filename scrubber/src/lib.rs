@@ -18,8 +18,8 @@
 //!   │ extents that are not written are passed over; hot ones are left for later
 //! ```
 //!
-//! The first pass over a mirror starts anywhere, so that mirrors that are restarted often are
-//! scrubbed everywhere. Four lanes check one extent each, so that disks read while another lane
+//! The first pass over a member starts anywhere: members of one make and age are not read in the
+//! same order, and what is pulled and added again and again is scrubbed everywhere. Four lanes check one extent each, so that disks read while another lane
 //! computes. How far the pass has come is kept in the mirror itself
 //! ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a restart goes on from there.
 //!
@@ -98,6 +98,12 @@ pub trait Subject: 'static {
 
     /// The budget of errors that a member may have, as text.
     fn error_budget(&self) -> String;
+
+    /// The in-sync members as one number: another one when there is another member. Not 0.
+    fn members(&self) -> u64;
+
+    /// Whether there have been no foreground requests for a while.
+    fn is_idle(&self) -> bool;
 
     /// The latencies of foreground requests go to `pacer` from now on, or no longer.
     fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool);
@@ -309,14 +315,15 @@ impl<S: Subject> Scrubber<S> {
         let now = self.wall_clock();
         let extents = u128::from(self.subject.extents().max(1));
         let anywhere = self.subject.host().random() % extents;
+        let members = self.subject.members();
         let number = self.subject.log(|log| {
-            let first = log.totals().passes_begun == 0;
-            let start = if first {
+            let start = if log.totals().members != members {
                 u32::try_from(anywhere).unwrap_or(0)
             } else {
                 0
             };
-            log.begin_pass(now, Extent(start), check_only).number
+            log.begin_pass(now, Extent(start), check_only, members)
+                .number
         });
         tracing::info!("scrub pass {number} begins");
     }
@@ -330,6 +337,9 @@ impl<S: Subject> Scrubber<S> {
             .replace(Some(Sweep::new(pass, self.subject.extents())));
         self.noted.set(self.now());
         self.pacer.replace(Pacer::new(Limits::SCRUB, self.now()));
+        if self.subject.is_idle() {
+            self.pacer.borrow_mut().begin_idle(self.now());
+        }
         self.limit();
         self.subject.sample(&self.pacer, true);
         self.lanes.set(LANES);
