@@ -4,8 +4,8 @@
 . "$(dirname "$0")/lib.sh"
 . "$(dirname "$0")/damage.sh"
 
-nullb m0 160
-bad_disk 160
+nullb m0 48
+bad_disk 48
 filled bad 16 scrub-only /dev/nbd0 /dev/m0
 
 # go_bad BYTE SECTORS : of the device, on one member. The fault is real: the disk cannot read it.

@@ -5,8 +5,8 @@
 
 # Two members, each of them bad in its turn; a block in another's place, and one whose write was
 # lost; pages of checksums on one and on both.
-nullb m0 160
-nullb m1 160
+nullb m0 48
+nullb m1 48
 filled sweep 32 scrub-only /dev/m0 /dev/m1
 spoil_at 0 $((5 << 20))
 spoil_at 1 $((9 << 20))

@@ -5,9 +5,9 @@
 
 # Three members and reads alone: whoever is asked, what comes is what was written. One block is
 # spoilt on two of them.
-nullb m0 160
-nullb m1 160
-nullb m2 160
+nullb m0 48
+nullb m1 48
+nullb m2 48
 filled three 32 always /dev/m0 /dev/m1 /dev/m2
 for member in 0 1 2; do
     spoil_at $member $((member * 8 + 6 << 20))
