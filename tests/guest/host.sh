@@ -29,10 +29,11 @@ result=0
 if [ $# -eq 0 ] || [ ${#names[@]} -gt 0 ]; then
     "$here/../../scripts/guest.sh" --family "$family" --timeout 1500 --rwdir "$area" -- \
         "LOG_WRITES_DIR=$area bash \$PROJECT_DIR/tests/guest/run.sh ${names[*]}" || result=1
-    # The second half of t_log_writes.sh, which would take an hour inside.
-    if [ -e "$area/trace" ]; then
-        "$here/power_cuts.py" "$area" || result=1
-    fi
+    # The second half of t_log_*.sh, which would take an hour inside.
+    for trace in "$area"/*/trace; do
+        [ -e "$trace" ] || continue
+        "$here/$(basename "${trace%/trace}").py" "${trace%/trace}" || result=1
+    done
 fi
 if [ $crash = yes ]; then
     "$here/crash.sh" --family "$family" || result=1
