@@ -35,8 +35,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Subject for Rc<Mirror<H, D>> {
         Mirror::look(self, extent)
     }
 
-    async fn check(&self, extent: Extent, repair: bool) -> Result<Checked, Errno> {
-        self.check_extent(extent, repair).await
+    async fn check(&self, extent: Extent, repair: bool, at_once: bool) -> Result<Checked, Errno> {
+        self.check_extent(extent, repair, at_once).await
     }
 
     fn log<R>(&self, lent: impl FnOnce(&mut ScrubLog) -> R) -> R {

@@ -19,9 +19,10 @@
 //! ```
 //!
 //! The first pass over a member starts anywhere: members of one make and age are not read in the
-//! same order, and what is pulled and added again and again is scrubbed everywhere. Four lanes check one extent each, so that disks read while another lane
-//! computes. How far the pass has come is kept in the mirror itself
-//! ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a restart goes on from there.
+//! same order, and what is pulled and added again and again is scrubbed everywhere. Four lanes
+//! check one extent each, so that disks read while another lane computes. How far the pass has
+//! come is kept in the mirror itself ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a
+//! restart goes on from there.
 //!
 //! [`Scrubber::run`] is the task; the other methods are an operator's commands. They change what is
 //! asked for and return at once.
@@ -83,12 +84,17 @@ pub trait Subject: 'static {
     /// What an extent looks like.
     fn look(&self, extent: Extent) -> ExtentLook;
 
-    /// Checks an extent, and repairs it if told so.
+    /// Checks an extent, and repairs it if told so; `at_once` when nobody else uses the disks.
     ///
     /// # Errors
     ///
     /// When it could not be checked.
-    fn check(&self, extent: Extent, repair: bool) -> impl Future<Output = Result<Checked, Errno>>;
+    fn check(
+        &self,
+        extent: Extent,
+        repair: bool,
+        at_once: bool,
+    ) -> impl Future<Output = Result<Checked, Errno>>;
 
     /// Lends the log. What is changed there becomes durable with one of the next map commits.
     fn log<R>(&self, lent: impl FnOnce(&mut ScrubLog) -> R) -> R;
@@ -394,7 +400,8 @@ impl<S: Subject> Scrubber<S> {
         let repair = self
             .with_sweep(|sweep| !sweep.pass().check_only)
             .unwrap_or(false);
-        let result = self.subject.check(extent, repair).await;
+        let idle = self.pacer.borrow().is_idle();
+        let result = self.subject.check(extent, repair, idle).await;
         self.pacer.borrow_mut().finished();
         match result {
             Ok(checked) if checked.skipped_hot => self.with_sweep(|sweep| sweep.left(extent)),
