@@ -16,6 +16,8 @@ shift 3
 
 # shellcheck source=tests/guest/lib.sh
 . "$PROJECT_DIR/tests/guest/lib.sh"
+# shellcheck source=tests/guest/damage.sh
+. "$PROJECT_DIR/tests/guest/damage.sh"
 
 RUBLK=$PROJECT_DIR/.cache/rublk/bin/rublk
 all=(bare md-none md-bitmap rublk-loop mirror mirror-no-intent mirror-no-sums)
@@ -233,8 +235,7 @@ re_add_under_load() {
 data_offset() {
     case $1 in
     md-*) echo $(($(mdadm --examine /dev/n0 | awk '/Data Offset/ {print $4}') * 512)) ;;
-    mirror) mirrorctl examine /dev/n0 --json |
-        python3 -ISc 'import json, sys; print(json.load(sys.stdin)["data-offset"])' ;;
+    mirror) offset_on /dev/n0 0 ;;
     esac
 }
 
@@ -242,11 +243,6 @@ data_offset() {
 md_does() {
     echo "$1" >/sys/block/md77/md/sync_action
     mdadm --wait /dev/md77 || true
-}
-
-scrub_ended() {
-    mirrorctl scrub status bench --json |
-        python3 -ISc 'import json, sys; sys.exit(not json.load(sys.stdin)["passes"])'
 }
 
 # different A B : how many blocks of 4 KiB differ, of two files of the same length.
@@ -280,10 +276,8 @@ damage() {
         md_does repair
         ;;
     mirror)
-        mirrorctl scrub start bench --once
-        wait_for 1200 scrub_ended
-        found=$(mirrorctl scrub status bench --json |
-            python3 -ISc 'import json, sys; print(json.load(sys.stdin)["passes"][0]["findings"])')
+        scrub_once bench
+        found=$(scrub_of bench passes.0.findings)
         ;;
     esac
     dd if="$TARGET" of="$WORK/read" bs=1M count=$mib iflag=direct status=none

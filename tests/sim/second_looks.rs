@@ -477,7 +477,7 @@ fn everything_at_once() {
                     0 => client.read(extent << 22, 65536).await.unwrap(),
                     1 => {
                         let extent = Extent(extent as u32);
-                        drop(mirror.check_extent(extent, true, n % 4 == 1).await);
+                        let _ = mirror.check_extent(extent, true, n % 4 == 1).await;
                     }
                     2 => client
                         .write((extent << 22) + 5 * 4096 + 512, 8192, n % 2 == 0)
