@@ -258,12 +258,12 @@ fn a_pass_checks_every_written_extent_once() {
         assert_eq!(pass.member_bytes, 200 * EXTENT_BYTES);
         assert_eq!(status.totals.checked_blocks, 100 * 1024);
         // Later ones start at the device's begin, until there is another member.
-        for members in [1, 2] {
+        for (members, starts) in (1..).zip(&mut starts_later) {
             stage.fake.0.members.set(members);
             stage.fake.0.checks.borrow_mut().clear();
             stage.start();
             stage.until_over();
-            starts_later[members as usize - 1].insert(stage.fake.0.checks.borrow()[0].0 / 6);
+            starts.insert(stage.fake.0.checks.borrow()[0].0 / 6);
         }
         let sampled = stage.fake.0.pacer.borrow().is_some();
         assert!(!sampled, "nothing is sampled for nothing");

@@ -61,7 +61,7 @@ pub(crate) fn check(machine: &Machine, extent: u32, repair: bool) -> mirror::eng
         .world
         .block_on(async move {
             mirror
-                .check_extent(Extent(extent), repair, extent % 2 == 0)
+                .check_extent(Extent(extent), repair, extent.is_multiple_of(2))
                 .await
         })
         .unwrap()
