@@ -61,6 +61,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 const COOLING: Duration = Duration::from_secs(15);
 /// How long to wait after a check that failed.
 const AFTER_ERROR: Duration = Duration::from_secs(1);
+/// Where checking an extent takes less, the next may be read in one request a member.
+const QUICK: Duration = Duration::from_millis(500);
 /// How often a lane that has nothing to do looks at the others.
 const LANE_RECHECK: Duration = Duration::from_millis(50);
 
@@ -151,6 +153,8 @@ pub struct Scrubber<S: Subject> {
     /// Lanes that still work.
     lanes: Cell<usize>,
     news: News,
+    /// The extent checked last was read quickly.
+    quick: Cell<bool>,
     noted: Cell<Duration>,
     bytes_since_noted: Cell<u64>,
 }
@@ -170,6 +174,7 @@ impl<S: Subject> Scrubber<S> {
             running: Cell::new(false),
             lanes: Cell::new(0),
             news: News::default(),
+            quick: Cell::new(false),
             noted: Cell::new(now),
             bytes_since_noted: Cell::new(0),
         })
@@ -400,8 +405,13 @@ impl<S: Subject> Scrubber<S> {
         let repair = self
             .with_sweep(|sweep| !sweep.pass().check_only)
             .unwrap_or(false);
-        let idle = self.pacer.borrow().is_idle();
-        let result = self.subject.check(extent, repair, idle).await;
+        // On a slow link all lanes' requests for whole extents might together take a deadline.
+        let at_once = self.quick.get() && self.pacer.borrow().is_idle();
+        let began = self.now();
+        let result = self.subject.check(extent, repair, at_once).await;
+        if !result.is_ok_and(|checked| checked.skipped_hot) {
+            self.quick.set(self.now().saturating_sub(began) < QUICK);
+        }
         self.pacer.borrow_mut().finished();
         match result {
             Ok(checked) if checked.skipped_hot => self.with_sweep(|sweep| sweep.left(extent)),

@@ -2,8 +2,11 @@
 //! may be gone: while extents are zeroed, and while superblocks are written. Every one of these
 //! failed once.
 
+use crate::checksums::COOL;
 use crate::machine::Machine;
+use crate::older_images::seconds;
 use crate::races::{flushes, gone, none, seeds, wr};
+use dirty_map::Extent;
 use mirror::Errno;
 use mirror::control::{MemberState, MemberStatus};
 use mirror::sim::Faults;
@@ -138,7 +141,7 @@ fn a_stall_of_all_members_loses_nobody() {
                 written.set(written.get() + 1);
             });
         }
-        crate::older_images::seconds(&machine, 20);
+        seconds(&machine, 20);
         faults(&machine, none());
         assert!(machine.world.run(1_000_000, || written.get() == 4));
         let status = machine.mirror().status();
@@ -248,5 +251,61 @@ fn a_round_after_one_that_failed_is_told_from_it() {
         let c = m.client();
         let written = async move { c.write(4096, 4096, false).await };
         let _: Result<(), Errno> = m.world.block_on(written);
+    }
+}
+
+/// The same while pages of checksums and extents are read by a scrub, whose requests are as old as
+/// each other.
+#[test]
+fn a_stall_of_all_members_under_a_scrub_loses_nobody() {
+    for seed in seeds(40) {
+        let mut machine = Machine::new(seed, 2 + (seed % 2) as usize, SIZE);
+        machine.start();
+        for extent in 0..4 {
+            wr(&machine, extent << 22, 65536);
+        }
+        seconds(&machine, COOL);
+        let hang = Faults {
+            hang: true,
+            ..none()
+        };
+        faults(&machine, hang);
+        let checked = Rc::new(Cell::new(0));
+        for extent in 0..4 {
+            let (mirror, checked) = (machine.mirror(), checked.clone());
+            machine.world.spawn_task(async move {
+                let at_once = extent % 2 == 0;
+                let found = mirror.check_extent(Extent(extent), true, at_once).await;
+                assert_eq!(found.unwrap().findings, 0);
+                checked.set(checked.get() + 1);
+            });
+        }
+        seconds(&machine, 20);
+        faults(&machine, none());
+        assert!(machine.world.run(1_000_000, || checked.get() == 4));
+        let status = machine.mirror().status();
+        let lost = |m: &MemberStatus| m.state != MemberState::InSync;
+        assert!(!status.members.iter().any(lost), "seed {seed}: {status:#?}");
+    }
+}
+
+/// One sector of a block is bad on one member, another on the other, in a few blocks of each MiB:
+/// together they hold it, and a look at the whole extent finds that as well.
+#[test]
+fn blocks_bad_on_both_members_are_put_together_in_a_whole_extent() {
+    for at_once in [false, true] {
+        let mut machine = Machine::new(1, 2, SIZE);
+        machine.start();
+        wr(&machine, 0, 4 << 20);
+        seconds(&machine, COOL);
+        for block in (0..1024).step_by(100) {
+            for (sector, disk) in machine.disks.iter().enumerate() {
+                disk.spoil(machine.data_offset + block * 4096 + sector as u64 * 512);
+            }
+        }
+        let mirror = machine.mirror();
+        let check = async move { mirror.check_extent(Extent(0), true, at_once).await };
+        let checked = machine.world.block_on(check).unwrap();
+        assert_eq!((checked.repaired, checked.damaged), (11, 0), "{checked:?}");
     }
 }

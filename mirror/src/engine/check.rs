@@ -6,11 +6,11 @@
 
 use super::settle::Look;
 use super::sums::Pages;
-use super::{Mirror, PIECE_BYTES};
+use super::{Mirror, PIECE_BYTES, length};
 use crate::host::{Disk, Errno, Host};
 use crate::scrub_log::{FoundBy, ScrubLog};
 use crate::verdict::BlockVerdict;
-use dirty_map::{EXTENT_BYTES, Extent, blocks_covering};
+use dirty_map::{BLOCK_BYTES, EXTENT_BYTES, Extent, blocks_covering};
 use std::cell::Ref;
 use std::ops::Range;
 use std::rc::Rc;
@@ -111,7 +111,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.maps.borrow().states.len()
     }
 
-    /// Without the lock first, so that nobody waits for what is as it should be.
     async fn check_piece(
         self: &Rc<Self>,
         extent: Extent,
@@ -126,38 +125,57 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.maps.borrow().is_written(extent) {
             return Ok(Checked::default());
         }
-        let copies = self.read_copies(&piece).await;
+        let (mut checked, doubtful) = self.first_look(&piece, pages).await?;
+        for part in doubtful {
+            let _lock = self.locks.lock(part.clone()).await;
+            if self.stopping.get() || self.write_blocked.get() {
+                return Err(Errno::IO);
+            }
+            if !self.maps.borrow().is_written(extent) {
+                return Ok(checked);
+            }
+            let blocks = blocks_covering(part.start, part.end - part.start);
+            self.equalise_locked(blocks.clone()).await?;
+            let settled = self.settle(&blocks, look).await?;
+            checked.add(Checked {
+                blocks: 0,
+                ..settled.checked
+            });
+        }
+        Ok(checked)
+    }
+
+    /// Looks at a piece without its lock, so that nobody waits for what is as it should be. Returns
+    /// the parts, of at most [`PIECE_BYTES`], that need a second look.
+    async fn first_look(
+        self: &Rc<Self>,
+        piece: &Range<u64>,
+        pages: Rc<Pages>,
+    ) -> Result<(Checked, Vec<Range<u64>>), Errno> {
+        let copies = self.read_copies(piece).await;
         if copies.nothing_readable() {
             return Err(copies.error.unwrap_or(Errno::IO));
         }
         let sums = self.sums_with(&copies, pages);
         let verdicts = self.judge_all(&copies, &sums, &[]);
-        let mut checked = Checked {
+        let checked = Checked {
             blocks: verdicts.len() as u64,
             member_bytes: copies.bytes_read(),
             ..Checked::default()
         };
-        let blocks = blocks_covering(piece.start, piece.end - piece.start);
-        let pages_missing = self.unreadable_pages(&copies, &sums);
-        let fine = verdicts.iter().all(|v| *v == BlockVerdict::Fine);
-        // What was damaged may have become right.
-        if fine && pages_missing.is_empty() && !self.is_called_damaged(&blocks) {
-            return Ok(checked);
+        let all = !self.unreadable_pages(&copies, &sums).is_empty();
+        let mut doubtful = Vec::new();
+        for (number, verdicts) in (0..).zip(verdicts.chunks(PIECE_BYTES / length(BLOCK_BYTES))) {
+            let start = piece.start + number * PIECE_BYTES as u64;
+            let part = start..(start + PIECE_BYTES as u64).min(piece.end);
+            let blocks = blocks_covering(part.start, part.end - part.start);
+            let fine = verdicts.iter().all(|v| *v == BlockVerdict::Fine);
+            // What was damaged may have become right.
+            if all || !fine || self.is_called_damaged(&blocks) {
+                doubtful.push(part);
+            }
         }
-        let _lock = self.locks.lock(piece).await;
-        if self.stopping.get() || self.write_blocked.get() {
-            return Err(Errno::IO);
-        }
-        if !self.maps.borrow().is_written(extent) {
-            return Ok(checked);
-        }
-        self.equalise_locked(blocks.clone()).await?;
-        let settled = self.settle(&blocks, look).await?;
-        checked.add(Checked {
-            blocks: 0,
-            ..settled.checked
-        });
-        Ok(checked)
+        Ok((checked, doubtful))
     }
 
     /// Whether something is known of damage to any of `blocks`.

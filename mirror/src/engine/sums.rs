@@ -29,7 +29,7 @@
 //!   (R4). A page that is changed for any other reason while a member is absent sets a missed bit.
 
 use super::heat::extents;
-use super::wait::{RangeGuard, RangeLocks, WaitList, side_by_side};
+use super::wait::{RangeGuard, RangeLocks, WaitList};
 use super::write::intersect;
 use super::{FanOut, Mirror, PIECE_BYTES, Receiver, View, front, length, member_io};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
@@ -247,10 +247,26 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let _turn = self.sums.turn(&[extent]).await;
         let view = self.view();
-        let in_sync = view.receivers.iter().filter(|r| r.in_sync);
-        let reads = in_sync.map(async |r| (r.slot, self.stored_page(extent, r).await));
-        for (slot, page) in side_by_side(reads).await {
-            pages[usize::from(slot)] = page;
+        let mut buffers = [const { None }; SLOTS_MAX];
+        // Side by side: a stall that all share loses nobody (R8).
+        let mut reads = FanOut::new(&self.stalls);
+        for receiver in view.receivers.iter().filter(|r| r.in_sync) {
+            let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
+            let read = DiskRequest::Read {
+                offset: self.page_at(extent),
+                span: front(&buffer, SUM_PAGE_BYTES),
+            };
+            reads.push(receiver.slot, true, receiver.disk.submit(read));
+            buffers[usize::from(receiver.slot)] = Some(buffer);
+        }
+        let outcomes = reads.await;
+        self.lose_stalled(&outcomes, "a read");
+        for outcome in outcomes.iter() {
+            let slot = usize::from(outcome.slot);
+            match outcome.result {
+                Ok(()) => pages[slot] = buffers[slot].take().map(|buffer| page_in(&buffer, 0)),
+                Err(errno) => tracing::warn!("{extent:?}: no checksums from slot {slot}: {errno}"),
+            }
         }
         pages
     }
@@ -258,31 +274,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// What the first in-sync member that can read it has stored of `extent`.
     async fn any_stored_page(&self, extent: Extent) -> Option<SumPage> {
         for receiver in self.view().receivers.iter().filter(|r| r.in_sync) {
-            let page = self.stored_page(extent, receiver).await;
-            if page.is_some() {
-                return page;
+            let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
+            let read = DiskRequest::Read {
+                offset: self.page_at(extent),
+                span: front(&buffer, SUM_PAGE_BYTES),
+            };
+            match self.to_one(receiver, read).await {
+                Ok(()) => return Some(page_in(&buffer, 0)),
+                Err(Errno::TIMED_OUT) => {
+                    self.begin_loss(receiver.slot, "a read got no answer within the deadline");
+                }
+                Err(errno) => {
+                    tracing::warn!(
+                        "{extent:?}: no checksums from slot {}: {errno}",
+                        receiver.slot
+                    );
+                }
             }
-        }
-        None
-    }
-
-    /// What one member has stored of `extent`; `None` when it cannot be read.
-    async fn stored_page(&self, extent: Extent, receiver: &Receiver<D>) -> Option<SumPage> {
-        let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
-        let read = DiskRequest::Read {
-            offset: self.page_at(extent),
-            span: front(&buffer, SUM_PAGE_BYTES),
-        };
-        match self.to_one(receiver, read).await {
-            Ok(()) => return Some(page_in(&buffer, 0)),
-            Err(Errno::TIMED_OUT) => {
-                self.begin_loss(receiver.slot, "a read got no answer within the deadline");
-            }
-            Err(errno) => tracing::warn!(
-                "the checksums of extent {} on slot {} cannot be read: {errno}",
-                extent.0,
-                receiver.slot
-            ),
         }
         None
     }

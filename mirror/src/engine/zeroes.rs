@@ -27,6 +27,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     pub async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let range = self.check(offset, len)?;
         self.count(|counts| counts.discards += 1);
+        let _timed = self.timed();
         let _pass = self.gate.enter().await;
         let (_, whole, _) = self.split(&range);
         self.answer(self.discard_extents(whole).await)
@@ -45,6 +46,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ) -> Result<(), Errno> {
         let range = self.check(offset, len)?;
         self.count(|counts| counts.discards += 1);
+        let _timed = self.timed();
         let (head, whole, tail) = self.split(&range);
         let mut result = self.zero_part(head, fua).await;
         if result.is_ok() {

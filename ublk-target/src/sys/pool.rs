@@ -20,6 +20,20 @@ struct Pool {
     bytes: usize,
 }
 
+impl Pool {
+    /// Gives back mappings of the length that takes most of the memory, if it is not this one.
+    fn make_room_for(&mut self, len: usize) {
+        while self.bytes + len > LIMIT_BYTES {
+            let sizes = self.free.iter_mut().filter(|(other, _)| **other != len);
+            let Some((_, most)) = sizes.max_by_key(|(other, all)| **other * all.len()) else {
+                return;
+            };
+            let Some(mapping) = most.pop() else { return };
+            self.bytes -= mapping.len;
+        }
+    }
+}
+
 /// A mapping of exactly `len` bytes, if one is kept.
 pub(super) fn take(len: usize) -> Option<Mapping> {
     POOL.with_borrow_mut(|pool| {
@@ -34,6 +48,7 @@ pub(super) fn put(mapping: Mapping) {
     // Dropped with the closure when the thread has no pool any more.
     let _ = POOL.try_with(move |pool| {
         let mut pool = pool.borrow_mut();
+        pool.make_room_for(mapping.len);
         if pool.bytes + mapping.len <= LIMIT_BYTES {
             pool.bytes += mapping.len;
             pool.free.entry(mapping.len).or_default().push(mapping);
