@@ -251,11 +251,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         // Side by side: a stall that all share loses nobody (R8).
         let mut reads = FanOut::new(&self.stalls);
         for receiver in view.receivers.iter().filter(|r| r.in_sync) {
-            let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
-            let read = DiskRequest::Read {
-                offset: self.page_at(extent),
-                span: front(&buffer, SUM_PAGE_BYTES),
-            };
+            let (buffer, read) = self.read_of_page(extent);
             reads.push(receiver.slot, true, receiver.disk.submit(read));
             buffers[usize::from(receiver.slot)] = Some(buffer);
         }
@@ -271,14 +267,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         pages
     }
 
+    fn read_of_page(&self, extent: Extent) -> (H::Buffer, DiskRequest<H::Buffer>) {
+        let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
+        let span = front(&buffer, SUM_PAGE_BYTES);
+        let offset = self.page_at(extent);
+        (buffer, DiskRequest::Read { offset, span })
+    }
+
     /// What the first in-sync member that can read it has stored of `extent`.
     async fn any_stored_page(&self, extent: Extent) -> Option<SumPage> {
         for receiver in self.view().receivers.iter().filter(|r| r.in_sync) {
-            let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
-            let read = DiskRequest::Read {
-                offset: self.page_at(extent),
-                span: front(&buffer, SUM_PAGE_BYTES),
-            };
+            let (buffer, read) = self.read_of_page(extent);
             match self.to_one(receiver, read).await {
                 Ok(()) => return Some(page_in(&buffer, 0)),
                 Err(Errno::TIMED_OUT) => {
