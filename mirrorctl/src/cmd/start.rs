@@ -64,7 +64,8 @@ pub(crate) struct Options {
     /// Start although an absent member may hold newer data
     #[arg(long)]
     force: bool,
-    /// The servers of peer members have ended every earlier session with them (or were restarted)
+    /// The servers of peer members have ended every earlier session with them (or were restarted);
+    /// a server of ours is told to, also when that session lives
     #[arg(long)]
     peer_sessions_over: bool,
     /// Record no write intent: an unclean stop then loses data. For benchmarks only
