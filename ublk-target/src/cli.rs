@@ -28,7 +28,8 @@ pub(crate) struct Args {
     /// Start although a member that is not here may hold newer data
     #[arg(long)]
     pub(crate) force: bool,
-    /// The servers of peer members have ended every earlier session with them
+    /// The servers of peer members have ended every earlier session with them; one that fences is
+    /// told to
     #[arg(long)]
     pub(crate) peer_sessions_over: bool,
     /// Do not record write intent: after a crash the copies may differ. For benchmarks only
