@@ -68,7 +68,7 @@ pub(crate) struct Medium {
 enum Device {
     Local(File, Kind),
     /// Members are read by several threads at once, a connection by one of them.
-    Peer(Mutex<Client>),
+    Peer(Box<Mutex<Client>>),
 }
 
 /// Identity of a medium, whatever path led to it.
@@ -215,7 +215,7 @@ impl Medium {
             path: path.to_owned(),
             size_bytes: client.export().usable_bytes(),
             logical_block_bytes: client.export().logical_block_bytes(),
-            device: Device::Peer(Mutex::new(client)),
+            device: Device::Peer(Box::new(Mutex::new(client))),
         })
     }
 

@@ -196,11 +196,6 @@ class Exported(Server):
         check(self.process.wait(30) == 0, f"it ended with {self.process.returncode}")
         self.group = None
 
-    def said(self):
-        """What it has printed so far, with all other servers."""
-        with open(self.area.file("servers.log"), encoding="utf-8", errors="replace") as log:
-            return log.read()
-
 
 class Scripted:
     """A server in this process that keeps the disk in memory and misbehaves when it is told to.
