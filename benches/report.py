@@ -221,6 +221,18 @@ def figures(runs, results):
             values.append(ratio(got["copied"], got[field]) if got else None)
         rows.append([what, f"at most {bar:.2f}", show(values[0]), verdict(values[0], bar, True), show(values[1])])
     for what, name in (
+        ("an idle sweep / one thread that reads both members in sequence, files on a disk", "sweep-disk"),
+        ("the same, files in memory", "sweep-memory"),
+    ):
+        got = results.get("native", {}).get(name)
+        value = ratio(got["members_ms"], got["sweep_ms"]) if got else None
+        rows.append([what, "at least 0.90", show(value), verdict(value, 0.9), "-"])
+    value = ratio(
+        median(runs, "native", "scrubbed", "mixed-4k", 2), median(runs, "native", "scrubbed-not", "mixed-4k", 2)
+    )
+    what = "p99 of reads at half of what the mirror can do, with a scrub / without"
+    rows.append([what, "at most 1.10", show(value), verdict(value, 1.1, True), "-"])
+    for what, name in (
         ("create and start a mirror of 12 TiB, until a write is answered, ms", "big-create"),
         ("start after a clean stop, 12 TiB written, ms", "big-start"),
     ):
@@ -258,6 +270,28 @@ def re_adds(results):
         " the returning disk was written; what ublk-mirror copied is its own count."
     )
     return "## A member comes back\n\n" + note + "\n\n" + table(head, rows)
+
+
+def damages(results):
+    """Blocks changed under the system: who finds them, and which copy wins."""
+    rows = []
+    titles = {"damage-md-none": "md, check and repair", "damage-mirror": "ublk-mirror, scrub"}
+    for place, title in PLACES.items():
+        for name, subject in titles.items():
+            got = results.get(place, {}).get(name)
+            if got:
+                rows.append(
+                    [f"{subject} ({title})", show(got["changed"], 0), show(got["found"], 0),
+                     show(got["changed"] - got["wrong"], 0), show(got["wrong"], 0), show(got["unequal"], 0)]
+                )
+    if not rows:
+        return ""
+    head = ["silent damage", "blocks changed", "found", "right after it", "wrong after it", "unequal after it"]
+    note = (
+        "Half of the blocks were changed on the first disk and half on the second. What md found is its"
+        " mismatch_cnt in blocks of 4 KiB."
+    )
+    return "## Which copy wins\n\n" + note + "\n\n" + table(head, rows)
 
 
 def first_writes(runs):
@@ -393,7 +427,7 @@ def main(arguments):
             noted = raw / f"{place}.kernel"
             kernel = noted.read_text(encoding="utf-8").strip() if noted.exists() else ""
             parts.append(place_section(runs, place, kernel))
-    parts += [cost_of_bitmaps(runs), re_adds(results), first_writes(runs), budget_state(results)]
+    parts += [cost_of_bitmaps(runs), re_adds(results), damages(results), first_writes(runs), budget_state(results)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.md").write_text(text, encoding="utf-8")

@@ -16,6 +16,8 @@ shift 3
 
 # shellcheck source=tests/guest/lib.sh
 . "$PROJECT_DIR/tests/guest/lib.sh"
+# shellcheck source=tests/guest/damage.sh
+. "$PROJECT_DIR/tests/guest/damage.sh"
 
 RUBLK=$PROJECT_DIR/.cache/rublk/bin/rublk
 all=(bare md-none md-bitmap rublk-loop mirror mirror-no-intent mirror-no-sums)
@@ -229,6 +231,68 @@ re_add_under_load() {
     no_disks
 }
 
+# data_offset SUBJECT : bytes before the data on a member.
+data_offset() {
+    case $1 in
+    md-*) echo $(($(mdadm --examine /dev/n0 | awk '/Data Offset/ {print $4}') * 512)) ;;
+    mirror) offset_on /dev/n0 0 ;;
+    esac
+}
+
+# md_does ACTION : has md check or repair, and waits.
+md_does() {
+    echo "$1" >/sys/block/md77/md/sync_action
+    mdadm --wait /dev/md77 || true
+}
+
+# different A B : how many blocks of 4 KiB differ, of two files of the same length.
+different() {
+    { cmp -l "$1" "$2" || true; } | awk '{b[int(($1 - 1) / 4096)] = 1} END {print length(b)}'
+}
+
+# The same blocks changed on the disks of md and of ours, a hundred on each: how many are found,
+# and how many are as they were written after a repair.
+damage() {
+    local subject=$1 mib=64 count=100 offset member found
+    disks "$disk_mib"
+    set_up "$subject"
+    seeded damage $mib >"$WORK/written"
+    dd if="$WORK/written" of="$TARGET" bs=1M oflag=direct status=none
+    if [ "$subject" = mirror ]; then
+        # All of it cool: what is hot a scrub leaves for later.
+        mirrorctl stop bench
+        mirrorctl start bench --front ublk --error-budget unlimited
+        find_device bench
+        TARGET=$DEV
+    fi
+    offset=$(data_offset "$subject")
+    for member in 0 1; do
+        "$PROJECT_DIR/benches/guest/damage.py" "/dev/n$member" "$offset" $((mib * 256)) $count $member 2
+    done
+    case $subject in
+    md-none)
+        md_does check
+        found=$(($(cat /sys/block/md77/md/mismatch_cnt) / 8))
+        md_does repair
+        ;;
+    mirror)
+        scrub_once bench
+        found=$(scrub_of bench passes.0.findings)
+        ;;
+    esac
+    dd if="$TARGET" of="$WORK/read" bs=1M count=$mib iflag=direct status=none
+    for member in 0 1; do
+        dd if="/dev/n$member" of="$WORK/side$member" bs=1M count=$mib iflag=direct,skip_bytes \
+            skip="$offset" status=none
+    done
+    result "damage-$subject" changed $((2 * count)) found "$found" \
+        wrong "$(different "$WORK/read" "$WORK/written")" \
+        unequal "$(different "$WORK/side0" "$WORK/side1")"
+    rm "$WORK/written" "$WORK/read" "$WORK"/side?
+    tear_down "$subject"
+    no_disks
+}
+
 enter_guest
 uname -r >"$out/$place.kernel"
 subjects=()
@@ -256,5 +320,8 @@ if [ "$mode" = wall ]; then
         [[ " ${subjects[*]} " == *" $subject "* ]] && re_add "$subject"
     done
     [[ " ${subjects[*]} " == *" mirror "* ]] && re_add_under_load
+    for subject in md-none mirror; do
+        [[ " ${subjects[*]} " == *" $subject "* ]] && damage "$subject"
+    done
 fi
 echo "measured: $place"

@@ -2,7 +2,7 @@
 # Measurements on this machine's own kernel: the NBD front end beside qemu-storage-daemon's
 # quorum over files of the same kind, and the mirrors of 12 TiB.
 #
-# Usage: benches/native/bench.sh [quorum] [budget] [big]       default: all three
+# Usage: benches/native/bench.sh [quorum] [scrub] [budget] [big]       default: all of them
 #
 # Results go to benches/out/raw. The files lie in memory where it is big enough and takes direct
 # I/O, so that the programs are measured and not the disk below; where it is not, they lie under
@@ -16,7 +16,7 @@ binaries=${UBLK_MIRROR_BIN:-${CARGO_TARGET_DIR:-$project/target}/release}
 on_disk=${BENCH_DIR:-$project/.cache/bench}/$$
 in_memory=$on_disk.memory
 area=$on_disk
-export UBLK_MIRROR_RUN_DIR=$area/run PATH=$binaries:$PATH
+export UBLK_MIRROR_RUN_DIR=$area/run UBLK_MIRROR_SCRUB_DAYS=0 PATH=$binaries:$PATH
 place=native
 rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-6}
 storage_daemon=
@@ -165,6 +165,84 @@ bench_quorum() {
     rm -f "$area"/q? "$area"/m?
 }
 
+scrub_is_over() {
+    [ "$(mirrorctl scrub status bench --json | python3 -ISc '
+import json, sys
+status = json.load(sys.stdin)
+print(status["totals"]["passes"])')" -gt "$1" ]
+}
+
+# sweep_once : a pass over everything; sets MS, what it took.
+sweep_once() {
+    local before began
+    before=$(mirrorctl scrub status bench --json |
+        python3 -ISc 'import json, sys; print(json.load(sys.stdin)["totals"]["passes"])')
+    began=$(now_ms)
+    mirrorctl scrub start bench
+    while ! scrub_is_over "$before"; do sleep 0.05; done
+    MS=$(($(now_ms) - began))
+}
+
+# read_members MIB : both members read from begin to end, side by side; sets MS.
+read_members() {
+    local began
+    began=$(now_ms)
+    fio --name=members --filename="$area/m0:$area/m1" --file_service_type=roundrobin --rw=read \
+        --bs=1m --iodepth=16 --direct=1 --ioengine=io_uring --filesize="$1m" --size="$((2 * $1))m" \
+        --eta=never --output="$area/members.log"
+    MS=$(($(now_ms) - began))
+}
+
+# How fast an idle mirror is swept, beside the same thread reading both members, over files on a
+# disk and in memory; and what a scrub costs the requests of an application.
+bench_scrub() {
+    local round where mib members sweep
+    rm -f "$out/${place}__"{sweep,scrubbed}*
+    for where in disk memory; do
+        area=$on_disk mib=2048
+        [ $where = memory ] && choose_area 6
+        start_mirror bench $((mib + 64))M
+        fill "$URI" $mib
+        # All of it cool.
+        mirrorctl stop bench
+        mirrorctl start bench "$area/m0" "$area/m1" --front nbd
+        URI=$(status_of bench device)
+        members=() sweep=()
+        for round in $(seq "$rounds"); do
+            sleep 2
+            read_members $mib && members+=("$MS")
+            sweep_once && sweep+=("$MS")
+        done
+        result "sweep-$where" mib $mib members_ms "$(median "${members[@]}")" sweep_ms "$(median "${sweep[@]}")"
+        [ $where = disk ] || bench_foreground $mib
+        mirrorctl stop bench
+        rm -f "$area/m0" "$area/m1"
+    done
+}
+
+median() { printf '%s\n' "$@" | sort -n | sed -n "$((($# + 1) / 2))p"; }
+
+# Seven parts reads and three parts writes at half of what it can do, without a scrub and with one.
+bench_foreground() {
+    local round rate
+    local mixed=(--rw=randrw --rwmixread=70 --bs=4k --iodepth=8 --size="$1m" --time_based)
+    measure scrubbed-probe mixed-4k 0 "$URI" "${mixed[@]}" --runtime=5
+    rate=$(python3 -ISc '
+import json, sys
+text = open(sys.argv[1]).read()
+job = json.loads(text[text.index("{"):])["jobs"][0]
+print(int((job["read"]["iops"] + job["write"]["iops"]) / 2))' "$area/fio.json")
+    rm -f "$out/${place}__scrubbed-probe"*
+    for round in $(seq $((rounds * 2))); do
+        measure scrubbed-not mixed-4k "$round" "$URI" "${mixed[@]}" --runtime=30 \
+            --rate_iops=$((rate * 7 / 10)),$((rate * 3 / 10))
+        mirrorctl scrub start bench
+        measure scrubbed mixed-4k "$round" "$URI" "${mixed[@]}" --runtime=30 \
+            --rate_iops=$((rate * 7 / 10)),$((rate * 3 / 10))
+        mirrorctl scrub cancel bench || true
+    done
+}
+
 # Uniform random writes over a hundred times the budget of hot extents, on written extents. Enough
 # of them that one cools before it is written again, so that nearly every write has to record its
 # intent. How many were hot at the end is kept beside the figure. A number of writes rather than a
@@ -247,7 +325,7 @@ bench_big() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(quorum budget big)
+[ $# -gt 0 ] || parts=(quorum scrub budget big)
 for part in "${parts[@]}"; do
     "bench_$part"
 done

@@ -132,12 +132,6 @@ impl HotSums {
         }
     }
 
-    /// Whether `extent` has begun and not ended.
-    #[must_use]
-    pub fn contains(&self, extent: Extent) -> bool {
-        self.extents.contains_key(&extent)
-    }
-
     /// An extent becomes hot, unless it is; if it stays so, it is to be stored at `due`.
     pub fn begin(&mut self, extent: Extent, base: Base, due: Duration) {
         if self.extents.contains_key(&extent) {

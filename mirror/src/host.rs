@@ -222,4 +222,10 @@ pub trait Host: 'static {
 
     /// Zeroed memory of `len` bytes (a multiple of 4 KiB) for member I/O, locked in RAM.
     fn allocate(&self, len: usize) -> Self::Buffer;
+
+    /// [`Host::allocate`] with whatever content: for what is read into in full before anything
+    /// looks at it. Zeroing costs as much as reading from a fast disk.
+    fn allocate_unzeroed(&self, len: usize) -> Self::Buffer {
+        self.allocate(len)
+    }
 }

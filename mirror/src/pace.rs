@@ -126,7 +126,8 @@ pub struct Pacer {
     ahead: i128,
     /// Until when `ahead` has been brought down.
     settled: Duration,
-    last_foreground: Duration,
+    /// None when there has been none for long enough at the begin.
+    last_foreground: Option<Duration>,
     idle_after: Duration,
     /// The last period of work; open while it lasts.
     working: Range<Duration>,
@@ -158,7 +159,7 @@ impl Pacer {
             cut_at: u64::MAX,
             ahead: 0,
             settled: now,
-            last_foreground: now,
+            last_foreground: Some(now),
             idle_after: IDLE_AFTER,
             working: now..now,
             resting: now..now,
@@ -178,7 +179,7 @@ impl Pacer {
 
     /// There has been no foreground request for [`IDLE_AFTER`]: the work begins at the ceiling.
     pub fn begin_idle(&mut self, now: Duration) {
-        self.phase = Phase::Idle(now);
+        (self.phase, self.last_foreground) = (Phase::Idle(now), None);
     }
 
     /// Other limits from now on.
@@ -221,7 +222,7 @@ impl Pacer {
 
     /// A foreground request has ended at `now`, `latency` after it began.
     pub fn foreground(&mut self, now: Duration, latency: Duration) {
-        self.last_foreground = self.last_foreground.max(now);
+        self.last_foreground = self.last_foreground.max(Some(now));
         if now.saturating_sub(self.sampled) < self.spacing {
             return;
         }
@@ -246,9 +247,8 @@ impl Pacer {
         let wait = match self.phase {
             Phase::Draining(_) => DRAIN_RECHECK,
             Phase::Resting(until) => until.saturating_sub(now),
-            Phase::Idle(_) | Phase::Working(_) if self.ahead > 0 => {
-                let nanos = self.ahead.unsigned_abs() / u128::from(self.rate().max(1));
-                Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+            Phase::Idle(_) | Phase::Working(_) if self.time_ahead() > Duration::ZERO => {
+                self.time_ahead()
             }
             Phase::Idle(_) | Phase::Working(_) => {
                 self.ahead += byte_nanos(bytes);
@@ -258,6 +258,13 @@ impl Pacer {
             }
         };
         Err(wait.clamp(Duration::from_micros(100), WAIT_MAX))
+    }
+
+    /// How long the rate takes for what was admitted ahead of it.
+    fn time_ahead(&self) -> Duration {
+        let ahead = u128::try_from(self.ahead).unwrap_or(0);
+        let nanos = ahead / u128::from(self.rate().max(1));
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
     /// A piece that was admitted has ended, in whatever way.
@@ -286,7 +293,9 @@ impl Pacer {
 
     /// Goes on to the next phase if it is time.
     fn turn(&mut self, now: Duration) {
-        let quiet = now.saturating_sub(self.last_foreground) >= self.idle_after;
+        let quiet = self
+            .last_foreground
+            .is_none_or(|last| now.saturating_sub(last) >= self.idle_after);
         match self.phase {
             Phase::Idle(since) if !quiet => {
                 self.judge_idle_time(now.saturating_sub(since));

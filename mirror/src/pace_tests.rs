@@ -459,3 +459,20 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn work_that_begins_in_an_idle_time_goes_at_the_ceiling_at_once() {
+    let now = Duration::from_secs(5);
+    let mut pacer = Pacer::new(Limits::SCRUB, now);
+    pacer.begin_idle(now);
+    for _ in 0..1000 {
+        assert_eq!(pacer.admit(now, 4 << 20), Ok(()));
+    }
+    assert!(pacer.is_idle());
+    pacer.foreground(now + Duration::from_millis(1), Duration::from_micros(50));
+    assert!(
+        pacer
+            .admit(now + Duration::from_millis(2), 4 << 20)
+            .is_err()
+    );
+}

@@ -25,6 +25,7 @@
 //! | 80 | 5 x 8 | blocks found, by what was done, in the order of [`Done`] |
 //! | 120 | 3 x 8 | blocks found, by who found them, in the order of [`FoundBy`] |
 //! | 144 | 8 | damaged blocks whose findings had to make room for newer ones |
+//! | 152 | 8 | the members that this pass began with, as one number; 0 before the first |
 //!
 //! **Sector 1**, the pass under way:
 //!
@@ -122,6 +123,8 @@ pub struct Totals {
     pub by: [u64; 3],
     /// Damaged blocks whose findings had to make room for newer ones.
     pub forgotten: u64,
+    /// The members that this pass began with, as one number; 0 before the first.
+    pub members: u64,
 }
 
 impl Totals {
@@ -274,9 +277,15 @@ impl ScrubLog {
     }
 
     /// A pass begins at `start`, in place of one that may be under way.
-    pub fn begin_pass(&mut self, now_secs: u64, start: Extent, check_only: bool) -> &Pass {
+    pub fn begin_pass(
+        &mut self,
+        now_secs: u64,
+        start: Extent,
+        check_only: bool,
+        members: u64,
+    ) -> &Pass {
         let number = self.totals.passes_begun.saturating_add(1);
-        self.totals.passes_begun = number;
+        (self.totals.passes_begun, self.totals.members) = (number, members);
         self.dirty.extend([CHOICES_AND_TOTALS, PASS]);
         self.pass.insert(Pass {
             number,

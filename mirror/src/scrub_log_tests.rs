@@ -62,7 +62,7 @@ fn a_finding_at_its_place() {
 #[test]
 fn a_pass_at_its_place() {
     let mut log = ScrubLog::new();
-    log.begin_pass(1_800_000_000, Extent(7), true);
+    log.begin_pass(1_800_000_000, Extent(7), true, 77);
     let mut pass = log.pass().unwrap().clone();
     pass.cursor = Extent(3);
     pass.wrapped = true;
@@ -70,6 +70,8 @@ fn a_pass_at_its_place() {
     pass.counts.left_out = 5;
     log.note_pass(pass);
     let mut payload = [9; PAYLOAD_BYTES];
+    log.payload(0, &mut payload);
+    assert_eq!(payload[152..], *[&[77][..], &[0; 327]].concat(), "members");
     log.payload(1, &mut payload);
     assert_eq!(payload[..12], [1, 3, 2, 0, 7, 0, 0, 0, 3, 0, 0, 0]);
     assert_eq!(payload[16], 1, "number");
@@ -91,7 +93,7 @@ fn what_is_logged_is_there_after_a_restart() {
     };
     log.choose(choices);
     for number in 1..=9 {
-        log.begin_pass(number * 100, Extent(5), number == 9);
+        log.begin_pass(number * 100, Extent(5), number == 9, 1);
         let mut pass = log.pass().unwrap().clone();
         pass.counts.member_bytes = 1000 * number;
         pass.counts.blocks = number;
@@ -106,7 +108,7 @@ fn what_is_logged_is_there_after_a_restart() {
         };
         log.end_pass(number * 100 + 7, ending);
     }
-    log.begin_pass(1234, Extent(1), false);
+    log.begin_pass(1234, Extent(1), false, 1);
     log.add(&finding(5..6, Done::Rewritten));
     assert_eq!(log.take_dirty(), [0, 1, 2, 3]);
     assert!(!log.is_dirty());
@@ -270,7 +272,7 @@ fn a_damaged_sector_loses_what_it_held() {
         days: Some(3),
         ..Choices::default()
     });
-    log.begin_pass(1, Extent(0), false);
+    log.begin_pass(1, Extent(0), false, 1);
     for number in 0..40 {
         log.add(&finding(number * 2..number * 2 + 1, Done::Rewritten));
     }
@@ -382,7 +384,7 @@ proptest! {
             log.add(finding);
             log.cleared(&(0..50));
         }
-        log.begin_pass(1, Extent(1), false);
+        log.begin_pass(1, Extent(1), false, 1);
         log.end_pass(2, Ending::Complete);
         log.take_dirty();
         prop_assert_eq!(&reloaded(&log), &log);

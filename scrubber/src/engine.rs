@@ -35,8 +35,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Subject for Rc<Mirror<H, D>> {
         Mirror::look(self, extent)
     }
 
-    async fn check(&self, extent: Extent, repair: bool) -> Result<Checked, Errno> {
-        self.check_extent(extent, repair).await
+    async fn check(&self, extent: Extent, repair: bool, at_once: bool) -> Result<Checked, Errno> {
+        self.check_extent(extent, repair, at_once).await
     }
 
     fn log<R>(&self, lent: impl FnOnce(&mut ScrubLog) -> R) -> R {
@@ -49,6 +49,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Subject for Rc<Mirror<H, D>> {
 
     fn error_budget(&self) -> String {
         Mirror::error_budget(self).to_string()
+    }
+
+    fn members(&self) -> u64 {
+        self.members_as_number()
+    }
+
+    fn is_idle(&self) -> bool {
+        Mirror::is_idle(self)
     }
 
     fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool) {

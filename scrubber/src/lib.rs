@@ -18,10 +18,11 @@
 //!   │ extents that are not written are passed over; hot ones are left for later
 //! ```
 //!
-//! The first pass over a mirror starts anywhere, so that mirrors that are restarted often are
-//! scrubbed everywhere. Four lanes check one extent each, so that disks read while another lane
-//! computes. How far the pass has come is kept in the mirror itself
-//! ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a restart goes on from there.
+//! The first pass over a member starts anywhere: members of one make and age are not read in the
+//! same order, and what is pulled and added again and again is scrubbed everywhere. Four lanes
+//! check one extent each, so that disks read while another lane computes. How far the pass has
+//! come is kept in the mirror itself ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a
+//! restart goes on from there.
 //!
 //! [`Scrubber::run`] is the task; the other methods are an operator's commands. They change what is
 //! asked for and return at once.
@@ -83,12 +84,17 @@ pub trait Subject: 'static {
     /// What an extent looks like.
     fn look(&self, extent: Extent) -> ExtentLook;
 
-    /// Checks an extent, and repairs it if told so.
+    /// Checks an extent, and repairs it if told so; `at_once` when nobody else uses the disks.
     ///
     /// # Errors
     ///
     /// When it could not be checked.
-    fn check(&self, extent: Extent, repair: bool) -> impl Future<Output = Result<Checked, Errno>>;
+    fn check(
+        &self,
+        extent: Extent,
+        repair: bool,
+        at_once: bool,
+    ) -> impl Future<Output = Result<Checked, Errno>>;
 
     /// Lends the log. What is changed there becomes durable with one of the next map commits.
     fn log<R>(&self, lent: impl FnOnce(&mut ScrubLog) -> R) -> R;
@@ -98,6 +104,12 @@ pub trait Subject: 'static {
 
     /// The budget of errors that a member may have, as text.
     fn error_budget(&self) -> String;
+
+    /// The in-sync members as one number: another one when there is another member. Not 0.
+    fn members(&self) -> u64;
+
+    /// Whether there have been no foreground requests for a while.
+    fn is_idle(&self) -> bool;
 
     /// The latencies of foreground requests go to `pacer` from now on, or no longer.
     fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool);
@@ -309,14 +321,15 @@ impl<S: Subject> Scrubber<S> {
         let now = self.wall_clock();
         let extents = u128::from(self.subject.extents().max(1));
         let anywhere = self.subject.host().random() % extents;
+        let members = self.subject.members();
         let number = self.subject.log(|log| {
-            let first = log.totals().passes_begun == 0;
-            let start = if first {
+            let start = if log.totals().members != members {
                 u32::try_from(anywhere).unwrap_or(0)
             } else {
                 0
             };
-            log.begin_pass(now, Extent(start), check_only).number
+            log.begin_pass(now, Extent(start), check_only, members)
+                .number
         });
         tracing::info!("scrub pass {number} begins");
     }
@@ -330,6 +343,9 @@ impl<S: Subject> Scrubber<S> {
             .replace(Some(Sweep::new(pass, self.subject.extents())));
         self.noted.set(self.now());
         self.pacer.replace(Pacer::new(Limits::SCRUB, self.now()));
+        if self.subject.is_idle() {
+            self.pacer.borrow_mut().begin_idle(self.now());
+        }
         self.limit();
         self.subject.sample(&self.pacer, true);
         self.lanes.set(LANES);
@@ -384,7 +400,8 @@ impl<S: Subject> Scrubber<S> {
         let repair = self
             .with_sweep(|sweep| !sweep.pass().check_only)
             .unwrap_or(false);
-        let result = self.subject.check(extent, repair).await;
+        let idle = self.pacer.borrow().is_idle();
+        let result = self.subject.check(extent, repair, idle).await;
         self.pacer.borrow_mut().finished();
         match result {
             Ok(checked) if checked.skipped_hot => self.with_sweep(|sweep| sweep.left(extent)),

@@ -43,6 +43,8 @@ impl Host for TestHost {
 struct Numbers {
     host: TestHost,
     extents: u32,
+    members: Cell<u64>,
+    idle: Cell<bool>,
     written: RefCell<BTreeSet<u32>>,
     /// Extents that are hot until then.
     hot: RefCell<BTreeMap<u32, Duration>>,
@@ -89,7 +91,7 @@ impl Subject for Fake {
             ExtentLook::Unwritten
         }
     }
-    async fn check(&self, extent: Extent, repair: bool) -> Result<Checked, Errno> {
+    async fn check(&self, extent: Extent, repair: bool, _: bool) -> Result<Checked, Errno> {
         let own = &self.0;
         own.under_way.set(own.under_way.get() + 1);
         own.most_under_way
@@ -125,6 +127,12 @@ impl Subject for Fake {
     fn error_budget(&self) -> String {
         "64/24".to_owned()
     }
+    fn members(&self) -> u64 {
+        self.0.members.get()
+    }
+    fn is_idle(&self) -> bool {
+        self.0.idle.get()
+    }
     fn sample(&self, pacer: &Rc<RefCell<Pacer>>, on: bool) {
         self.0.pacer.replace(on.then(|| pacer.clone()));
     }
@@ -153,6 +161,8 @@ impl Stage {
         let fake = Fake(Rc::new(Numbers {
             host: TestHost(SimHost(world.clone())),
             extents,
+            members: Cell::new(1),
+            idle: Cell::new(false),
             written: RefCell::new(written.collect()),
             hot: RefCell::default(),
             failing: RefCell::default(),
@@ -226,7 +236,7 @@ impl Stage {
 
 #[test]
 fn a_pass_checks_every_written_extent_once() {
-    let mut starts = BTreeSet::new();
+    let (mut starts, mut starts_later) = (BTreeSet::new(), [BTreeSet::new(), BTreeSet::new()]);
     for seed in 0..8 {
         let written = (0..300).filter(|n| n % 3 == 0);
         let stage = Stage::new(seed, 310, written.clone(), BY_COMMAND);
@@ -235,10 +245,8 @@ fn a_pass_checks_every_written_extent_once() {
         assert_eq!(stage.checked(), written.collect::<Vec<_>>());
         starts.insert(stage.fake.0.checks.borrow()[0].0);
         assert_eq!(stage.fake.0.most_under_way.get(), LANES);
-        assert!(
-            stage.fake.0.checks.borrow().iter().all(|check| check.1),
-            "repairs"
-        );
+        let repairs = stage.fake.0.checks.borrow().iter().all(|check| check.1);
+        assert!(repairs);
         let status = stage.scrubber.status();
         assert_eq!(status.state, ScrubState::Idle);
         let pass = &status.passes[0];
@@ -249,28 +257,39 @@ fn a_pass_checks_every_written_extent_once() {
         );
         assert_eq!(pass.member_bytes, 200 * EXTENT_BYTES);
         assert_eq!(status.totals.checked_blocks, 100 * 1024);
-        // Later ones start at the device's begin.
-        stage.fake.0.checks.borrow_mut().clear();
-        stage.start();
-        stage.until_over();
-        assert_eq!(stage.fake.0.checks.borrow()[0].0 / 6, 0);
-        assert!(
-            stage.fake.0.pacer.borrow().is_none(),
-            "nothing is sampled for nothing"
-        );
+        // Later ones start at the device's begin, until there is another member.
+        for (members, starts) in (1..).zip(&mut starts_later) {
+            stage.fake.0.members.set(members);
+            stage.fake.0.checks.borrow_mut().clear();
+            stage.start();
+            stage.until_over();
+            starts.insert(stage.fake.0.checks.borrow()[0].0 / 6);
+        }
+        let sampled = stage.fake.0.pacer.borrow().is_some();
+        assert!(!sampled, "nothing is sampled for nothing");
     }
     assert!(starts.len() > 4, "the first starts anywhere: {starts:?}");
+    assert_eq!(starts_later[0], BTreeSet::from([0]));
+    assert!(starts_later[1].len() > 4, "{:?}", starts_later[1]);
+}
+
+#[test]
+fn an_idle_mirror_is_scrubbed_at_full_speed_at_once() {
+    let stage = Stage::new(1, 100, 0..100, BY_COMMAND);
+    stage.fake.0.idle.set(true);
+    let began = stage.now();
+    stage.start();
+    stage.until_over();
+    let took = stage.now().saturating_sub(began);
+    assert!(took < Duration::from_millis(400), "{took:?}");
 }
 
 #[test]
 fn what_is_hot_is_visited_again_and_then_left_out() {
     let stage = Stage::new(1, 100, 0..100, BY_COMMAND);
     let soon = stage.now() + Duration::from_secs(20);
-    stage
-        .fake
-        .0
-        .hot
-        .borrow_mut()
+    let hot = &stage.fake.0.hot;
+    hot.borrow_mut()
         .extend([(5, soon), (6, soon), (70, Duration::MAX)]);
     stage.fake.0.failing.borrow_mut().insert(30);
     stage.start();

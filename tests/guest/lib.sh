@@ -10,6 +10,8 @@ set -euo pipefail
 WORK=${WORK:-/run/guest-tests}
 NULLB=/sys/kernel/config/nullb
 export UBLK_MIRROR_RUN_DIR=$WORK/run
+# Where a test takes more than a minute, a pass would begin by itself and find what it has prepared.
+export UBLK_MIRROR_SCRUB_DAYS=0
 export PATH=$WORK/bin:$PATH
 GUEST_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -144,6 +146,29 @@ return_member() {
     expect_status "$1" last-resync.kind delta
 }
 
+# medium_disk MIB : SD, a disk of scsi_debug.
+medium_disk() {
+    modprobe scsi_debug "dev_size_mb=$1" delay=0 per_host_store=1
+    wait_for 100 disk_of_scsi_debug
+    udevadm settle
+}
+
+disk_of_scsi_debug() {
+    local path
+    for path in /sys/bus/pseudo/drivers/scsi_debug/adapter*/host*/target*/*:*/block/*; do
+        [ -e "$path" ] && SD=/dev/$(basename "$path") && [ -b "$SD" ] && return 0
+    done
+    return 1
+}
+
+# medium_errors BYTE SECTORS : from this byte of SD on these sectors cannot be read, whatever is
+# written to them; no sectors: all is well again.
+medium_errors() {
+    echo $(($1 / 512)) >/sys/module/scsi_debug/parameters/medium_error_start
+    echo "$2" >/sys/module/scsi_debug/parameters/medium_error_count
+    echo $(($2 > 0 ? 2 : 0)) >/sys/bus/pseudo/drivers/scsi_debug/opts
+}
+
 # cgroup NAME MEMORY : for run_in NAME COMMAND..., which may use no more memory than that.
 cgroup() {
     if ! mountpoint -q "$WORK/cgroup"; then
@@ -213,6 +238,12 @@ clean_up() {
     for device in $(losetup -ln -O NAME 2>/dev/null); do
         losetup -d "$device"
     done
+    if [ -e "$WORK/bad_disk.pid" ]; then
+        # The kernel lets go of the disk when its server has gone.
+        kill -KILL "$(cat "$WORK/bad_disk.pid")"
+        (wait_for 100 test ! -e /sys/block/nbd0/pid)
+        timeout 20 rmmod nbd
+    fi
     if [ -d /sys/module/scsi_debug ]; then
         udevadm settle --timeout=5
         timeout 20 rmmod scsi_debug

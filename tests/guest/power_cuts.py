@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Cuts the power of a recorded mirror at many moments, and checks what it is then.
 
-Usage: tests/guest/power_cuts.py LOG_DIR
+Usage: tests/guest/power_cuts.py FOLDER
 
-LOG_DIR holds what t_log_writes.sh left: a log of dm-log-writes for each member, and the kernel's
+FOLDER holds what t_log_writes.sh left: a log of dm-log-writes for each member, and the kernel's
 trace, whose numbers say what came before what on both. A moment is one at which a FUA write or a
 flush ended on either member, or something was promised. On each member's image then is all that was durable; of what was
 under way or in its volatile cache nothing (`strict`), or a lot drawn sector by sector (`lottery`).
@@ -268,8 +268,8 @@ def wrong_blocks(windows, legal):
     return wrong
 
 
-class Recording:
-    """Both members' logs, and what was promised."""
+class Recorded:
+    """Both members' logs, and their disks at a moment, which only moves forwards."""
 
     def __init__(self, folder):
         lines = [line.split() for line in (folder / "devices").read_text().splitlines()]
@@ -280,20 +280,40 @@ class Recording:
         self.disks = [
             Disk(log, ios, member_bytes) for log, ios in zip(logs, self.trace.ios, strict=True)
         ]
+
+    def advance(self, moment):
+        """Takes in what has become durable."""
+        for disk in self.disks:
+            disk.advance(moment)
+
+    def durable_since(self, moment):
+        """When something became durable on either member after a moment."""
+        return {
+            io.completed
+            for ios in self.trace.ios
+            for io in ios
+            if io.flags & (FLUSH | FUA) and moment < io.completed < NEVER
+        }
+
+
+class Recording(Recorded):
+    """The load's recording, and what was promised."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
         self.promises = Promises(self.trace, self.size_mib)
         for slot, ios in enumerate(self.trace.ios):
             discards = any(io.flags & DISCARD for io in ios)
             harness.check(discards, f"no discard reached the disk of slot {slot}")
 
+    def advance(self, moment):
+        """Takes in what has become durable, and what has been promised."""
+        super().advance(moment)
+        self.promises.advance(moment)
+
     def moments(self):
         """When something became durable or was promised, since there has been a mirror."""
-        started = self.trace.steps["started"]
-        ends = {
-            io.completed
-            for ios in self.trace.ios
-            for io in ios
-            if io.flags & (FLUSH | FUA) and started < io.completed < NEVER
-        }
+        ends = self.durable_since(self.trace.steps["started"])
         return sorted(ends | {when for when, _, _ in self.trace.promises})
 
     def sample(self, count):
@@ -390,9 +410,7 @@ def check_all(folder, area, seed):
     chance = random.Random(seed)
     counts = {"lottery": 0, "one member": 0, "refused": 0, "settled": 0}
     for moment in chosen:
-        for disk in recording.disks:
-            disk.advance(moment)
-        recording.promises.advance(moment)
+        recording.advance(moment)
         cut = Cut(area, recording, moment, chance)
         try:
             cut.check()
@@ -409,8 +427,8 @@ def check_all(folder, area, seed):
     )
 
 
-def main(folder):
-    """Runs the check."""
+def run(name, check, folder):
+    """Runs a check of a recording, `check(folder, area, seed)`, which returns what it has done."""
     seed = int(os.environ.get("SEED") or 1)
     began = time.monotonic()
     # Images in memory where that takes direct I/O: the disk below makes no difference here.
@@ -418,12 +436,12 @@ def main(folder):
         tempfile.tempdir = "/dev/shm"
     area = harness.Area(seed)
     try:
-        said = check_all(Path(folder), area, seed)
+        said = check(Path(folder), area, seed)
         print(f"    {said}")
-        print(f"ok power_cuts ({time.monotonic() - began:.0f} s)")
+        print(f"ok {name} ({time.monotonic() - began:.0f} s)")
         return 0
     except Exception:
-        print(f"not ok power_cuts with SEED={seed}")
+        print(f"not ok {name} with SEED={seed}")
         print("    " + traceback.format_exc().strip().replace("\n", "\n    "))
         print("    " + area.log()[-2000:].replace("\n", "\n    "))
         return 1
@@ -442,4 +460,4 @@ def takes_direct_io(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(run("power_cuts", check_all, sys.argv[1]))

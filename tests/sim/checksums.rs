@@ -59,7 +59,11 @@ pub(crate) fn check(machine: &Machine, extent: u32, repair: bool) -> mirror::eng
     let mirror = machine.mirror();
     machine
         .world
-        .block_on(async move { mirror.check_extent(Extent(extent), repair).await })
+        .block_on(async move {
+            mirror
+                .check_extent(Extent(extent), repair, extent.is_multiple_of(2))
+                .await
+        })
         .unwrap()
 }
 

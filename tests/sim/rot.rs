@@ -136,7 +136,10 @@ pub(crate) fn check_all_extents(machine: &Machine) {
     let mirror = machine.mirror();
     machine.world.block_on(async move {
         for extent in (0..mirror.extents()).map(Extent) {
-            mirror.check_extent(extent, true).await.unwrap();
+            mirror
+                .check_extent(extent, true, extent.0 % 2 == 1)
+                .await
+                .unwrap();
         }
     });
 }
@@ -146,7 +149,7 @@ pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn()
     let mut extent = Extent(0);
     while !ended() {
         // Errors are legal while disks are faulty.
-        let _ = mirror.check_extent(extent, true).await;
+        let _ = mirror.check_extent(extent, true, extent.0 % 2 == 1).await;
         extent = Extent((extent.0 + 1) % mirror.extents());
         if extent.0 == 0 {
             host.sleep(Duration::from_secs(1)).await;

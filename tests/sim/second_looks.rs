@@ -463,9 +463,7 @@ fn everything_at_once() {
     for seed in seeds(60) {
         let mut machine = machine(seed, 3);
         machine.start();
-        for extent in 0..3 {
-            wr(&machine, extent << 22, 1 << 20);
-        }
+        (0..3).for_each(|extent| wr(&machine, extent << 22, 1 << 20));
         seconds(&machine, COOL);
         rot(&machine, (seed % 3) as usize, 5);
         rot(&machine, (seed % 3) as usize, 1024 + 9);
@@ -477,7 +475,10 @@ fn everything_at_once() {
             machine.world.spawn_task(async move {
                 match n % 6 {
                     0 => client.read(extent << 22, 65536).await.unwrap(),
-                    1 => drop(mirror.check_extent(Extent(extent as u32), true).await),
+                    1 => {
+                        let extent = Extent(extent as u32);
+                        let _ = mirror.check_extent(extent, true, n % 4 == 1).await;
+                    }
                     2 => client
                         .write((extent << 22) + 5 * 4096 + 512, 8192, n % 2 == 0)
                         .await

@@ -438,3 +438,61 @@ fn a_join_that_is_cut_off_anywhere_is_a_join_or_none() {
         machine.compare_members();
     }
 }
+
+/// A full resync of an older copy is cut off while its maps are written: they name a newer
+/// position than it has come to, and it is an older copy all the same (R16).
+#[test]
+fn an_older_copy_stays_one_when_its_full_resync_is_cut_off() {
+    let mut looks_newer = 0;
+    for cut in 0..80 {
+        let mut machine = Machine::new(cut, 2, SIZE);
+        machine.start();
+        write_and_flush(&machine);
+        seconds(&machine, 3);
+        let image = machine.disks[1].image();
+        for extent in 0..4 {
+            wr(&machine, extent << 22, 65536);
+            seconds(&machine, 2);
+        }
+        machine.fail(1).unwrap();
+        machine.replace_disk(1, image);
+        let older = position_on(&machine.disks[1]);
+        let refused = machine.re_add(1).unwrap_err();
+        assert!(refused.message.contains("older"), "{refused}");
+        let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
+        machine.world.spawn_task(async move {
+            let _ = mirror.re_add(path(1), disk, true, false).await;
+        });
+        let begun = machine.disks[1].operations();
+        let disk = machine.disks[1].clone();
+        machine
+            .world
+            .run(1_000_000, || disk.operations() >= begun + 4 + cut / 2);
+        if cut % 2 == 0 {
+            machine.cut_power_choosing(&mut drop_all);
+        } else {
+            machine.cut_power();
+        }
+        let joins = superblock_on(&machine.disks[0]).unwrap().slots[1].state;
+        let newer = superblock_on(&machine.disks[1]).is_some()
+            && position_on(&machine.disks[1]).sequence > older.sequence;
+        machine.start_on(&[0], true).unwrap();
+        if joins != SlotState::Resyncing {
+            looks_newer += u64::from(newer);
+            let refused = machine.re_add(1).unwrap_err();
+            assert_eq!(refused.kind, ErrorKind::Refused, "cut {cut}: {refused}");
+            let disk = machine.disks[1].clone();
+            machine.re_add_disk(path(1), disk, true).unwrap();
+        } else if machine.re_add(1).is_err() {
+            let disk = machine.disks[1].clone();
+            machine.re_add_disk(path(1), disk, true).unwrap();
+        }
+        machine.wait_in_sync();
+        machine.check_all(&format!("cut {cut}"));
+        machine.compare_members();
+    }
+    assert!(
+        looks_newer > 5,
+        "{looks_newer}: hardly one was cut off where it matters"
+    );
+}

@@ -67,4 +67,8 @@ impl Host for RingHost {
     fn allocate(&self, len: usize) -> IoBuffer {
         IoBuffer::zeroed(len)
     }
+
+    fn allocate_unzeroed(&self, len: usize) -> IoBuffer {
+        IoBuffer::recycled(len)
+    }
 }

@@ -77,6 +77,24 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.budgets.borrow().budget()
     }
 
+    /// The in-sync members as one number, not 0: another one when there is another member.
+    pub fn members_as_number(&self) -> u64 {
+        let config = self.config.borrow();
+        let view = self.view();
+        let in_sync = view.receivers.iter().filter(|r| r.in_sync);
+        let uuids = in_sync.filter_map(|r| config.slots[usize::from(r.slot)].member);
+        let (high, low) = uuids.fold((0, 0), |(high, low), uuid| {
+            let (more, less) = uuid.as_u64_pair();
+            (high ^ more, low ^ less)
+        });
+        (high ^ low).max(1)
+    }
+
+    /// Whether nothing was requested in the last second.
+    pub fn is_idle(&self) -> bool {
+        self.ahead.borrow().is_idle()
+    }
+
     /// The latencies of reads, writes and flushes go to `pacer` from now on.
     pub fn sample(&self, pacer: &Rc<RefCell<Pacer>>) {
         self.pacers.borrow_mut().push(pacer.clone());

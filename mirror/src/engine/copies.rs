@@ -106,7 +106,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             .collect();
         let len = length(range.end - range.start);
         let blocks = blocks_covering(range.start, range.end - range.start);
-        let spans: Vec<_> = members.iter().map(|_| self.fresh_span(len)).collect();
+        let spans: Vec<_> = members.iter().map(|_| self.span_to_read(len)).collect();
         let mut fan_out = FanOut::new(&self.stalls);
         for (member, span) in members.iter().zip(&spans) {
             let read = DiskRequest::Read {
@@ -173,5 +173,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     pub(super) fn fresh_span(&self, len: usize) -> Span<H::Buffer> {
         let whole = len.next_multiple_of(length(BLOCK_BYTES));
         front(&self.host.allocate(whole), len)
+    }
+
+    /// The same with whatever in it.
+    fn span_to_read(&self, len: usize) -> Span<H::Buffer> {
+        let whole = len.next_multiple_of(length(BLOCK_BYTES));
+        front(&self.host.allocate_unzeroed(whole), len)
     }
 }

@@ -79,7 +79,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let begun = self.host.now();
         let mut last_move = begun;
         let pacer = Rc::new(RefCell::new(Pacer::new(self.options.resync_limits, begun)));
-        if self.ahead.borrow().is_idle() {
+        if self.is_idle() {
             pacer.borrow_mut().begin_idle(begun);
         }
         self.sample(&pacer);

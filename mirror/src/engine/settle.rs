@@ -19,13 +19,13 @@ use super::check::Checked;
 use super::copies::Copies;
 use super::heat::extents;
 use super::outcome::{Report, Settled, is_mend};
+use super::sums::Pages;
 use super::write::intersect;
 use super::{Mirror, Receiver, length};
 use crate::host::{Disk, DiskRequest, Errno, Host, Span};
-use crate::layout::SLOTS_MAX;
 use crate::scrub_log::{Done, FoundBy, What};
 use crate::verdict::{BlockVerdict, Held, Mend, Proof, judge};
-use dirty_map::{BLOCK_BYTES, Block, Known, Sum, SumPage, blocks_covering};
+use dirty_map::{BLOCK_BYTES, Block, Known, Sum, blocks_covering};
 use std::ops::Range;
 use std::rc::Rc;
 
@@ -58,7 +58,7 @@ impl Look {
 pub(super) struct Sums {
     first: u64,
     known: Vec<Known>,
-    stored: [Option<SumPage>; SLOTS_MAX],
+    stored: Rc<Pages>,
 }
 
 impl Sums {
@@ -230,26 +230,29 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// The pages of the extent that `copies` are of, where memory does not know better.
+    /// The checksums of what `copies` are of: from memory, else from the pages, which are read.
     pub(super) async fn sums_of(&self, copies: &Copies<D>) -> Sums {
-        let mut sums = Sums {
-            first: copies.range.start / BLOCK_BYTES,
-            known: Vec::new(),
-            stored: [const { None }; SLOTS_MAX],
-        };
-        {
-            let maps = self.maps.borrow();
-            let kept = self.sums.are_kept();
-            let known = |block| match kept {
-                true => maps.sums.get(block),
-                false => Known::Nothing,
-            };
-            sums.known = copies.blocks().map(known).collect();
-        }
+        let mut sums = self.sums_with(copies, Rc::default());
         if sums.known.contains(&Known::Stored) {
-            sums.stored = self.stored_pages(Block(sums.first).extent()).await;
+            let extent = Block(sums.first).extent();
+            sums.stored = Rc::new(self.stored_pages(extent).await);
         }
         sums
+    }
+
+    /// The checksums of what `copies` are of: from memory, else from `stored`, the extent's pages.
+    pub(super) fn sums_with(&self, copies: &Copies<D>, stored: Rc<Pages>) -> Sums {
+        let maps = self.maps.borrow();
+        let kept = self.sums.are_kept();
+        let known = |block| match kept {
+            true => maps.sums.get(block),
+            false => Known::Nothing,
+        };
+        Sums {
+            first: copies.range.start / BLOCK_BYTES,
+            known: copies.blocks().map(known).collect(),
+            stored,
+        }
     }
 
     /// Members whose page of checksums was wanted and could not be read.

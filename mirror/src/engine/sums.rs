@@ -29,7 +29,7 @@
 //!   (R4). A page that is changed for any other reason while a member is absent sets a missed bit.
 
 use super::heat::extents;
-use super::wait::{RangeGuard, RangeLocks, WaitList};
+use super::wait::{RangeGuard, RangeLocks, WaitList, side_by_side};
 use super::write::intersect;
 use super::{FanOut, Mirror, PIECE_BYTES, Receiver, View, front, length, member_io};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
@@ -40,6 +40,9 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 use std::rc::Rc;
 use std::time::Duration;
+
+/// What members have stored of one extent, by slot; `None` where it cannot be read.
+pub(super) type Pages = [Option<SumPage>; SLOTS_MAX];
 
 /// Pages that one step reads and writes.
 pub(super) const STEP: usize = 64;
@@ -227,8 +230,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     async fn load_page(&self, extent: Extent) {
         let turn = self.sums.turn(&[extent]).await;
-        let pages = self.read_pages_of(extent, true).await;
-        match pages.into_iter().flatten().next() {
+        match self.any_stored_page(extent).await {
             Some(page) => self.maps.borrow_mut().pages.put(extent, page),
             None => _ = self.sums.unreadable.borrow_mut().insert(extent),
         }
@@ -237,42 +239,52 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.sums.loaded.wake_all();
     }
 
-    /// What each in-sync member has stored of `extent`, by slot; `None` where it cannot be read.
-    pub(super) async fn stored_pages(&self, extent: Extent) -> [Option<SumPage>; SLOTS_MAX] {
+    /// What the in-sync members have stored of `extent`.
+    pub(super) async fn stored_pages(&self, extent: Extent) -> Pages {
+        let mut pages = Pages::default();
+        if !self.sums.are_kept() {
+            return pages;
+        }
         let _turn = self.sums.turn(&[extent]).await;
-        self.read_pages_of(extent, false).await
-    }
-
-    async fn read_pages_of(&self, extent: Extent, first: bool) -> [Option<SumPage>; SLOTS_MAX] {
-        let mut pages = [const { None }; SLOTS_MAX];
         let view = self.view();
-        let mut buffer = self.host.allocate(SUM_PAGE_BYTES);
-        for receiver in view.receivers.iter().filter(|r| r.in_sync) {
-            if buffer.in_use() {
-                buffer = self.host.allocate(SUM_PAGE_BYTES);
-            }
-            let read = DiskRequest::Read {
-                offset: self.page_at(extent),
-                span: front(&buffer, SUM_PAGE_BYTES),
-            };
-            match self.to_one(receiver, read).await {
-                Ok(()) => {
-                    pages[usize::from(receiver.slot)] = Some(page_in(&buffer, 0));
-                    if first {
-                        break;
-                    }
-                }
-                Err(Errno::TIMED_OUT) => {
-                    self.begin_loss(receiver.slot, "a read got no answer within the deadline");
-                }
-                Err(errno) => tracing::warn!(
-                    "the checksums of extent {} on slot {} cannot be read: {errno}",
-                    extent.0,
-                    receiver.slot
-                ),
-            }
+        let in_sync = view.receivers.iter().filter(|r| r.in_sync);
+        let reads = in_sync.map(async |r| (r.slot, self.stored_page(extent, r).await));
+        for (slot, page) in side_by_side(reads).await {
+            pages[usize::from(slot)] = page;
         }
         pages
+    }
+
+    /// What the first in-sync member that can read it has stored of `extent`.
+    async fn any_stored_page(&self, extent: Extent) -> Option<SumPage> {
+        for receiver in self.view().receivers.iter().filter(|r| r.in_sync) {
+            let page = self.stored_page(extent, receiver).await;
+            if page.is_some() {
+                return page;
+            }
+        }
+        None
+    }
+
+    /// What one member has stored of `extent`; `None` when it cannot be read.
+    async fn stored_page(&self, extent: Extent, receiver: &Receiver<D>) -> Option<SumPage> {
+        let buffer = self.host.allocate_unzeroed(SUM_PAGE_BYTES);
+        let read = DiskRequest::Read {
+            offset: self.page_at(extent),
+            span: front(&buffer, SUM_PAGE_BYTES),
+        };
+        match self.to_one(receiver, read).await {
+            Ok(()) => return Some(page_in(&buffer, 0)),
+            Err(Errno::TIMED_OUT) => {
+                self.begin_loss(receiver.slot, "a read got no answer within the deadline");
+            }
+            Err(errno) => tracing::warn!(
+                "the checksums of extent {} on slot {} cannot be read: {errno}",
+                extent.0,
+                receiver.slot
+            ),
+        }
+        None
     }
 
     /// Writes the pages of hot extents, in order, durably on every receiving member. Returns those
@@ -572,8 +584,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let span = self.fresh_span(len);
         for (at, &extent) in run.iter().enumerate() {
-            let pages = self.read_pages_of(extent, true).await;
-            if let Some(page) = pages.into_iter().flatten().next() {
+            if let Some(page) = self.any_stored_page(extent).await {
                 put_page(&span.buffer, at, &page);
             }
         }

@@ -48,6 +48,7 @@ pub(super) fn encode_totals(choices: &Choices, totals: &Totals, out: &mut Payloa
         }
     }
     put(out, 144, totals.forgotten.to_le_bytes());
+    put(out, 152, totals.members.to_le_bytes());
 }
 
 pub(super) fn decode_totals(payload: &Payload) -> (Choices, Totals) {
@@ -67,6 +68,7 @@ pub(super) fn decode_totals(payload: &Payload) -> (Choices, Totals) {
         done: std::array::from_fn(|index| read.u64(DONE_AT + index * 8)),
         by: std::array::from_fn(|index| read.u64(BY_AT + index * 8)),
         forgotten: read.u64(144),
+        members: read.u64(152),
     };
     (choices, totals)
 }

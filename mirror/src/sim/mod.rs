@@ -378,4 +378,11 @@ impl Host for SimHost {
             filled: Cell::new(0),
         }))
     }
+
+    /// What lay there before, which nobody may take for anything.
+    fn allocate_unzeroed(&self, len: usize) -> SimBuffer {
+        let buffer = self.allocate(len);
+        buffer.0.bytes.borrow_mut().fill(0xa5);
+        buffer
+    }
 }

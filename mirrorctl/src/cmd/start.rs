@@ -88,6 +88,7 @@ pub(crate) struct Options {
     check_reads: Option<CheckReads>,
     /// Days from the begin of one scrub pass to that of the next; 0: only by command
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=3650))]
+    #[arg(env = "UBLK_MIRROR_SCRUB_DAYS", hide_env_values = true)]
     scrub_days: Option<u16>,
     /// Most that a scrub reads from a member a second
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
