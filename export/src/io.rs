@@ -17,10 +17,10 @@ pub(crate) trait Store: 'static {
     /// Reads as many bytes as the memory has.
     async fn read(&self, offset: u64, memory: Memory) -> (Result<(), Errno>, Memory);
 
-    /// Writes all of the memory; with `fua` it is durable then.
-    async fn write(&self, offset: u64, memory: Memory, fua: bool) -> Result<(), Errno>;
+    /// Writes all of the memory; it is durable after a flush that begins later.
+    async fn write(&self, offset: u64, memory: Memory) -> Result<(), Errno>;
 
-    /// Makes durable what has been written.
+    /// Makes durable what has been written. That it failed is said once, as the kernel does.
     async fn flush(&self) -> Result<(), Errno>;
 
     /// Makes a range read as zeroes.

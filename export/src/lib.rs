@@ -9,10 +9,19 @@
 //! - A session without a claim reads: `mirrorctl examine nbd://...`, and whoever wants to look. An
 //!   export for clients that know no claims ([`Unclaimed::Write`]) makes a session the writer at
 //!   its first write; who only reads then costs nobody a session.
-//! - FLUSH covers what was answered before, in this session and in older ones; FUA is FUA. Neither
-//!   is left out, and an error of the disk is the client's to see. Each request is answered once.
-//! - The disk is held exclusively (by who calls [`serve`]) for as long as it is exported. At the end
-//!   requests under way are answered and the disk is flushed.
+//! - A writer's FLUSH covers what was answered before, in its session; what older ones wrote was
+//!   flushed before it was let in. FUA is FUA. Neither is left out, and an error of the disk is the
+//!   writer's to see: a flush that fails is said once by a disk, to whoever flushes next, so every
+//!   FLUSH and FUA that was under way then answers EIO, also when the disk was content with it. A
+//!   session that does not write has nothing to flush: its FLUSH does not reach the disk, and takes
+//!   no error from it. Each request is answered once.
+//! - The disk is held exclusively (by who calls [`serve`]) for as long as it is exported, and all
+//!   I/O goes through the one open file description that holds it: requests that outlive this
+//!   process, its ghosts, keep the disk in use until they are over, and the next server, or a
+//!   daemon on the spot, is kept out until then (R13). At the end requests under way are answered
+//!   and the disk is flushed. A panic ends the process, and so all sessions.
+//! - With [`Unclaimed::Write`] a disk that is a member of a mirror is not written to without a claim
+//!   all the same.
 //! - The server's instance is random at each start: a client knows by it whether what the disk
 //!   held in its cache is still there (R14).
 //!
@@ -158,7 +167,8 @@ pub enum ServeError {
     LastFlush(mirror::host::Errno),
 }
 
-/// Exports the disk `held`, which the caller holds exclusively, until SIGTERM or SIGINT. `ready`
+/// Exports the disk `held`, which is open exclusively (O_EXCL, or flock on a file) and is switched to
+/// direct I/O, until SIGTERM or SIGINT. `ready`
 /// is told the address once clients can connect; `say` gets a line for a person now and then.
 ///
 /// # Errors

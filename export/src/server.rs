@@ -3,15 +3,18 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::Shutdown;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
 
 use mirror::superblock::{COPY_A_OFFSET, COPY_BYTES};
+use mirror::host::Errno;
 use peer::claim::{self, Claim};
-use peer::server::Export;
+use peer::server::{Export, Verdict};
 use peer::server::admission::{Admission, Answer, SessionId};
 use peer::wire::EXPORT_READ_ONLY;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::io::{Store, Stream};
@@ -34,6 +37,52 @@ pub enum Unclaimed {
     Write,
 }
 
+/// Why a session may not write; a sentence.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Denied {
+    /// Another session, which lives, may.
+    #[error("{0}")]
+    InUse(String),
+    /// Anything else.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<String> for Denied {
+    fn from(why: String) -> Self {
+        Self::Refused(why)
+    }
+}
+
+impl From<Denied> for Verdict {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::InUse(why) => Self::InUse(why),
+            Denied::Refused(why) => Self::Refused(why),
+        }
+    }
+}
+
+/// A session that was cut never becomes the writer: it must not take the right back from the one
+/// for which it was cut.
+fn refuse_cut<S: Stream>(session: &Session<S>) -> Result<(), Denied> {
+    if session.is_cut() {
+        return Err("the session has been cut".to_owned().into());
+    }
+    Ok(())
+}
+
+/// Runs a task of the server's. A panic in it ends the process: without that task nobody might be
+/// admitted again, and what is under way at the disk keeps it held until it is over.
+pub(crate) fn spawn<T: 'static>(task: impl Future<Output = T> + 'static) -> JoinHandle<T> {
+    let mut task = Box::pin(task);
+    tokio::task::spawn_local(std::future::poll_fn(move |cx| {
+        let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx)));
+        // The panic's message has been printed.
+        polled.unwrap_or_else(|_| std::process::abort())
+    }))
+}
+
 /// One exported disk.
 pub(crate) struct Server<D, S> {
     pub(crate) store: D,
@@ -45,6 +94,8 @@ pub(crate) struct Server<D, S> {
     sessions: RefCell<BTreeMap<SessionId, Rc<Session<S>>>>,
     last_session: Cell<SessionId>,
     stopping: Cell<bool>,
+    /// Flushes of the disk that have failed, whoever asked for them.
+    flush_failures: Cell<u64>,
     /// Notified when the right to write, or the number of sessions, has changed.
     changed: Notify,
     say: Box<dyn Fn(&str)>,
@@ -68,6 +119,7 @@ impl<D: Store, S: Stream> Server<D, S> {
             sessions: RefCell::default(),
             last_session: Cell::new(0),
             stopping: Cell::new(false),
+            flush_failures: Cell::new(0),
             changed: Notify::new(),
             say,
         })
@@ -111,7 +163,7 @@ impl<D: Store, S: Stream> Server<D, S> {
         let session = Session::new(id, stream, from);
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
         let server = Rc::clone(self);
-        tokio::task::spawn_local(async move {
+        spawn(async move {
             session.serve(&server).await;
             server.sessions.borrow_mut().remove(&id);
             server.changed.notify_waiters();
@@ -132,7 +184,10 @@ impl<D: Store, S: Stream> Server<D, S> {
     fn cut_a_silent_session(&self) {
         let sessions = self.sessions.borrow();
         let admission = self.admission.borrow();
-        let idle = sessions.values().filter(|it| !admission.concerns(it.id()));
+        // One that was cut may be unable to end: its read hangs at the disk.
+        let idle = sessions
+            .values()
+            .filter(|it| !it.is_cut() && !admission.concerns(it.id()));
         if let Some(session) = idle.min_by_key(|it| it.heard()) {
             self.say(&format!(
                 "{session} was silent for longest and makes room for another"
@@ -143,33 +198,57 @@ impl<D: Store, S: Stream> Server<D, S> {
 
     /// Decides on a claim. When it is granted no other session's request is under way, none will
     /// begin, and what the older ones wrote is durable.
-    pub(crate) async fn claim(&self, session: &Session<S>, claim: &Claim) -> Result<(), String> {
+    pub(crate) async fn claim(&self, session: &Session<S>, claim: &Claim) -> Result<(), Denied> {
         if self.export.flags & EXPORT_READ_ONLY != 0 {
-            return Err("the disk is exported read-only".to_owned());
+            return Err("the disk is exported read-only".to_owned().into());
         }
-        // Who has no right to the disk costs nobody a session.
-        self.judge(claim).await?;
-        self.admit(session, |other| {
+        let may_cut = |other: &Session<S>| {
             claim.take_over || other.owner() == Some(claim.owner)
-        })
-        .await?;
-        let granted = self.settle(claim).await;
-        if granted.is_err() {
+        };
+        self.take(session, Some(claim), may_cut).await
+    }
+
+    /// Lets a session that has not claimed write, where that is allowed.
+    pub(crate) async fn let_unclaimed_write(&self, session: &Session<S>) -> Result<(), Denied> {
+        // Who has claimed does not lose the disk to a client that knows no claims.
+        let may_cut = |other: &Session<S>| other.owner().is_none();
+        self.take(session, None, may_cut).await
+    }
+
+    /// Makes the session the writer, or leaves it without the right and without a place in the
+    /// queue: also when it had one.
+    async fn take(
+        &self,
+        session: &Session<S>,
+        claim: Option<&Claim>,
+        may_cut: impl Fn(&Session<S>) -> bool,
+    ) -> Result<(), Denied> {
+        let taken = self.try_to_take(session, claim, may_cut).await;
+        if taken.is_err() {
             self.leave(session.id());
         }
-        granted
+        taken
     }
 
-    /// What follows the last request of the session before.
-    async fn settle(&self, claim: &Claim) -> Result<(), String> {
+    async fn try_to_take(
+        &self,
+        session: &Session<S>,
+        claim: Option<&Claim>,
+        may_cut: impl Fn(&Session<S>) -> bool,
+    ) -> Result<(), Denied> {
+        // Who has no right to the disk costs nobody a session.
+        self.judge(claim).await?;
+        self.admit(session, may_cut).await?;
         // A client without FUA writes and then flushes; it may have been cut in between. What the
         // next one decides by must not vanish with this machine's power afterwards.
-        let flushed = self.store.flush().await;
+        let flushed = self.flush().await;
         flushed.map_err(|errno| format!("the disk does not flush: {errno}"))?;
-        self.judge(claim).await
+        self.judge(claim).await?;
+        refuse_cut(session)
     }
 
-    async fn judge(&self, claim: &Claim) -> Result<(), String> {
+    /// Decides by the superblock on the disk. A member of a mirror is written to by claims only.
+    async fn judge(&self, claim: Option<&Claim>) -> Result<(), String> {
         const COPIES: usize = 2 * COPY_BYTES;
         if self.export.size_bytes < COPY_A_OFFSET + COPIES as u64 {
             return Ok(());
@@ -177,18 +256,26 @@ impl<D: Store, S: Stream> Server<D, S> {
         let (read, memory) = self.store.read(COPY_A_OFFSET, Memory::zeroed(COPIES)).await;
         read.map_err(|errno| format!("the disk's superblock cannot be read: {errno}"))?;
         let (copy_a, copy_b) = memory.data().split_at(COPY_BYTES);
-        claim::judge(claim, copy_a, copy_b).map_err(|refusal| refusal.to_string())
+        let judged = match claim {
+            Some(claim) => claim::judge(claim, copy_a, copy_b),
+            None => claim::judge_unclaimed(copy_a, copy_b),
+        };
+        judged.map_err(|refusal| refusal.to_string())
     }
 
-    /// Lets a session that has not claimed write, where that is allowed.
-    pub(crate) async fn let_unclaimed_write(&self, session: &Session<S>) -> Result<(), String> {
-        // Who has claimed does not lose the disk to a client that knows no claims.
-        self.admit(session, |other| other.owner().is_none()).await?;
+    /// Flushes the disk, and counts a failure: a disk says of it once, to whoever asks first, and
+    /// everybody whose writes it concerns has to hear of it.
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
         let flushed = self.store.flush().await;
-        flushed.map_err(|errno| {
-            self.leave(session.id());
-            format!("the disk does not flush: {errno}")
-        })
+        if flushed.is_err() {
+            self.flush_failures.set(self.flush_failures.get() + 1);
+        }
+        flushed
+    }
+
+    /// How many flushes have failed.
+    pub(crate) fn flush_failures(&self) -> u64 {
+        self.flush_failures.get()
     }
 
     /// Waits until the session may write; older ones that may be cut are. When it is refused or
@@ -197,18 +284,17 @@ impl<D: Store, S: Stream> Server<D, S> {
         &self,
         session: &Session<S>,
         may_cut: impl Fn(&Session<S>) -> bool,
-    ) -> Result<(), String> {
+    ) -> Result<(), Denied> {
         let id = session.id();
         loop {
             let changed = self.changed.notified();
+            refuse_cut(session)?;
             if let Some(holder) = self.holder().filter(|holder| holder.id() != id)
                 && !may_cut(&holder)
             {
-                self.leave(id);
-                return Err(format!(
-                    "the export is in use by {holder}; end that first, or take over with \
-                     --peer-sessions-over"
-                ));
+                return Err(Denied::InUse(format!(
+                    "the export is in use by {holder}; end that first, or start with --take-over"
+                )));
             }
             let answer = self.admission.borrow_mut().ask(id);
             match answer {
@@ -261,7 +347,7 @@ impl<D: Store, S: Stream> Server<D, S> {
     }
 
     /// Takes no more requests, and returns when those under way have ended and all is durable.
-    pub(crate) async fn stop(&self) -> Result<(), mirror::host::Errno> {
+    pub(crate) async fn stop(&self) -> Result<(), Errno> {
         self.stopping.set(true);
         self.shutdown_all(Shutdown::Read);
         if timeout(STOP_PATIENCE, self.until(BTreeMap::is_empty))
@@ -272,7 +358,7 @@ impl<D: Store, S: Stream> Server<D, S> {
             self.shutdown_all(Shutdown::Both);
             self.until(BTreeMap::is_empty).await;
         }
-        self.store.flush().await
+        self.flush().await
     }
 
     fn shutdown_all(&self, how: Shutdown) {

@@ -29,7 +29,7 @@ use tokio::time::{Instant, timeout};
 use crate::inbox::{Ended, Inbox, send_all};
 use crate::io::{Store, Stream};
 use crate::memory::Memory;
-use crate::server::Server;
+use crate::server::{Server, spawn};
 
 /// Longest read or write in bytes, announced to clients; also the data that one session may have
 /// under way.
@@ -65,6 +65,10 @@ pub(crate) struct Session<S> {
     is_cut: Cell<bool>,
     /// It may write, or has been allowed to.
     writes: Cell<bool>,
+    /// Failed flushes that concern nobody in it, or that it has been told of.
+    failures_seen: Cell<u64>,
+    /// A person has been told that it may not write.
+    told: Cell<bool>,
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     replies: RefCell<VecDeque<Reply>>,
@@ -89,6 +93,8 @@ impl<S: Stream> Session<S> {
             heard: Cell::new(Instant::now()),
             is_cut: Cell::new(false),
             writes: Cell::new(false),
+            failures_seen: Cell::new(0),
+            told: Cell::new(false),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX as usize)),
             bytes: Arc::new(Semaphore::new((PAYLOAD_BYTES_MAX / UNIT_BYTES) as usize)),
             replies: RefCell::default(),
@@ -113,6 +119,16 @@ impl<S: Stream> Session<S> {
 
     pub(crate) fn shutdown(&self, how: Shutdown) {
         self.stream.shutdown(how);
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.is_cut.get()
+    }
+
+    /// It is the writer now; what failed before is not about its writes.
+    fn becomes_writer<D: Store>(&self, server: &Server<D, S>) {
+        self.failures_seen.set(server.flush_failures());
+        self.writes.set(true);
     }
 
     /// Ends it: nothing more is received, sent, or begun.
@@ -152,7 +168,7 @@ impl<S: Stream> Session<S> {
             }
         }
         let export = desk.export;
-        let sender = tokio::task::spawn_local(Rc::clone(self).send_replies());
+        let sender = spawn(Rc::clone(self).send_replies());
         let read = self.read_requests(server, &mut inbox, &export).await;
         // The next writer waits for requests and not for this client to take its replies.
         server.leave(self.id);
@@ -171,6 +187,10 @@ impl<S: Stream> Session<S> {
         export: &Export,
     ) -> Result<(), Ended> {
         while let Some(header) = inbox.array_or_end::<REQUEST_BYTES>().await? {
+            // What was received before it was cut must not make it the writer again.
+            if self.is_cut.get() {
+                return Ok(());
+            }
             self.heard.set(Instant::now());
             let request = proto::request(&header)?;
             if request.command == Command::Disconnect {
@@ -202,8 +222,8 @@ impl<S: Stream> Session<S> {
             }
             // From here to its end it counts, whatever becomes of this session.
             let (session, server) = (Rc::clone(self), Rc::clone(server));
-            tokio::task::spawn_local(async move {
-                let (result, data) = perform(&server.store, &request, memory).await;
+            spawn(async move {
+                let (result, data) = session.perform(&server, &request, memory).await;
                 if changes {
                     server.change_ended();
                 }
@@ -223,10 +243,13 @@ impl<S: Stream> Session<S> {
             return Some(proto::EPERM);
         }
         if let Err(why) = server.let_unclaimed_write(self).await {
-            server.say(&format!("{self} may not write: {why}"));
+            // Once: who goes on trying must not fill the log.
+            if !self.told.replace(true) {
+                server.say(&format!("{self} may not write: {why}"));
+            }
             return Some(proto::EPERM);
         }
-        self.writes.set(true);
+        self.becomes_writer(server);
         None
     }
 
@@ -252,6 +275,41 @@ impl<S: Stream> Session<S> {
             room,
         });
         self.ready.notify_one();
+    }
+
+    /// Performs a request; returns the data of a read.
+    async fn perform<D: Store>(
+        &self,
+        server: &Server<D, S>,
+        request: &Request,
+        memory: Option<Memory>,
+    ) -> (Result<(), Errno>, Option<Memory>) {
+        let (store, seen) = (&server.store, self.failures_seen.get());
+        let (offset, len) = (request.offset, u64::from(request.len));
+        let done = match (request.command, memory) {
+            (Command::Read, Some(memory)) => {
+                let (result, memory) = store.read(offset, memory).await;
+                return (result, Some(memory));
+            }
+            (Command::Write, Some(memory)) => store.write(offset, memory).await,
+            (Command::Flush, _) => Ok(()),
+            (Command::Trim, _) => store.discard(offset, len).await,
+            (Command::WriteZeroes, _) => store.write_zeroes(offset, len).await,
+            _ => Err(Errno::INVALID),
+        };
+        // Who has written nothing has nothing to flush, and must not be the one to whom the disk
+        // says, once, that a flush failed.
+        let durable = request.command == Command::Flush || request.fua;
+        if done.is_err() || !durable || !self.writes.get() {
+            return (done, None);
+        }
+        let flushed = server.flush().await;
+        // Also when this flush succeeded: one that failed since the session was last told has lost
+        // writes which this one was to make durable. (R7)
+        let failures = server.flush_failures();
+        let result = if failures == seen { flushed } else { Err(Errno::IO) };
+        self.failures_seen.set(failures);
+        (result, None)
     }
 
     async fn send_replies(self: Rc<Self>) {
@@ -289,33 +347,6 @@ impl<S: Stream> Session<S> {
     }
 }
 
-/// Performs a request; returns the data of a read.
-async fn perform<D: Store>(
-    store: &D,
-    request: &Request,
-    memory: Option<Memory>,
-) -> (Result<(), Errno>, Option<Memory>) {
-    let (offset, len) = (request.offset, u64::from(request.len));
-    let result = match (request.command, memory) {
-        (Command::Read, Some(memory)) => {
-            let (result, memory) = store.read(offset, memory).await;
-            return (result, Some(memory));
-        }
-        (Command::Write, Some(memory)) => store.write(offset, memory, request.fua).await,
-        (Command::Flush, _) => store.flush().await,
-        (Command::Trim, _) => match store.discard(offset, len).await {
-            Ok(()) if request.fua => store.flush().await,
-            other => other,
-        },
-        (Command::WriteZeroes, _) => match store.write_zeroes(offset, len).await {
-            Ok(()) if request.fua => store.flush().await,
-            other => other,
-        },
-        _ => Err(Errno::INVALID),
-    };
-    (result, None)
-}
-
 /// Answers a client's claims.
 struct ClaimDesk<'a, D, S> {
     server: &'a Rc<Server<D, S>>,
@@ -336,7 +367,7 @@ impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
         session.owner.set(Some(claim.owner));
         match server.claim(session, &claim).await {
             Ok(()) => {
-                session.writes.set(true);
+                session.becomes_writer(server);
                 self.export = server.writers_export();
                 server.say(&format!("{session} writes now"));
                 Verdict::Granted(server.instance())
@@ -347,7 +378,7 @@ impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
                 session.writes.set(false);
                 self.export = server.unclaimed_export();
                 server.say(&format!("{session} is refused: {why}"));
-                Verdict::Refused(why)
+                why.into()
             }
         }
     }

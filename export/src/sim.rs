@@ -13,18 +13,21 @@ use tokio::sync::Notify;
 use crate::io::{Store, Stream};
 use crate::memory::Memory;
 
-/// A disk in memory. While it is held, writes wait.
+/// A disk in memory. While it is held, writes wait; reads and flushes likewise.
 #[derive(Clone)]
 pub(crate) struct SimStore(Rc<Inner>);
 
 struct Inner {
     bytes: RefCell<Vec<u8>>,
     held: Cell<bool>,
+    reads_held: Cell<bool>,
+    flushes_held: Cell<bool>,
     released: Notify,
     /// Writes that have begun and not ended.
     writing: Cell<usize>,
     flushes: Cell<usize>,
-    flush_error: Cell<Option<Errno>>,
+    /// So many flushes are going to fail.
+    flush_failures: Cell<usize>,
 }
 
 impl SimStore {
@@ -32,10 +35,12 @@ impl SimStore {
         Self(Rc::new(Inner {
             bytes: RefCell::new(vec![0; size]),
             held: Cell::new(false),
+            reads_held: Cell::new(false),
+            flushes_held: Cell::new(false),
             released: Notify::new(),
             writing: Cell::new(0),
             flushes: Cell::new(0),
-            flush_error: Cell::new(None),
+            flush_failures: Cell::new(0),
         }))
     }
 
@@ -62,19 +67,38 @@ impl SimStore {
     }
 
     pub(crate) fn fail_flushes(&self) {
-        self.0.flush_error.set(Some(Errno::IO));
+        self.0.flush_failures.set(usize::MAX);
+    }
+
+    /// The next flush to end fails, and no other: a disk says it once.
+    pub(crate) fn fail_one_flush(&self) {
+        self.0.flush_failures.set(1);
+    }
+
+    pub(crate) fn hold_reads(&self, held: bool) {
+        self.0.reads_held.set(held);
+        self.0.released.notify_waiters();
+    }
+
+    pub(crate) fn hold_flushes(&self, held: bool) {
+        self.0.flushes_held.set(held);
+        self.0.released.notify_waiters();
+    }
+
+    async fn wait_while(&self, held: impl Fn(&Inner) -> bool) {
+        loop {
+            let released = self.0.released.notified();
+            if !held(&self.0) {
+                return;
+            }
+            released.await;
+        }
     }
 
     async fn change(&self, offset: u64, bytes: &[u8]) {
         let inner = &self.0;
         inner.writing.set(inner.writing.get() + 1);
-        loop {
-            let released = inner.released.notified();
-            if !inner.held.get() {
-                break;
-            }
-            released.await;
-        }
+        self.wait_while(|it| it.held.get()).await;
         self.put(usize::try_from(offset).unwrap_or(usize::MAX), bytes);
         inner.writing.set(inner.writing.get() - 1);
     }
@@ -82,20 +106,24 @@ impl SimStore {
 
 impl Store for SimStore {
     async fn read(&self, offset: u64, mut memory: Memory) -> (Result<(), Errno>, Memory) {
+        self.wait_while(|it| it.reads_held.get()).await;
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
         let bytes = self.get(offset, memory.len());
         memory.data_mut().copy_from_slice(&bytes);
         (Ok(()), memory)
     }
 
-    async fn write(&self, offset: u64, memory: Memory, _fua: bool) -> Result<(), Errno> {
+    async fn write(&self, offset: u64, memory: Memory) -> Result<(), Errno> {
         self.change(offset, memory.data()).await;
         Ok(())
     }
 
     async fn flush(&self) -> Result<(), Errno> {
         self.0.flushes.set(self.0.flushes.get() + 1);
-        self.0.flush_error.get().map_or(Ok(()), Err)
+        self.wait_while(|it| it.flushes_held.get()).await;
+        let failures = self.0.flush_failures.get();
+        self.0.flush_failures.set(failures.saturating_sub(1));
+        if failures == 0 { Ok(()) } else { Err(Errno::IO) }
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {

@@ -2,6 +2,8 @@
 //! Time stands still while anything can run, and jumps to the next timer otherwise.
 #![allow(clippy::unwrap_used)]
 
+mod failures;
+
 use std::cell::Cell;
 use std::future::Future;
 use std::rc::Rc;
@@ -15,7 +17,7 @@ use peer::claim::{Claim, Seen, encode};
 use peer::server::{EPERM, EVERYTHING, Export, MAX_PAYLOAD_BYTES};
 use peer::wire::{
     EXPORT_MULTI_CONN, EXPORT_READ_ONLY, INFO_FENCE, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC,
-    REP_ACK, REP_ERR_POLICY, REP_INFO, be16, be32, be64,
+    REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_INFO, be16, be32, be64,
 };
 use peer::{Ask, Kind};
 use tokio::task::{LocalSet, spawn_local};
@@ -153,7 +155,7 @@ impl Client {
     async fn claim(&self, claim: Option<&Claim>) -> Option<Result<u128, String>> {
         self.option(OPTION_CLAIM, &encode("m", claim)).await;
         let (kind, data) = self.option_reply().await?;
-        if kind == REP_ERR_POLICY {
+        if matches!(kind, REP_ERR_POLICY | REP_ERR_IN_USE) {
             return Some(Err(String::from_utf8(data).unwrap()));
         }
         assert_eq!((kind, be16(&data, 0)), (REP_INFO, Some(INFO_FENCE)));

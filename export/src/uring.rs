@@ -1,15 +1,20 @@
 //! Disk and sockets on tokio-uring.
 //!
-//! The disk is opened twice, with direct I/O: what has completed has reached the device, and a
-//! flush is a flush. The second descriptor is also `O_DSYNC`, because the ring's writes take no
-//! flags: a write through it is one with FUA.
+//! The disk is used with direct I/O: what has completed has reached the device, and a flush is a
+//! flush. All of it goes through the one open file description that holds the disk exclusively
+//! (`O_EXCL`, or flock on a file), and there is no other. A request in the kernel keeps its
+//! description, and with it the lock, alive: when this process is killed, whoever opens the disk
+//! next is told that it is in use until the last of its requests, the ghosts, is over (R13). A
+//! second description would have no lock, and its requests would outlive the one that has.
+//!
+//! The ring's writes take no flags: a write with FUA is a write, and then a flush.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::net::{Shutdown, TcpListener};
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd as _};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::time::Duration;
 
 use mirror::host::Errno;
@@ -33,9 +38,7 @@ const UNACKNOWLEDGED_MS: u32 = 30_000;
 
 /// An opened disk, not bound to a ring yet.
 pub(crate) struct Opened {
-    plain: File,
-    /// None when it is only read.
-    durable: Option<File>,
+    file: File,
     pub(crate) size_bytes: u64,
     pub(crate) block_bytes: u32,
     /// Whether zeroes and discards cost next to nothing.
@@ -45,28 +48,22 @@ pub(crate) struct Opened {
     short_write: Errno,
 }
 
-/// Opens what `held` is again, for direct I/O. Whoever holds it exclusively has to go on holding
-/// it.
+/// Makes `held` fit for direct I/O. The descriptor that is used is another one of the same
+/// description, so that either keeps the disk held.
 pub(crate) fn open(held: &File, read_only: bool) -> Result<Opened, OpenError> {
-    let again = |flags: OFlags| {
-        let path = format!("/proc/self/fd/{}", held.as_raw_fd());
-        let mut options = OpenOptions::new();
-        options.read(true).write(!read_only);
-        let flags = (flags | OFlags::DIRECT).bits().cast_signed();
-        options.custom_flags(flags).open(path)
-    };
-    let plain = again(OFlags::empty()).map_err(|error| match error.kind() {
-        io::ErrorKind::InvalidInput => OpenError::NoDirectIo,
-        _ => OpenError::Failed(error),
+    let file = held.try_clone()?;
+    let flags = rustix::fs::fcntl_getfl(&file).map_err(io::Error::from)?;
+    rustix::fs::fcntl_setfl(&file, flags | OFlags::DIRECT).map_err(|errno| match errno {
+        rustix::io::Errno::INVAL => OpenError::NoDirectIo,
+        errno => OpenError::Failed(errno.into()),
     })?;
-    let durable = (!read_only).then(|| again(OFlags::DSYNC)).transpose()?;
-    let meta = plain.metadata()?;
+    let meta = file.metadata()?;
     let is_device = meta.file_type().is_block_device();
-    let end = rustix::fs::seek(&plain, SeekFrom::End(0)).map_err(io::Error::from)?;
+    let end = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(io::Error::from)?;
     let block_bytes = if is_device {
-        rustix::fs::ioctl_blksszget(&plain).map_err(io::Error::from)?
+        rustix::fs::ioctl_blksszget(&file).map_err(io::Error::from)?
     } else {
-        file_block_bytes(&plain)
+        file_block_bytes(&file)
     };
     if block_bytes > 4096 || !block_bytes.is_power_of_two() {
         return Err(OpenError::SectorTooLarge(block_bytes));
@@ -82,12 +79,11 @@ pub(crate) fn open(held: &File, read_only: bool) -> Result<Opened, OpenError> {
         let punch = FallocateFlags::PUNCH_HOLE;
         // Asked beyond the end of the file, where there is nothing to lose.
         let beyond = end.next_multiple_of(4096);
-        let works = rustix::fs::fallocate(&plain, punch | keep_size, beyond, 4096).is_ok();
+        let works = rustix::fs::fallocate(&file, punch | keep_size, beyond, 4096).is_ok();
         (works, punch)
     };
     Ok(Opened {
-        plain,
-        durable,
+        file,
         size_bytes,
         block_bytes: block_bytes.max(512),
         cheap_zeroes: cheap_zeroes && !read_only,
@@ -120,8 +116,7 @@ fn device_zeroes(device: u64) -> bool {
 
 /// An opened disk on the ring of this thread.
 pub(crate) struct UringStore {
-    plain: tokio_uring::fs::File,
-    durable: Option<tokio_uring::fs::File>,
+    file: tokio_uring::fs::File,
     zeroes: FallocateFlags,
     short_write: Errno,
 }
@@ -129,8 +124,7 @@ pub(crate) struct UringStore {
 impl UringStore {
     pub(crate) fn new(opened: Opened) -> Self {
         Self {
-            plain: tokio_uring::fs::File::from_std(opened.plain),
-            durable: opened.durable.map(tokio_uring::fs::File::from_std),
+            file: tokio_uring::fs::File::from_std(opened.file),
             zeroes: opened.zeroes,
             short_write: opened.short_write,
         }
@@ -138,7 +132,7 @@ impl UringStore {
 
     async fn fallocate(&self, offset: u64, len: u64, mode: FallocateFlags) -> Result<(), Errno> {
         let mode = mode.bits().cast_signed();
-        self.plain.fallocate(offset, len, mode).await.map_err(errno)
+        self.file.fallocate(offset, len, mode).await.map_err(errno)
     }
 }
 
@@ -150,7 +144,7 @@ impl Store for UringStore {
     async fn read(&self, offset: u64, memory: Memory) -> (Result<(), Errno>, Memory) {
         let len = memory.len();
         let (vector, part, window) = memory.take_apart(0);
-        let (result, slice) = self.plain.read_at(vector.slice(part), offset).await;
+        let (result, slice) = self.file.read_at(vector.slice(part), offset).await;
         let result = match result {
             Ok(read) if read == len => Ok(()),
             Ok(_) => Err(Errno::IO),
@@ -159,12 +153,10 @@ impl Store for UringStore {
         (result, Memory::put_together(slice.into_inner(), window))
     }
 
-    async fn write(&self, offset: u64, memory: Memory, fua: bool) -> Result<(), Errno> {
+    async fn write(&self, offset: u64, memory: Memory) -> Result<(), Errno> {
         let len = memory.len();
-        let durable = self.durable.as_ref().ok_or(Errno::INVALID)?;
-        let file = if fua { durable } else { &self.plain };
         let (vector, part, _) = memory.take_apart(0);
-        let (result, _) = file.write_at(vector.slice(part), offset).submit().await;
+        let (result, _) = self.file.write_at(vector.slice(part), offset).submit().await;
         match result {
             Ok(written) if written == len => Ok(()),
             Ok(_) => Err(self.short_write),
@@ -173,7 +165,7 @@ impl Store for UringStore {
     }
 
     async fn flush(&self) -> Result<(), Errno> {
-        self.plain.sync_data().await.map_err(errno)
+        self.file.sync_data().await.map_err(errno)
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {

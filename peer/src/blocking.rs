@@ -88,7 +88,7 @@ impl ConnectError {
             Self::NoAnswer { .. } => ErrorKind::Busy,
             Self::Handshake { source, .. } => match source {
                 HandshakeError::UnknownExport(_) => ErrorKind::NotFound,
-                HandshakeError::ShuttingDown(_) => ErrorKind::Busy,
+                HandshakeError::ShuttingDown(_) | HandshakeError::InUse(_) => ErrorKind::Busy,
                 HandshakeError::ClaimRefused(_) => ErrorKind::Refused,
                 _ => ErrorKind::Failed,
             },
@@ -96,10 +96,31 @@ impl ConnectError {
         }
     }
 
-    /// Whether the export is not there, rather than there and of no use.
+    /// Whether the export is not there, or not for this host at present, rather than there and of
+    /// no use. One whose server refuses a claim for what is on its disk (an older or another
+    /// line, a format of a newer version) is there.
     #[must_use]
     pub fn is_absence(&self) -> bool {
-        !matches!(self, Self::Unusable { .. })
+        let refused = |source: &HandshakeError| matches!(source, HandshakeError::ClaimRefused(_));
+        match self {
+            Self::Unusable { .. } => false,
+            Self::Handshake { source, .. } => !refused(source),
+            _ => true,
+        }
+    }
+
+    /// Whether another session writes, which may be a dead one that its server has not noticed.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        let in_use = |source: &HandshakeError| matches!(source, HandshakeError::InUse(_));
+        matches!(self, Self::Handshake { source, .. } if in_use(source))
+    }
+
+    /// Whether whoever accepted the connection has ended it.
+    fn is_hang_up(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        let ended = [BrokenPipe, ConnectionReset, UnexpectedEof];
+        matches!(self, Self::Unreachable { source, .. } if ended.contains(&source.kind()))
     }
 }
 
@@ -268,14 +289,18 @@ impl Client {
     }
 
     /// The same, and where the server knows claims as its one writer. What can be read before
-    /// that, to make the claim, is not relied on.
+    /// that, to make the claim, is not relied on. A server that hangs up on an option which it
+    /// does not know is connected to once more, without it.
     ///
     /// # Errors
     ///
     /// Likewise, and when the server refuses the claim.
     pub fn claim(address: &Address, claimant: Claimant) -> Result<Self, ConnectError> {
         let question = Handshake::asking(&address.export, None);
-        let mut client = Self::shake(address, question, CONNECT_PATIENCE)?;
+        let mut client = match Self::shake(address, question, CONNECT_PATIENCE) {
+            Err(error) if error.is_hang_up() => return Self::connect(address),
+            other => other?,
+        };
         if client.fence.is_none() {
             return client.fit();
         }

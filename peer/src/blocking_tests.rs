@@ -147,6 +147,7 @@ impl Peer for Ours {
 struct Claims {
     export: server::Export,
     grants: usize,
+    refusals: Vec<Verdict>,
     seen: Vec<Option<Claim>>,
 }
 
@@ -158,7 +159,7 @@ impl Desk for Claims {
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
         self.seen.push(claim.clone());
         if claim.is_some() && self.grants == 0 {
-            return Verdict::Refused("it is in use".to_owned());
+            return self.refusals.pop().unwrap();
         }
         self.grants -= usize::from(claim.is_some());
         Verdict::Granted(77)
@@ -177,6 +178,10 @@ fn serve_claims(listener: UnixListener, count: usize, grants: usize) -> JoinHand
                 flags: FLUSH,
             },
             grants,
+            refusals: vec![
+                Verdict::Refused("it is older".to_owned()),
+                Verdict::InUse("it is in use".to_owned()),
+            ],
             seen: Vec::new(),
         };
         for _ in 0..count {
@@ -200,7 +205,7 @@ fn serve_claims(listener: UnixListener, count: usize, grants: usize) -> JoinHand
 #[test]
 fn a_claim_names_what_lies_on_the_disk() {
     let socket = Socket::new("claims");
-    let server = serve_claims(UnixListener::bind(&socket.0).unwrap(), 4, 1);
+    let server = serve_claims(UnixListener::bind(&socket.0).unwrap(), 6, 1);
     let claimant = Claimant {
         owner: 5,
         take_over: true,
@@ -209,9 +214,15 @@ fn a_claim_names_what_lies_on_the_disk() {
     assert_eq!(client.fence(), Some(77));
     client.flush().unwrap();
     drop(client);
+    // Somebody else has it now; and then it is there, but not to be used.
+    let busy = Client::claim(&socket.address(), claimant).unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy);
+    assert!(busy.is_in_use() && busy.is_absence(), "{busy}");
+    assert!(busy.to_string().contains("it is in use"), "{busy}");
     let refused = Client::claim(&socket.address(), claimant).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Refused);
-    assert!(refused.to_string().contains("it is in use"), "{refused}");
+    assert!(!refused.is_in_use() && !refused.is_absence(), "{refused}");
+    assert!(refused.to_string().contains("it is older"), "{refused}");
     let claims = server.join().unwrap().seen;
     let claim = Claim {
         owner: 5,
@@ -222,7 +233,32 @@ fn a_claim_names_what_lies_on_the_disk() {
             history: vec![20, 10],
         }),
     };
-    assert_eq!(claims, [None, Some(claim.clone()), None, Some(claim)]);
+    let each = [None, Some(claim)];
+    assert_eq!(claims, [each.clone(), each.clone(), each].concat());
+}
+
+#[test]
+fn who_hangs_up_on_an_unknown_option_is_not_asked_again() {
+    let socket = Socket::new("hangs-up");
+    let listener = UnixListener::bind(&socket.0).unwrap();
+    let plain = listener.try_clone().unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+        // Flags, the option's header, the length of no name, a question.
+        stream.read_exact(&mut [0; 4 + 16 + 4 + 1]).unwrap();
+        drop(stream);
+        serve(plain, FLUSH, 0).join().unwrap()
+    });
+    let claimant = Claimant {
+        owner: 5,
+        take_over: false,
+    };
+    let mut client = Client::claim(&socket.address(), claimant).unwrap();
+    assert_eq!(client.fence(), None);
+    client.flush().unwrap();
+    drop(client);
+    assert_eq!(server.join().unwrap().0, [3, 2]);
 }
 
 #[test]

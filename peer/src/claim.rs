@@ -221,6 +221,12 @@ pub enum Refusal {
         /// First digits of the claimed one.
         claimed: String,
     },
+    /// A client that knows no claims wants to write to a member.
+    #[error(
+        "this disk is a member of mirror '{0}', and only its daemon writes to it; destroy the \
+         member first if it is not needed any more"
+    )]
+    Unclaimed(String),
     /// Written by a newer version.
     #[error("the superblock on this disk needs a newer ublk-mirror at the server ({0})")]
     TooNew(&'static str),
@@ -253,6 +259,19 @@ pub fn judge(claim: &Claim, copy_a: &[u8], copy_b: &[u8]) -> Result<(), Refusal>
     } else {
         Refusal::Diverged { disk, claimed }
     })
+}
+
+/// Decides about a client that writes without a claim.
+///
+/// # Errors
+///
+/// When the disk is a member of a mirror.
+pub fn judge_unclaimed(copy_a: &[u8], copy_b: &[u8]) -> Result<(), Refusal> {
+    match Superblock::load(copy_a, copy_b) {
+        Ok(Loaded { superblock, .. }) => Err(Refusal::Unclaimed(superblock.name)),
+        Err(SuperblockError::NotAMember | SuperblockError::Damaged(_)) => Ok(()),
+        Err(SuperblockError::TooNew(why)) => Err(Refusal::TooNew(why)),
+    }
 }
 
 fn short(epoch: u128) -> String {

@@ -19,7 +19,7 @@ use crate::export::{BlockSizes, Export};
 use crate::wire::{
     FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, GREETING_BYTES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE,
     INIT_MAGIC, OLD_STYLE_MAGIC, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC, OPTION_REPLY_BYTES,
-    OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD,
+    OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD,
     REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_ERROR_BIT, REP_INFO, be16, be32, be64, put_string,
 };
 
@@ -51,9 +51,12 @@ pub enum HandshakeError {
     /// The server is going down.
     #[error("its server is shutting down{0}")]
     ShuttingDown(Words),
-    /// The server has another writer, or the claim is older than the disk.
+    /// The claim is older than the disk, or of another line.
     #[error("its server does not let this host write{0}")]
     ClaimRefused(Words),
+    /// The server has another writer, whose session lives.
+    #[error("its server has another writer{0}")]
+    InUse(Words),
     /// Another refusal.
     #[error("its server refuses with error {code:#x}{words}")]
     Refused {
@@ -268,7 +271,11 @@ impl Handshake {
             // Whatever else is wrong with a server that knows no claims, GO brings it to light.
             error if error & REP_ERROR_BIT != 0 && of_claim => {
                 if self.claimed {
-                    return Err(HandshakeError::ClaimRefused(Words::of(data)));
+                    let words = Words::of(data);
+                    return Err(match error {
+                        REP_ERR_IN_USE => HandshakeError::InUse(words),
+                        _ => HandshakeError::ClaimRefused(words),
+                    });
                 }
                 self.fence = None;
                 return Ok(self.go());

@@ -21,7 +21,7 @@ use crate::wire::{
     EXPORT_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_TRIM, EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE,
     FLAG_NO_ZEROES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE, INIT_MAGIC, OPTION_ABORT,
     OPTION_BYTES, OPTION_CLAIM, OPTION_EXPORT_NAME, OPTION_GO, OPTION_INFO, OPTION_LIST,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TOO_BIG,
+    OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_INVALID, REP_ERR_IN_USE, REP_ERR_POLICY, REP_ERR_TOO_BIG,
     REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_SERVER, REPLY_BYTES, REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC, be16, be32, be64,
 };
@@ -143,6 +143,8 @@ pub enum Verdict {
     Unknown,
     /// Granted, or only asked for, by this instance of the server.
     Granted(u128),
+    /// Another session, which lives, may write; a sentence.
+    InUse(String),
     /// Refused; a sentence.
     Refused(String),
 }
@@ -296,6 +298,7 @@ async fn answer_claim(data: &[u8], desk: &mut impl Desk, reply: &mut Vec<u8>) ->
     }
     match desk.claim(claim).await {
         Verdict::Unknown => option_reply(reply, option, REP_ERR_UNSUP, &[]),
+        Verdict::InUse(why) => option_reply(reply, option, REP_ERR_IN_USE, why.as_bytes()),
         Verdict::Refused(why) => option_reply(reply, option, REP_ERR_POLICY, why.as_bytes()),
         Verdict::Granted(instance) => {
             let mut info = INFO_FENCE.to_be_bytes().to_vec();

@@ -118,6 +118,8 @@ pub const REP_ERR_UNKNOWN: u32 = 0x8000_0006;
 pub const REP_ERR_SHUTDOWN: u32 = 0x8000_0007;
 /// Reply to an option: too long.
 pub const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
+/// Reply of our own to a claim: another session, which lives, may write.
+pub const REP_ERR_IN_USE: u32 = REP_ERROR_BIT | u32::from_be_bytes(*b"\0UMB");
 
 /// Information: the export's size and flags.
 pub const INFO_EXPORT: u16 = 0;

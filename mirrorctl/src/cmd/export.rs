@@ -1,7 +1,9 @@
 //! `mirrorctl export PATH`: serves a disk of this machine as a peer member.
 //!
 //! The disk is opened as everything is that is written to: exclusively, and not while anything
-//! here uses it. It stays in the foreground and ends with SIGTERM or SIGINT, after what is under
+//! here uses it. All its I/O goes through that one open file description: what a server that was
+//! killed has under way at the disk, its ghosts, keeps the lock until it is over, and an `export`
+//! before that says that the disk is in use (R13). It stays in the foreground and ends with SIGTERM or SIGINT, after what is under
 //! way. What it promises its clients is in the crate [`export`].
 
 use std::net::SocketAddr;
