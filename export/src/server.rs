@@ -7,11 +7,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
 
-use mirror::superblock::{COPY_A_OFFSET, COPY_BYTES};
 use mirror::host::Errno;
+use mirror::superblock::{COPY_A_OFFSET, COPY_BYTES};
 use peer::claim::{self, Claim};
-use peer::server::{Export, Verdict};
 use peer::server::admission::{Admission, Answer, SessionId};
+use peer::server::{Export, Verdict};
 use peer::wire::EXPORT_READ_ONLY;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -202,9 +202,7 @@ impl<D: Store, S: Stream> Server<D, S> {
         if self.export.flags & EXPORT_READ_ONLY != 0 {
             return Err("the disk is exported read-only".to_owned().into());
         }
-        let may_cut = |other: &Session<S>| {
-            claim.take_over || other.owner() == Some(claim.owner)
-        };
+        let may_cut = |other: &Session<S>| claim.take_over || other.owner() == Some(claim.owner);
         self.take(session, Some(claim), may_cut).await
     }
 

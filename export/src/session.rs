@@ -307,7 +307,11 @@ impl<S: Stream> Session<S> {
         // Also when this flush succeeded: one that failed since the session was last told has lost
         // writes which this one was to make durable. (R7)
         let failures = server.flush_failures();
-        let result = if failures == seen { flushed } else { Err(Errno::IO) };
+        let result = if failures == seen {
+            flushed
+        } else {
+            Err(Errno::IO)
+        };
         self.failures_seen.set(failures);
         (result, None)
     }

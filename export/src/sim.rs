@@ -123,7 +123,11 @@ impl Store for SimStore {
         self.wait_while(|it| it.flushes_held.get()).await;
         let failures = self.0.flush_failures.get();
         self.0.flush_failures.set(failures.saturating_sub(1));
-        if failures == 0 { Ok(()) } else { Err(Errno::IO) }
+        if failures == 0 {
+            Ok(())
+        } else {
+            Err(Errno::IO)
+        }
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {

@@ -156,7 +156,11 @@ impl Store for UringStore {
     async fn write(&self, offset: u64, memory: Memory) -> Result<(), Errno> {
         let len = memory.len();
         let (vector, part, _) = memory.take_apart(0);
-        let (result, _) = self.file.write_at(vector.slice(part), offset).submit().await;
+        let (result, _) = self
+            .file
+            .write_at(vector.slice(part), offset)
+            .submit()
+            .await;
         match result {
             Ok(written) if written == len => Ok(()),
             Ok(_) => Err(self.short_write),

@@ -27,7 +27,9 @@
 //!
 //! The answer to both kinds is an information ([`INFO_FENCE`](crate::wire::INFO_FENCE), two bytes; then 16 bytes: the
 //! server's instance, random at each of its starts, by which a client knows whether the disk's
-//! cache has lived on, R14) and an acknowledgement; or an error with a sentence.
+//! cache has lived on, R14) and an acknowledgement; or an error with a sentence. One error is of our own
+//! ([`REP_ERR_IN_USE`](crate::wire::REP_ERR_IN_USE)): another session, which lives, may write. Trying again may help then,
+//! because the server may not have noticed yet that it is a dead daemon's.
 //!
 //! # Who is let in
 //!
@@ -45,15 +47,22 @@
 //!
 //! A session that lives is cut for a claim of the same owner, or one that says to take over. For
 //! any other the answer is that the export is in use: a start by mistake, on a second host, must
-//! not cost the first one its member.
+//! not cost the first one its member. To say to take over is the operator's, in an option of its
+//! own (`--take-over`): whether the other host may lose its member no epoch can tell.
+//!
+//! A client without a claim, where such a one may write at all, is refused while the disk holds a
+//! superblock, or one of a format that is not known here.
 //!
 //! # Why two hosts never write at once
 //!
 //! 1. There is one writer. A claim is granted only after the session before it has been cut and
 //!    all its requests that change the disk have ended; no request of a cut session starts.
-//! 2. What a host relies on it reads after its claim has been granted: what it read before, to be
-//!    able to claim, may be out of date, and serves only to be compared. (Look, claim, read anew:
-//!    if somebody wrote a new epoch between the look and the claim, the claim is the older one.)
+//! 2. What a host relies on it reads after its claim has been granted, and by that its engine
+//!    decides whether it may use the disk (R10). What it read before serves only to be compared:
+//!    a client looks, claims what it has just seen, and reads anew. So the server's verdict
+//!    catches what was written between the look and the claim, and the last writes of the session
+//!    before; a host that is out of date as a whole is caught by its own engine, because it claims
+//!    the epoch that it finds, whatever its own is.
 //! 3. A host whose session was cut has lost the member, and answers no write that the member
 //!    missed until that loss is durable on the others (R2), under a new epoch.
 //!
@@ -62,9 +71,11 @@
 //! | A | B | then |
 //! |---|---|---|
 //! | writes in flight | claims 1, take over | they end or never begin; then B reads and writes |
-//! | loses the disk: epoch 2 on its others | writes epoch 3 | A claims 2, 3 is not known to it: refused; split brain is what it is, each disk has one writer |
-//! | notices nothing, claims 1 again | has written epoch 3 | 1 is in the disk's history: refused |
+//! | loses the disk: epoch 2 on its others | writes epoch 3 | A connects again, sees 3 and claims it: in use while B's session lives; then granted, and A's engine reads 3, which it does not know: split brain, refused |
+//! | has looked, at epoch 1, and claims it | has written epoch 3 since the look | 1 is in the disk's history: refused |
+//! | notices nothing | granted, has written epoch 3 | A's session is cut: its next request fails, and it is as in the second row |
 //! | claims 1 again, take over | granted, nothing written yet | A has it back; B's first write fails, and B has not started |
+//! | claims again, take over | lives, has written epoch 3 | B loses the disk, A's engine refuses it: nobody has it, and nobody wrote over anything |
 //! | is writing epoch 2 to this disk | claims 1, take over | the write ends before the second look: 1 is older, B is refused; A has lost a session and no data |
 //! | is writing epoch 2 to this disk, never gets it there | claims 1, take over | granted; A's round begins anew without this disk |
 //!

@@ -190,6 +190,19 @@ class Exported(Server):
         return [str(BINARIES / "mirrorctl"), "export", self.backing, "--listen", at,
                 "--name", self.export, *self.options]
 
+    def start(self):
+        """The same; one that was killed keeps the disk until what it had under way is over."""
+        def begins():
+            try:
+                Server.start(self)
+            except Failed as failed:
+                if f"{self.backing} is in use" in str(failed):
+                    return False
+                raise
+            return True
+
+        until(begins, "the disk is held by nobody and in use")
+
     def stop(self):
         """SIGTERM; returns when it has ended, which it has to do well."""
         self.process.terminate()

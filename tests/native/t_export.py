@@ -97,8 +97,8 @@ def who_does_not_claim_may_look(area):
     area.compare([local, server.backing])
 
 
-def a_crash_needs_no_word_about_a_fenced_peer(area):
-    """The daemon dies under load; the next one is admitted when its ghosts are gone (R13)."""
+def a_crash_needs_the_operators_word(area):
+    """The daemon dies under load: which server had its session nothing says any more (R13)."""
     local, server, model = _fenced_pair(area, tcp=True)
     check(not area.status()["members"][1]["unfenced"], "it is called unfenced")
     lines = area.ctl("status", "m").splitlines()
@@ -107,7 +107,9 @@ def a_crash_needs_no_word_about_a_fenced_peer(area):
     for _ in range(3):
         with area.client() as client:
             model.load(client, area.random, writes=1500, depth=32, meanwhile=area.kill_daemons)
-        area.start([local, server.address])
+        said = area.start([local, server.address], code=REFUSED)
+        check("--peer-sessions-over" in said, f"the option is not named: {said}")
+        area.start([local, server.address], options=("--peer-sessions-over",))
         check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
         with area.client() as client:
             area.wait_equal()
@@ -126,15 +128,16 @@ def a_second_host_does_not_write_beside_the_first(area):
     with area.client() as client:
         model.load(client, area.random, writes=500)
         with _second_host(area):
-            said = area.start([server.address], options=("--force",), code=REFUSED)
+            options = ("--force", "--peer-sessions-over")
+            said = area.start([server.address], options=options, code=BUSY)
             check("in use by session" in said, f"not said that it is in use: {said}")
-            check("--peer-sessions-over" in said, f"the way out is not named: {said}")
-            area.ctl("destroy", server.address, "--force", code=REFUSED)
+            check("--take-over" in said, f"the way out is not named: {said}")
+            area.ctl("destroy", server.address, "--force", code=BUSY)
         check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
 
         def take_over():
             with _second_host(area):
-                area.start([server.address], options=("--force", "--peer-sessions-over"))
+                area.start([server.address], options=(*options, "--take-over"))
                 states = area.states()
                 check(states[1] == "in-sync", f"the second host has {states}")
                 with area.client() as other:

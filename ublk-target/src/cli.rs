@@ -28,10 +28,12 @@ pub(crate) struct Args {
     /// Start although a member that is not here may hold newer data
     #[arg(long)]
     pub(crate) force: bool,
-    /// The servers of peer members have ended every earlier session with them; one that fences is
-    /// told to
+    /// The servers of peer members have ended every earlier session with them
     #[arg(long)]
     pub(crate) peer_sessions_over: bool,
+    /// Servers that admit one writer end another host's session, also one that lives
+    #[arg(long)]
+    pub(crate) take_over: bool,
     /// Do not record write intent: after a crash the copies may differ. For benchmarks only
     #[arg(long)]
     pub(crate) no_intent_unsafe_for_benchmarks: bool,

@@ -51,7 +51,11 @@ impl OpenError {
 
     /// Whether trying again a little later may help.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Local(disk::OpenError::Busy { .. }))
+        match self {
+            Self::Local(error) => matches!(error, disk::OpenError::Busy { .. }),
+            Self::Address(_) => false,
+            Self::Peer(error) => error.is_in_use(),
+        }
     }
 }
 

@@ -12,9 +12,13 @@
 //! - When the connection fails in any way (an error, its end, a reply that makes no sense), every
 //!   outstanding operation fails with [`GONE`], and every later one at once. Nothing is sent
 //!   again and nobody connects anew: the member returns by the operator's order. An ordinary
-//!   server cannot be asked to end the old session first (R13); one of ours has done so before
-//!   it admits the new one, and is *fenced*. Each return is a loss and a return (R14), whether
-//!   the server has been restarted meanwhile or not: its instance need not be compared.
+//!   server cannot be asked to end the old session first (R13). One of ours has done so before it
+//!   admits the new one: a member whose session such a server granted is called *fenced*. Each
+//!   return is a loss and a return (R14).
+//! - After an unclean end of a session a start takes the operator's word for every peer, fenced or
+//!   not: what counts is the server that served the session which ended so, and the one that is met
+//!   now may be another, on the same disk. To do without, the superblock would have to remember the
+//!   instance that granted the session; the instance met at a start is compared with nothing (R14).
 //! - An operation whose future was dropped, an orphan, goes on. The data of its read go into its
 //!   own buffer, which stays in use until its reply has come in full, or until the connection is
 //!   dead and neither reader nor sender has anything under way in the kernel (R6). Only then
@@ -72,6 +76,7 @@ pub(crate) struct OpenedPeer {
     export: Export,
     address: String,
     unclean: bool,
+    /// Its server admits one writer: only to be shown.
     fenced: bool,
 }
 
@@ -105,7 +110,7 @@ impl OpenedPeer {
 
     /// Why it must not be used without the operator's word (R13), if so.
     pub(crate) fn unfinished_session(&self) -> Option<String> {
-        (self.unclean && !self.fenced).then(|| {
+        self.unclean.then(|| {
             format!(
                 "{} is left out: the last session with it did not end cleanly, and its server \
                  may still be writing what that brought; when the server has been restarted \

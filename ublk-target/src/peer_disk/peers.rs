@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
-use peer::Claimant;
+use peer::{Address, Claimant};
 
 use super::Link;
 use crate::host::random_bytes;
@@ -22,10 +22,17 @@ struct Known {
     fenced: bool,
 }
 
+/// An address as connections have it, whichever way it was given.
+fn one_form(address: &str) -> String {
+    let parsed = address.parse::<Address>();
+    parsed.map_or_else(|_| address.to_owned(), |it| it.to_string())
+}
+
 /// The connections of this daemon.
 #[derive(Default)]
 pub(crate) struct Peers {
     links: RefCell<Vec<Weak<Link>>>,
+    /// By the addresses in their one form.
     known: RefCell<HashMap<String, Known>>,
 }
 
@@ -34,7 +41,7 @@ impl Peers {
     /// to one disk do not take it from each other.
     pub(crate) fn claimant(&self, address: &str, take_over: bool) -> Claimant {
         let mut known = self.known.borrow_mut();
-        let known = known.entry(address.to_owned()).or_insert_with(|| Known {
+        let known = known.entry(one_form(address)).or_insert_with(|| Known {
             owner: u128::from_le_bytes(random_bytes()),
             fenced: false,
         });
@@ -65,7 +72,8 @@ impl Peers {
     /// Whether the server at `address`, as it was last met, ends older sessions before it admits
     /// a new one.
     pub(crate) fn is_fenced(&self, address: &str) -> bool {
-        self.known.borrow().get(address).is_some_and(|it| it.fenced)
+        let known = self.known.borrow();
+        known.get(&one_form(address)).is_some_and(|it| it.fenced)
     }
 
     /// Cuts the connections to `address` that are waiting for answers, and says whether nothing
@@ -77,6 +85,7 @@ impl Peers {
             .iter()
             .filter_map(Weak::upgrade)
             .collect();
+        let address = one_form(address);
         let links: Vec<_> = links.iter().filter(|it| it.address == address).collect();
         let owing = || links.iter().any(|link| link.in_flight.get() > 0);
         for link in links.iter().filter(|link| link.in_flight.get() > 0) {
@@ -88,5 +97,18 @@ impl Peers {
                 .await;
         }
         !links.is_empty() && !owing()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_known_in_all_its_forms() {
+        let peers = Peers::default();
+        let given = peers.claimant("nbd://host:10809/m", false);
+        assert_eq!(peers.claimant("nbd://host/m", true).owner, given.owner);
+        assert_ne!(peers.claimant("nbd://host/n", false).owner, given.owner);
     }
 }
