@@ -229,3 +229,41 @@ pub(crate) fn tune(listener: &TcpListener) -> io::Result<()> {
     sockopt::set_tcp_user_timeout(fd, UNACKNOWLEDGED_MS)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use rustix::fs::{FlockOperation, flock};
+
+    #[test]
+    fn what_does_the_io_holds_the_disk() {
+        // Beside this program there is a file system with direct I/O.
+        let own = std::env::current_exe().unwrap();
+        let path = own.with_file_name(format!("export-held-{}", std::process::id()));
+        let file = || File::options().read(true).write(true).open(&path).unwrap();
+        let can_lock = || flock(file(), FlockOperation::NonBlockingLockExclusive).is_ok();
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        let held = file();
+        flock(&held, FlockOperation::NonBlockingLockExclusive).unwrap();
+        let opened = open(&held, false).unwrap();
+        drop(held);
+        assert!(!can_lock(), "the descriptor that does the I/O has no lock");
+        let flags = rustix::fs::fcntl_getfl(&opened.file).unwrap();
+        assert!(flags.contains(OFlags::DIRECT));
+        tokio_uring::start(async {
+            let store = UringStore::new(opened);
+            let mut memory = Memory::zeroed(4096);
+            memory.data_mut().fill(7);
+            store.write(8192, memory).await.unwrap();
+            store.flush().await.unwrap();
+            let (read, memory) = store.read(8192, Memory::zeroed(4096)).await;
+            read.unwrap();
+            assert_eq!(memory.data(), [7; 4096]);
+            assert!(!can_lock(), "it is held for as long as it is used");
+            store.file.close().await.unwrap();
+        });
+        flock(file(), FlockOperation::LockExclusive).unwrap();
+        std::fs::remove_file(path).unwrap();
+    }
+}
