@@ -29,12 +29,18 @@ const DEPENDENCIES: &[(&str, &[&str])] = &[
     ("mirror", &["dirty-map"]),
     ("scrubber", &["dirty-map", "mirror"]),
     ("peer", &["dirty-map", "mirror"]),
+    ("export", &["dirty-map", "mirror", "peer"]),
     ("ublk-target", &["dirty-map", "mirror", "peer", "scrubber"]),
-    ("mirrorctl", &["dirty-map", "mirror", "peer"]),
+    ("mirrorctl", &["dirty-map", "export", "mirror", "peer"]),
 ];
 
 /// External crates that only one crate may use.
-const PRIVATE: &[(&str, &str)] = &[("libublk", "ublk-target"), ("io-uring", "ublk-target")];
+const PRIVATE: &[(&str, &str)] = &[
+    ("libublk", "ublk-target"),
+    ("io-uring", "ublk-target"),
+    ("tokio", "export"),
+    ("tokio-uring", "export"),
+];
 
 struct Source {
     /// Path from the root, with slashes.

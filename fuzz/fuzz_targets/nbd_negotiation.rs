@@ -1,33 +1,101 @@
 //! What an NBD client sends before its first request (R17).
 //!
 //! An input is the client's side of the connection from its first byte: flags, then options.
-//! The daemon's own negotiation runs on it. Every answer has to be one that a client can take
-//! apart, and memory stays within one option and its answer.
+//! The negotiation of the daemon and of the export server runs on it; claims are judged by a
+//! superblock. Every answer has to be one that a client can take apart, memory stays within one
+//! option, its answer and what a superblock takes, and no claim is granted that does not name
+//! the superblock's epoch.
 #![no_main]
 
 use std::pin::pin;
+use std::sync::LazyLock;
 use std::task::{Context, Poll, Waker};
 
 use libfuzzer_sys::fuzz_target;
-use nbd_proto::{Export, MAX_OPTION_BYTES, Peer, ProtocolError, negotiate};
+use mirror::layout::Layout;
+use mirror::superblock::{
+    DECODED_BYTES_MAX, Epoch, HISTORY_MAX, LastStop, SlotRecord, SlotState, Superblock,
+};
+use peer::claim::{Claim, judge};
+use peer::server::{
+    Desk, EVERYTHING, Export, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES, Peer, ProtocolError, Verdict,
+    negotiate,
+};
 use ublk_mirror_fuzz::within;
-
-// The daemon is a program, so its protocol module is taken in as a file.
-#[allow(dead_code, reason = "requests have a target of their own")]
-#[path = "../../ublk-target/src/nbd_proto.rs"]
-mod nbd_proto;
+use uuid::Uuid;
 
 /// Longest answer to one option: an export's description, or the mirror's name.
 const ANSWER_BYTES_MAX: usize = 256;
 /// One option's data, and twice the answer for a vector that has grown.
-const MEMORY_MAX: usize = MAX_OPTION_BYTES + 2 * ANSWER_BYTES_MAX;
+const MEMORY_MAX: usize = MAX_OPTION_BYTES + 2 * ANSWER_BYTES_MAX + CLAIM_BYTES_MAX;
+/// A claim's epochs, and two copies of a superblock.
+const CLAIM_BYTES_MAX: usize = HISTORY_MAX * 16 + 2 * DECODED_BYTES_MAX;
+/// The epoch of the disk.
+const EPOCH: u128 = 30;
+
+/// What is on the disk.
+static DISK: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let mut slots = vec![SlotRecord::empty(); 3];
+    slots[0].member = Some(Uuid::from_u128(7));
+    slots[0].state = SlotState::InSync;
+    let epoch = |id| Epoch { id, ordinal: 0 };
+    Superblock {
+        mirror: Uuid::from_u128(9),
+        member: Uuid::from_u128(7),
+        name: "data".to_owned(),
+        write_count: 1,
+        layout: Layout::for_size(1 << 30),
+        event_count: 1,
+        epoch: epoch(EPOCH),
+        history: vec![epoch(20), epoch(10)],
+        own_slot: 0,
+        slots,
+        last_stop: LastStop::Clean,
+        flush_failed: false,
+        forced: false,
+        checksums: true,
+        logical_block_bytes: 512,
+        resync_cursor: 0,
+        created_secs: 0,
+        updated_secs: 0,
+    }
+    .encode()
+});
+
+/// Decides on claims as the export server does, by the disk.
+struct Judge(Export);
+
+impl Desk for Judge {
+    fn export(&self) -> &Export {
+        &self.0
+    }
+
+    async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
+        let Some(claim) = claim else {
+            return Verdict::Granted(1);
+        };
+        match judge(&claim, &DISK, &DISK) {
+            Ok(()) => {
+                let seen = claim
+                    .seen
+                    .unwrap_or_else(|| unreachable!("a member is there"));
+                assert!(seen.epoch == EPOCH || seen.history.contains(&EPOCH));
+                Verdict::Granted(1)
+            }
+            Err(refusal) => Verdict::Refused(refusal.to_string()),
+        }
+    }
+}
 
 fuzz_target!(|data: &[u8]| {
-    let export = Export {
+    LazyLock::force(&DISK);
+    let mut desk = Judge(Export {
         name: "data".to_owned(),
         size_bytes: 1 << 30,
         block_bytes: 512,
-    };
+        payload_bytes_max: MAX_PAYLOAD_BYTES,
+        flags: EVERYTHING,
+    });
     let mut client = Client {
         left: data,
         no_zeroes: data.get(3).is_some_and(|flags| flags & 2 != 0),
@@ -35,7 +103,7 @@ fuzz_target!(|data: &[u8]| {
         option: 0,
     };
     let ended = within(MEMORY_MAX, || {
-        let mut negotiation = pin!(negotiate(&mut client, &export));
+        let mut negotiation = pin!(negotiate(&mut client, &mut desk));
         match negotiation
             .as_mut()
             .poll(&mut Context::from_waker(Waker::noop()))

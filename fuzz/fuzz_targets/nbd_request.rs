@@ -7,16 +7,11 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use nbd_proto::{
-    Command, Export, MAX_PAYLOAD_BYTES, REQUEST_BYTES, Request, payload_bytes, refusal,
+use peer::server::{
+    Command, EVERYTHING, Export, MAX_PAYLOAD_BYTES, REQUEST_BYTES, Request, payload_bytes, refusal,
     reply_header, request, wire_error,
 };
 use ublk_mirror_fuzz::{Input, within};
-
-// The daemon is a program, so its protocol module is taken in as a file.
-#[allow(dead_code, reason = "the negotiation has a target of its own")]
-#[path = "../../ublk-target/src/nbd_proto.rs"]
-mod nbd_proto;
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
@@ -26,6 +21,8 @@ fuzz_target!(|data: &[u8]| {
         name: String::new(),
         size_bytes: sectors * 512,
         block_bytes: if block.is_multiple_of(2) { 512 } else { 4096 },
+        payload_bytes_max: MAX_PAYLOAD_BYTES,
+        flags: EVERYTHING,
     };
     let mut stream = input.0;
     while let Some((header, rest)) = stream.split_first_chunk::<REQUEST_BYTES>() {

@@ -1,11 +1,14 @@
 //! What the server of a peer member sends before the first reply (R17).
 //!
-//! An input is the server's side of the connection from its first byte. The handshake asks for no
-//! more than the stated limit at once, sends one option, comes to an end, and what it makes of
-//! an export is fit for use: sizes that the protocol allows, ranges cut without a gap.
+//! An input is the server's side of the connection from its first byte, to three clients: one
+//! that knows no claims, one that asks about them, one that makes one. The handshake asks for no
+//! more than the stated limit at once, sends one option or two, comes to an end, and what it makes
+//! of an export is fit for use: sizes that the protocol allows, ranges cut without a gap. A claim
+//! that was made is granted when the handshake succeeds.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use peer::claim::Claim;
 use peer::handshake::{REPLIES_MAX, REPLY_BYTES_MAX};
 use peer::{Export, Handshake, HandshakeError};
 use ublk_mirror_fuzz::within;
@@ -13,8 +16,12 @@ use ublk_mirror_fuzz::within;
 const NAME: &str = "disk";
 /// What is sent: flags, an option's header, lengths, the name and one kind of information.
 const SENT_BYTES: usize = 4 + 16 + 4 + NAME.len() + 4;
-/// The greeting, then a header and data for each reply that is taken; the next header ends it.
-const STEPS_MAX: u32 = 1 + 2 * REPLIES_MAX + 1;
+/// An option's header, and the question whether there are claims.
+const QUESTION_BYTES: usize = 16 + 4 + NAME.len() + 1;
+/// What follows in a claim that has seen no superblock.
+const CLAIM_BYTES: usize = 1 + 16 + 1;
+/// The greeting, then a header and data for each reply to two options; the next header ends it.
+const STEPS_MAX: u32 = 1 + 4 * REPLIES_MAX + 1;
 /// A server's words are cut off, whatever their encoding makes of them; the caller holds the
 /// reply itself.
 const MEMORY_MAX: usize = 4096;
@@ -22,7 +29,21 @@ const MEMORY_MAX: usize = 4096;
 const MESSAGE_BYTES_MAX: usize = 1024;
 
 fuzz_target!(|data: &[u8]| {
-    let mut handshake = Handshake::new(NAME);
+    let claim = Claim {
+        owner: 1,
+        take_over: false,
+        seen: None,
+    };
+    play(Handshake::new(NAME), data, SENT_BYTES, false);
+    let sent = SENT_BYTES + QUESTION_BYTES;
+    play(Handshake::asking(NAME, None), data, sent, false);
+    let sent = sent + CLAIM_BYTES;
+    play(Handshake::asking(NAME, Some(claim)), data, sent, true);
+});
+
+/// Plays a server that sends `data`; what a handshake that succeeds has sent, and whether it is
+/// fenced then.
+fn play(mut handshake: Handshake, data: &[u8], expected: usize, fenced: bool) {
     let (mut left, mut sent, mut steps) = (data, 0, 0);
     while handshake.wants() > 0 {
         assert!(handshake.wants() <= REPLY_BYTES_MAX);
@@ -38,12 +59,16 @@ fuzz_target!(|data: &[u8]| {
             Err(error) => return check_error(&error),
         }
     }
-    assert_eq!(sent, SENT_BYTES);
+    assert_eq!(sent, expected);
+    assert!(
+        handshake.fence().is_some() || !fenced,
+        "a claim that nobody granted"
+    );
     match handshake.export() {
         Some(export) => check(&export),
         None => unreachable!("the handshake is over"),
     }
-});
+}
 
 fn check_error(error: &HandshakeError) {
     let message = error.to_string();

@@ -14,7 +14,8 @@
 //!   codes that `--help` lists ([`failure`]).
 //! * `--json` prints the documents of `mirror::control`, whose fields are only ever added to.
 //!
-//! It does not serve I/O, does not stay in the background and keeps no configuration file.
+//! It serves no I/O (but for `export`, which lends a disk to another host, in the foreground), does
+//! not stay in the background and keeps no configuration file.
 #![forbid(unsafe_code)]
 
 mod client;

@@ -8,10 +8,10 @@
 //! is ever written through a medium that was not opened exclusively, and no option gets around
 //! that.
 //!
-//! Over NBD none of that is possible: whoever connects to an export gets it, whoever else has it,
-//! and what holds the disk on the server's machine cannot be seen from here. What an export
-//! holds is looked at all the same, and a client that would be the second one at a server that
-//! takes one at a time is told so.
+//! Over NBD that takes a server of ours, which admits one writer and refuses a second one. At any
+//! other, whoever connects to an export gets it, whoever else has it, and what holds the disk on
+//! the server's machine cannot be seen from here. What an export holds is looked at all the same,
+//! and a client that would be the second one at a server that takes one at a time is told so.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,7 +25,7 @@ use mirror::superblock::{
     COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loaded, Superblock, SuperblockError,
 };
 use peer::blocking::CONNECT_PATIENCE;
-use peer::{Address, Client};
+use peer::{Address, Claimant, Client};
 use rustix::fs::{FallocateFlags, FlockOperation, SeekFrom};
 
 use crate::failure::{Exit, Failure, words};
@@ -68,7 +68,7 @@ pub(crate) struct Medium {
 enum Device {
     Local(File, Kind),
     /// Members are read by several threads at once, a connection by one of them.
-    Peer(Mutex<Client>),
+    Peer(Box<Mutex<Client>>),
 }
 
 /// Identity of a medium, whatever path led to it.
@@ -203,14 +203,19 @@ impl Medium {
         let client = match access {
             Access::Look => Client::look(&address, CONNECT_PATIENCE),
             Access::Undisturbed => return Err(needs_the_disk(path)),
-            Access::Exclusive => Client::connect(&address),
+            Access::Exclusive => {
+                // Another owner each time: two addresses may lead to one disk.
+                let owner = crate::cmd::random()?;
+                let take_over = false;
+                Client::claim(&address, Claimant { owner, take_over })
+            }
         };
         let client = client.map_err(|e| Failure::new(Exit::from(e.kind()), format!("{e}.")))?;
         Ok(Self {
             path: path.to_owned(),
             size_bytes: client.export().usable_bytes(),
             logical_block_bytes: client.export().logical_block_bytes(),
-            device: Device::Peer(Mutex::new(client)),
+            device: Device::Peer(Box::new(Mutex::new(client))),
         })
     }
 

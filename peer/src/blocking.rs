@@ -12,9 +12,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mirror::control::ErrorKind;
+use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use crate::address::{Address, Place};
+use crate::claim::{Claim, Seen};
 use crate::export::{Export, Unusable};
 use crate::handshake::{Handshake, HandshakeError, REPLY_BYTES_MAX};
 use crate::session::{Ask, Kind, Session, farewell};
@@ -86,17 +88,39 @@ impl ConnectError {
             Self::NoAnswer { .. } => ErrorKind::Busy,
             Self::Handshake { source, .. } => match source {
                 HandshakeError::UnknownExport(_) => ErrorKind::NotFound,
-                HandshakeError::ShuttingDown(_) => ErrorKind::Busy,
+                HandshakeError::ShuttingDown(_) | HandshakeError::InUse(_) => ErrorKind::Busy,
+                HandshakeError::ClaimRefused(_) => ErrorKind::Refused,
                 _ => ErrorKind::Failed,
             },
             Self::Unusable { .. } => ErrorKind::Refused,
         }
     }
 
-    /// Whether the export is not there, rather than there and of no use.
+    /// Whether the export is not there, or not for this host at present, rather than there and of
+    /// no use. One whose server refuses a claim for what is on its disk (an older or another
+    /// line, a format of a newer version) is there.
     #[must_use]
     pub fn is_absence(&self) -> bool {
-        !matches!(self, Self::Unusable { .. })
+        let refused = |source: &HandshakeError| matches!(source, HandshakeError::ClaimRefused(_));
+        match self {
+            Self::Unusable { .. } => false,
+            Self::Handshake { source, .. } => !refused(source),
+            _ => true,
+        }
+    }
+
+    /// Whether another session writes, which may be a dead one that its server has not noticed.
+    #[must_use]
+    pub fn is_in_use(&self) -> bool {
+        let in_use = |source: &HandshakeError| matches!(source, HandshakeError::InUse(_));
+        matches!(self, Self::Handshake { source, .. } if in_use(source))
+    }
+
+    /// Whether whoever accepted the connection has ended it.
+    fn is_hang_up(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+        let ended = [BrokenPipe, ConnectionReset, UnexpectedEof];
+        matches!(self, Self::Unreachable { source, .. } if ended.contains(&source.kind()))
     }
 }
 
@@ -232,12 +256,22 @@ fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     Ok(())
 }
 
+/// Who wants to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claimant {
+    /// Random; its older sessions are superseded.
+    pub owner: u128,
+    /// Whether sessions of others that live are, too.
+    pub take_over: bool,
+}
+
 /// A connection to an export, one request at a time.
 #[derive(Debug)]
 pub struct Client {
     stream: Stream,
     address: Address,
     export: Export,
+    fence: Option<u128>,
     session: Session<()>,
     /// The stream is out of step: nothing more is asked.
     broken: bool,
@@ -251,11 +285,52 @@ impl Client {
     /// When the server cannot be reached within [`CONNECT_PATIENCE`], refuses, or its export is
     /// not fit for a member.
     pub fn connect(address: &Address) -> Result<Self, ConnectError> {
-        let client = Self::look(address, CONNECT_PATIENCE)?;
-        match client.export.check() {
-            Ok(()) => Ok(client),
+        Self::look(address, CONNECT_PATIENCE)?.fit()
+    }
+
+    /// The same, and where the server knows claims as its one writer. What can be read before
+    /// that, to make the claim, is not relied on. A server that hangs up on an option which it
+    /// does not know is connected to once more, without it.
+    ///
+    /// # Errors
+    ///
+    /// Likewise, and when the server refuses the claim.
+    pub fn claim(address: &Address, claimant: Claimant) -> Result<Self, ConnectError> {
+        let question = Handshake::asking(&address.export, None);
+        let mut client = match Self::shake(address, question, CONNECT_PATIENCE) {
+            Err(error) if error.is_hang_up() => return Self::connect(address),
+            other => other?,
+        };
+        if client.fence.is_none() {
+            return client.fit();
+        }
+        let claim = Claim {
+            owner: claimant.owner,
+            take_over: claimant.take_over,
+            seen: client.seen(),
+        };
+        drop(client);
+        let claiming = Handshake::asking(&address.export, Some(claim));
+        Self::shake(address, claiming, CONNECT_PATIENCE)?.fit()
+    }
+
+    /// What lies on the disk at this moment. A copy that cannot be read, or is not there, says
+    /// nothing.
+    fn seen(&mut self) -> Option<Seen> {
+        let mut copies = [[0; COPY_BYTES]; 2];
+        for (copy, offset) in copies.iter_mut().zip([COPY_A_OFFSET, COPY_B_OFFSET]) {
+            if self.read_at(copy, offset).is_err() {
+                copy.fill(0);
+            }
+        }
+        Seen::on(&copies[0], &copies[1])
+    }
+
+    fn fit(self) -> Result<Self, ConnectError> {
+        match self.export.check() {
+            Ok(()) => Ok(self),
             Err(source) => Err(ConnectError::Unusable {
-                address: address.clone(),
+                address: self.address.clone(),
                 source,
             }),
         }
@@ -267,6 +342,14 @@ impl Client {
     ///
     /// When the server cannot be reached or refuses.
     pub fn look(address: &Address, patience: Duration) -> Result<Self, ConnectError> {
+        Self::shake(address, Handshake::new(&address.export), patience)
+    }
+
+    fn shake(
+        address: &Address,
+        mut handshake: Handshake,
+        patience: Duration,
+    ) -> Result<Self, ConnectError> {
         let give_up = Instant::now() + patience;
         let trouble = |source: io::Error| match source.kind() {
             io::ErrorKind::TimedOut => ConnectError::NoAnswer {
@@ -279,7 +362,6 @@ impl Client {
             },
         };
         let mut stream = Stream::connect(&address.place, give_up).map_err(trouble)?;
-        let mut handshake = Handshake::new(&address.export);
         let mut bytes = [0; REPLY_BYTES_MAX];
         while handshake.wants() > 0 {
             let bytes = &mut bytes[..handshake.wants()];
@@ -298,9 +380,17 @@ impl Client {
             stream,
             address: address.clone(),
             export,
+            fence: handshake.fence(),
             session: Session::default(),
             broken: false,
         })
+    }
+
+    /// The instance of a server that has ended all older sessions and admits no other writer;
+    /// none where that is not known.
+    #[must_use]
+    pub fn fence(&self) -> Option<u128> {
+        self.fence
     }
 
     /// What the server offers.

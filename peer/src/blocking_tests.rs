@@ -2,9 +2,11 @@
 
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
+use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 
 use super::*;
+use crate::server::{self, Desk, Peer, ProtocolError, Verdict};
 use crate::wire::{EXPORT_FLUSH, EXPORT_HAS_FLAGS, EXPORT_READ_ONLY, REQUEST_BYTES, be16, be64};
 
 const SIZE: usize = 64 << 10;
@@ -65,32 +67,198 @@ fn serve(listener: UnixListener, flags: u16, fail: usize) -> JoinHandle<(Vec<u16
         stream.write_all(&handshake(flags)).unwrap();
         // Flags, the option's header, lengths, no name, one kind of information.
         stream.read_exact(&mut [0; 4 + 16 + 4 + 4]).unwrap();
-        let mut disk: Vec<u8> = (0..=250).cycle().take(SIZE).collect();
-        let mut kinds = Vec::new();
-        let mut header = [0; REQUEST_BYTES];
-        while stream.read_exact(&mut header).is_ok() {
-            let kind = be16(&header, 6).unwrap();
-            kinds.push(kind);
-            let offset = usize::try_from(be64(&header, 16).unwrap()).unwrap();
-            let len = crate::wire::be32(&header, 24).unwrap() as usize;
-            assert!(len <= 8192 && len.is_multiple_of(4096) && offset.is_multiple_of(4096));
-            if kind == 1 {
-                stream.read_exact(&mut disk[offset..offset + len]).unwrap();
-            }
-            if kind == 2 {
-                break;
-            }
-            let error = if kinds.len() == fail { 28_u32 } else { 0 };
-            let magic = crate::wire::SIMPLE_REPLY_MAGIC.to_be_bytes();
-            let mut reply = [magic, error.to_be_bytes()].concat();
-            reply.extend_from_slice(&header[8..16]);
-            if kind == 0 && error == 0 {
-                reply.extend_from_slice(&disk[offset..offset + len]);
-            }
-            stream.write_all(&reply).unwrap();
-        }
-        (kinds, disk)
+        let disk: Vec<u8> = (0..=250).cycle().take(SIZE).collect();
+        requests(&mut stream, disk, fail)
     })
+}
+
+/// The part after the handshake.
+fn requests(stream: &mut UnixStream, disk: Vec<u8>, fail: usize) -> (Vec<u16>, Vec<u8>) {
+    let mut disk = disk;
+    let mut kinds = Vec::new();
+    let mut header = [0; REQUEST_BYTES];
+    while stream.read_exact(&mut header).is_ok() {
+        let kind = be16(&header, 6).unwrap();
+        kinds.push(kind);
+        let offset = usize::try_from(be64(&header, 16).unwrap()).unwrap();
+        let len = crate::wire::be32(&header, 24).unwrap() as usize;
+        assert!(len <= 8192 && len.is_multiple_of(4096) && offset.is_multiple_of(4096));
+        if kind == 1 {
+            stream.read_exact(&mut disk[offset..offset + len]).unwrap();
+        }
+        if kind == 2 {
+            break;
+        }
+        let error = if kinds.len() == fail { 28_u32 } else { 0 };
+        let magic = crate::wire::SIMPLE_REPLY_MAGIC.to_be_bytes();
+        let mut reply = [magic, error.to_be_bytes()].concat();
+        reply.extend_from_slice(&header[8..16]);
+        if kind == 0 && error == 0 {
+            reply.extend_from_slice(&disk[offset..offset + len]);
+        }
+        stream.write_all(&reply).unwrap();
+    }
+    (kinds, disk)
+}
+
+/// The server's end of a connection, for the negotiation that our servers use.
+struct Ours(UnixStream);
+
+#[derive(Debug)]
+struct End;
+
+impl From<io::Error> for End {
+    fn from(_: io::Error) -> Self {
+        Self
+    }
+}
+
+impl From<ProtocolError> for End {
+    fn from(_: ProtocolError) -> Self {
+        Self
+    }
+}
+
+impl Peer for Ours {
+    type Error = End;
+
+    async fn array<const N: usize>(&mut self) -> Result<[u8; N], End> {
+        let mut bytes = [0; N];
+        self.0.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    async fn take(&mut self, len: usize) -> Result<Vec<u8>, End> {
+        let mut bytes = vec![0; len];
+        self.0.read_exact(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    async fn skip(&mut self, len: usize) -> Result<(), End> {
+        self.take(len).await.map(|_| ())
+    }
+
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), End> {
+        Ok(self.0.write_all(bytes)?)
+    }
+}
+
+/// Grants the first claims and refuses the others, and keeps them all.
+struct Claims {
+    export: server::Export,
+    grants: usize,
+    refusals: Vec<Verdict>,
+    seen: Vec<Option<Claim>>,
+}
+
+impl Desk for Claims {
+    fn export(&self) -> &server::Export {
+        &self.export
+    }
+
+    async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
+        self.seen.push(claim.clone());
+        if claim.is_some() && self.grants == 0 {
+            return self.refusals.pop().unwrap();
+        }
+        self.grants -= usize::from(claim.is_some());
+        Verdict::Granted(77)
+    }
+}
+
+/// Serves so many connections with a member on the disk; what was claimed.
+fn serve_claims(listener: UnixListener, count: usize, grants: usize) -> JoinHandle<Claims> {
+    std::thread::spawn(move || {
+        let mut claims = Claims {
+            export: server::Export {
+                name: String::new(),
+                size_bytes: SIZE as u64,
+                block_bytes: 4096,
+                payload_bytes_max: 8192,
+                flags: FLUSH,
+            },
+            grants,
+            refusals: vec![
+                Verdict::Refused("it is older".to_owned()),
+                Verdict::InUse("it is in use".to_owned()),
+            ],
+            seen: Vec::new(),
+        };
+        for _ in 0..count {
+            let (stream, _) = listener.accept().unwrap();
+            let mut ours = Ours(stream);
+            let opened = {
+                let negotiation = std::pin::pin!(server::negotiate(&mut ours, &mut claims));
+                negotiation.poll(&mut Context::from_waker(Waker::noop()))
+            };
+            if matches!(opened, Poll::Ready(Ok(true))) {
+                let mut disk = vec![0; SIZE];
+                let copy = crate::claim::tests::disk(9, 30, &[20, 10]);
+                disk[4096..8192].copy_from_slice(&copy);
+                requests(&mut ours.0, disk, 0);
+            }
+        }
+        claims
+    })
+}
+
+#[test]
+fn a_claim_names_what_lies_on_the_disk() {
+    let socket = Socket::new("claims");
+    let server = serve_claims(UnixListener::bind(&socket.0).unwrap(), 6, 1);
+    let claimant = Claimant {
+        owner: 5,
+        take_over: true,
+    };
+    let mut client = Client::claim(&socket.address(), claimant).unwrap();
+    assert_eq!(client.fence(), Some(77));
+    client.flush().unwrap();
+    drop(client);
+    // Somebody else has it now; and then it is there, but not to be used.
+    let busy = Client::claim(&socket.address(), claimant).unwrap_err();
+    assert_eq!(busy.kind(), ErrorKind::Busy);
+    assert!(busy.is_in_use() && busy.is_absence(), "{busy}");
+    assert!(busy.to_string().contains("it is in use"), "{busy}");
+    let refused = Client::claim(&socket.address(), claimant).unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::Refused);
+    assert!(!refused.is_in_use() && !refused.is_absence(), "{refused}");
+    assert!(refused.to_string().contains("it is older"), "{refused}");
+    let claims = server.join().unwrap().seen;
+    let claim = Claim {
+        owner: 5,
+        take_over: true,
+        seen: Some(Seen {
+            mirror: 9_u128.to_be_bytes(),
+            epoch: 30,
+            history: vec![20, 10],
+        }),
+    };
+    let each = [None, Some(claim)];
+    assert_eq!(claims, [each.clone(), each.clone(), each].concat());
+}
+
+#[test]
+fn who_hangs_up_on_an_unknown_option_is_not_asked_again() {
+    let socket = Socket::new("hangs-up");
+    let listener = UnixListener::bind(&socket.0).unwrap();
+    let plain = listener.try_clone().unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+        // Flags, the option's header, the length of no name, a question.
+        stream.read_exact(&mut [0; 4 + 16 + 4 + 1]).unwrap();
+        drop(stream);
+        serve(plain, FLUSH, 0).join().unwrap()
+    });
+    let claimant = Claimant {
+        owner: 5,
+        take_over: false,
+    };
+    let mut client = Client::claim(&socket.address(), claimant).unwrap();
+    assert_eq!(client.fence(), None);
+    client.flush().unwrap();
+    drop(client);
+    assert_eq!(server.join().unwrap().0, [3, 2]);
 }
 
 #[test]

@@ -1,22 +1,27 @@
 //! From a server's greeting to the description of an export, without any I/O.
 //!
 //! ```text
-//! Greeting ──flags, GO──► Reply ──header──► Data ──┐
-//!                           ▲                      │ information
-//!                           ├──────────────────────┘
-//!                           └─ acknowledgement ─► Done     (an error, or nonsense, ends it)
+//! Greeting ──flags, option──► Reply ──header──► Data ──┐
+//!                               ▲                      │ information
+//!                               ├──────────────────────┤
+//!                               │ GO                   │ of a claim: answered, or unknown
+//!                               ├──────────────────────┘
+//!                               └─ acknowledgement ─► Done   (an error, or nonsense, ends it)
 //! ```
 //!
 //! The caller reads as many bytes as [`Handshake::wants`], hands them to [`Handshake::feed`] and
 //! sends what that returns, until nothing more is wanted. Byte tables are in [`crate::wire`].
-//! Structured replies, TLS and metadata contexts are not asked for.
+//! Structured replies, TLS and metadata contexts are not asked for. A server is asked whether it
+//! knows claims, or sent one ([`crate::claim`]), only in a handshake made for that.
 
+use crate::claim::{self, Claim};
 use crate::export::{BlockSizes, Export};
 use crate::wire::{
-    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, GREETING_BYTES, INFO_BLOCK_SIZE, INFO_EXPORT, INIT_MAGIC,
-    OLD_STYLE_MAGIC, OPTION_BYTES, OPTION_GO, OPTION_MAGIC, OPTION_REPLY_BYTES, OPTION_REPLY_MAGIC,
-    REP_ACK, REP_ERR_POLICY, REP_ERR_SHUTDOWN, REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP,
-    REP_ERROR_BIT, REP_INFO, be16, be32, be64,
+    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, GREETING_BYTES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE,
+    INIT_MAGIC, OLD_STYLE_MAGIC, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC, OPTION_REPLY_BYTES,
+    OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_ERR_SHUTDOWN,
+    REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_ERROR_BIT, REP_INFO, be16, be32, be64,
+    put_string,
 };
 
 /// Longest data of one reply that is read. Strings have 4096 bytes at most by the protocol.
@@ -47,6 +52,12 @@ pub enum HandshakeError {
     /// The server is going down.
     #[error("its server is shutting down{0}")]
     ShuttingDown(Words),
+    /// The claim is older than the disk, or of another line.
+    #[error("its server does not let this host write{0}")]
+    ClaimRefused(Words),
+    /// The server has another writer, whose session lives.
+    #[error("its server has another writer{0}")]
+    InUse(Words),
     /// Another refusal.
     #[error("its server refuses with error {code:#x}{words}")]
     Refused {
@@ -94,6 +105,13 @@ enum Stage {
 pub struct Handshake {
     name: String,
     stage: Stage,
+    /// The option whose reply comes next.
+    option: u32,
+    /// Whether claims are asked about, and the claim if one is made.
+    ask: Option<Option<Claim>>,
+    /// A claim was made: it must not go unanswered.
+    claimed: bool,
+    fence: Option<u128>,
     replies: u32,
     described: Option<(u64, u16)>,
     blocks: BlockSizes,
@@ -106,10 +124,29 @@ impl Handshake {
         Self {
             name: name.to_owned(),
             stage: Stage::Greeting,
+            option: OPTION_GO,
+            ask: None,
+            claimed: false,
+            fence: None,
             replies: 0,
             described: None,
             blocks: BlockSizes::DEFAULT,
         }
+    }
+
+    /// The same, that also asks whether the server knows claims, or makes one.
+    #[must_use]
+    pub fn asking(name: &str, claim: Option<Claim>) -> Self {
+        Self {
+            ask: Some(claim),
+            ..Self::new(name)
+        }
+    }
+
+    /// The instance of a server that knows claims; it has granted the one that was made.
+    #[must_use]
+    pub fn fence(&self) -> Option<u128> {
+        self.fence
     }
 
     /// How many bytes to receive next, at most [`REPLY_BYTES_MAX`]; 0 when it is over.
@@ -135,15 +172,14 @@ impl Handshake {
     pub fn feed(&mut self, bytes: &[u8]) -> Result<Vec<u8>, HandshakeError> {
         assert_eq!(bytes.len(), self.wants(), "the handshake was fed too much");
         match self.stage {
-            Stage::Greeting => return self.greeted(bytes),
-            Stage::Reply => self.reply(bytes)?,
+            Stage::Greeting => self.greeted(bytes),
+            Stage::Reply => self.reply(bytes),
             Stage::Data { kind, .. } => {
                 self.stage = Stage::Reply;
-                self.data(kind, bytes)?;
+                self.data(kind, bytes)
             }
-            Stage::Done => {}
+            Stage::Done => Ok(Vec::new()),
         }
-        Ok(Vec::new())
     }
 
     /// The export, when the handshake is over.
@@ -168,28 +204,37 @@ impl Handshake {
             _ => return Err(HandshakeError::NotNbd),
         }
         self.stage = Stage::Reply;
-        let name = self.name.as_bytes();
-        let len = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-        let mut out = Vec::with_capacity(4 + OPTION_BYTES + name.len() + 8);
         let ours = flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
-        out.extend_from_slice(&u32::from(ours).to_be_bytes());
-        out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
-        out.extend_from_slice(&OPTION_GO.to_be_bytes());
-        out.extend_from_slice(&len(4 + name.len() + 4).to_be_bytes());
-        out.extend_from_slice(&len(name.len()).to_be_bytes());
-        out.extend_from_slice(name);
-        // Who asks for block sizes promises to keep to them.
-        out.extend_from_slice(&1_u16.to_be_bytes());
-        out.extend_from_slice(&INFO_BLOCK_SIZE.to_be_bytes());
+        let mut out = u32::from(ours).to_be_bytes().to_vec();
+        match self.ask.take() {
+            Some(claim) => {
+                self.option = OPTION_CLAIM;
+                let data = claim::encode(&self.name, claim.as_ref());
+                put_option(&mut out, OPTION_CLAIM, &data);
+                self.claimed = claim.is_some();
+            }
+            None => self.put_go(&mut out),
+        }
         Ok(out)
     }
 
-    fn reply(&mut self, header: &[u8]) -> Result<(), HandshakeError> {
+    fn put_go(&mut self, out: &mut Vec<u8>) {
+        self.option = OPTION_GO;
+        self.replies = 0;
+        let mut data = Vec::with_capacity(4 + self.name.len() + 4);
+        put_string(&mut data, self.name.as_bytes());
+        // Who asks for block sizes promises to keep to them.
+        data.extend_from_slice(&1_u16.to_be_bytes());
+        data.extend_from_slice(&INFO_BLOCK_SIZE.to_be_bytes());
+        put_option(out, OPTION_GO, &data);
+    }
+
+    fn reply(&mut self, header: &[u8]) -> Result<Vec<u8>, HandshakeError> {
         let nonsense = HandshakeError::Nonsense;
         if be64(header, 0) != Some(OPTION_REPLY_MAGIC) {
             return Err(nonsense("a reply to an option begins wrongly"));
         }
-        if be32(header, 8) != Some(OPTION_GO) {
+        if be32(header, 8) != Some(self.option) {
             return Err(nonsense("it answers an option that was not sent"));
         }
         self.replies += 1;
@@ -206,18 +251,36 @@ impl Handshake {
             return self.data(kind, &[]);
         }
         self.stage = Stage::Data { kind, len };
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// A whole reply.
-    fn data(&mut self, kind: u32, data: &[u8]) -> Result<(), HandshakeError> {
+    fn data(&mut self, kind: u32, data: &[u8]) -> Result<Vec<u8>, HandshakeError> {
         let nonsense = HandshakeError::Nonsense;
+        let of_claim = self.option == OPTION_CLAIM;
         match kind {
-            REP_ACK if self.described.is_none() => {
+            REP_ACK if of_claim && self.fence.is_none() => {
+                return Err(nonsense("it grants a claim and does not say who it is"));
+            }
+            REP_ACK if !of_claim && self.described.is_none() => {
                 return Err(nonsense("it does not say how large the export is"));
             }
+            REP_ACK if of_claim => return Ok(self.go()),
             REP_ACK => self.stage = Stage::Done,
+            REP_INFO if of_claim => self.fence = Some(instance(data)?),
             REP_INFO => self.information(data)?,
+            // Whatever else is wrong with a server that knows no claims, GO brings it to light.
+            error if error & REP_ERROR_BIT != 0 && of_claim => {
+                if self.claimed {
+                    let words = Words::of(data);
+                    return Err(match error {
+                        REP_ERR_IN_USE => HandshakeError::InUse(words),
+                        _ => HandshakeError::ClaimRefused(words),
+                    });
+                }
+                self.fence = None;
+                return Ok(self.go());
+            }
             error if error & REP_ERROR_BIT != 0 => return Err(refusal(error, Words::of(data))),
             _ => {
                 return Err(nonsense(
@@ -225,7 +288,14 @@ impl Handshake {
                 ));
             }
         }
-        Ok(())
+        Ok(Vec::new())
+    }
+
+    /// The claim has been dealt with.
+    fn go(&mut self) -> Vec<u8> {
+        let mut out = Vec::new();
+        self.put_go(&mut out);
+        out
     }
 
     fn information(&mut self, data: &[u8]) -> Result<(), HandshakeError> {
@@ -257,6 +327,22 @@ impl Handshake {
             _ => {}
         }
         Ok(())
+    }
+}
+
+fn put_option(out: &mut Vec<u8>, option: u32, data: &[u8]) {
+    out.extend_from_slice(&OPTION_MAGIC.to_be_bytes());
+    out.extend_from_slice(&option.to_be_bytes());
+    put_string(out, data);
+}
+
+/// The instance in the answer to a claim.
+fn instance(data: &[u8]) -> Result<u128, HandshakeError> {
+    let wrong = HandshakeError::Nonsense("what it says of its instance has a wrong form");
+    let (kind, instance) = data.split_at_checked(2).ok_or(wrong.clone())?;
+    match (be16(kind, 0), instance.try_into()) {
+        (Some(INFO_FENCE), Ok(instance)) => Ok(u128::from_be_bytes(instance)),
+        _ => Err(wrong),
     }
 }
 

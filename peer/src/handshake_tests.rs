@@ -50,6 +50,96 @@ fn play(name: &str, stream: &[u8]) -> (Vec<u8>, Result<Option<Export>, Handshake
     (sent, Ok(handshake.export()))
 }
 
+/// A reply to the question about claims, or to a claim.
+fn claim_reply(kind: u32, data: &[u8]) -> Vec<u8> {
+    let mut bytes = reply(kind, data);
+    bytes[8..12].copy_from_slice(&OPTION_CLAIM.to_be_bytes());
+    bytes
+}
+
+fn granted(instance: u128) -> Vec<u8> {
+    let data = [&INFO_FENCE.to_be_bytes()[..], &instance.to_be_bytes()].concat();
+    [claim_reply(REP_INFO, &data), claim_reply(REP_ACK, &[])].concat()
+}
+
+/// Plays a server that sends `stream` against a handshake with claims.
+fn play_claim(
+    claim: Option<Claim>,
+    stream: &[u8],
+) -> (
+    Vec<u8>,
+    Option<u128>,
+    Result<Option<Export>, HandshakeError>,
+) {
+    let mut handshake = Handshake::asking("m", claim);
+    let (mut sent, mut left) = (Vec::new(), stream);
+    while handshake.wants() > 0 {
+        let Some((bytes, rest)) = left.split_at_checked(handshake.wants()) else {
+            return (sent, handshake.fence(), Ok(None));
+        };
+        left = rest;
+        match handshake.feed(bytes) {
+            Ok(out) => sent.extend(out),
+            Err(error) => return (sent, handshake.fence(), Err(error)),
+        }
+    }
+    (sent, handshake.fence(), Ok(handshake.export()))
+}
+
+#[test]
+fn claims_are_asked_about_before_the_export() {
+    let rest = [
+        described(1 << 20, EXPORT_HAS_FLAGS | EXPORT_FLUSH),
+        reply(REP_ACK, &[]),
+    ]
+    .concat();
+    let stream = [greeting(3), granted(77), rest.clone()].concat();
+    let (sent, fence, export) = play_claim(None, &stream);
+    assert_eq!((fence, export.unwrap().is_some()), (Some(77), true));
+    let asked = claim::encode("m", None);
+    assert_eq!(sent[4..12], *b"IHAVEOPT");
+    assert_eq!(sent[12..16], OPTION_CLAIM.to_be_bytes());
+    assert_eq!(sent[20..20 + asked.len()], asked);
+    let (plain, _) = play("m", &greeting(3));
+    assert_eq!(sent[20 + asked.len()..], plain[4..]);
+    // Whoever does not know them is used as ever.
+    for error in [REP_ERR_UNSUP, REP_ERR_POLICY] {
+        let unknown = claim_reply(error, b"what?");
+        let (_, fence, export) = play_claim(None, &[greeting(3), unknown, rest.clone()].concat());
+        assert_eq!((fence, export.unwrap().is_some()), (None, true));
+    }
+}
+
+#[test]
+fn a_claim_is_granted_or_the_handshake_ends() {
+    let claim = || {
+        Some(Claim {
+            owner: 1,
+            take_over: true,
+            seen: None,
+        })
+    };
+    let (sent, fence, _) = play_claim(claim(), &[greeting(3), granted(77)].concat());
+    let data = claim::encode("m", claim().as_ref());
+    assert_eq!((&sent[20..20 + data.len()], fence), (&data[..], Some(77)));
+    for error in [REP_ERR_UNSUP, REP_ERR_POLICY] {
+        let refused = claim_reply(error, b"it is in use");
+        let (_, _, ended) = play_claim(claim(), &[greeting(3), refused].concat());
+        let words = ended.unwrap_err().to_string();
+        assert!(words.contains("does not let this host write (it says: it is in use)"));
+    }
+    let nameless = claim_reply(REP_ACK, &[]);
+    let short = claim_reply(REP_INFO, b"UM123");
+    let other = claim_reply(REP_INFO, &[0; 18]);
+    for nonsense in [nameless, short, other, reply(REP_ACK, &[])] {
+        let (_, _, ended) = play_claim(claim(), &[greeting(3), nonsense].concat());
+        assert!(
+            matches!(ended, Err(HandshakeError::Nonsense(_))),
+            "{ended:?}"
+        );
+    }
+}
+
 #[test]
 fn an_export_is_described() {
     let flags = EXPORT_HAS_FLAGS | EXPORT_FLUSH;

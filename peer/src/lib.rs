@@ -1,4 +1,4 @@
-//! Members behind the network: the client side of NBD.
+//! Members behind the network: NBD, the side of the client and that of a server.
 //!
 //! A peer member is a disk that some NBD server exports. It carries superblock, maps and data
 //! like a disk in this machine, so that nothing above this crate knows the network.
@@ -6,10 +6,12 @@
 //! | module | holds |
 //! |---|---|
 //! | [`address`] | `nbd://HOST/EXPORT` and `nbd+unix:///EXPORT?socket=PATH` |
-//! | [`wire`] | the protocol's numbers, shared with the server in `ublk-target` |
+//! | [`wire`] | the protocol's numbers |
 //! | [`handshake`] | from the server's greeting to the export's description |
 //! | [`export`] | what a server offers, whether that can hold a member, how requests are cut |
 //! | [`session`] | requests and replies, matched by cookie |
+//! | [`server`] | the other side: options answered, requests taken apart, who may write |
+//! | [`claim`] | who may write to an export of our own server, and why nobody else does |
 //! | [`blocking`] | connecting, and a client that waits for each answer |
 //!
 //! All but `blocking` are state machines over bytes, without I/O: the daemon runs them on its
@@ -25,18 +27,21 @@
 //!   a new one, and that is the operator's decision, because an ordinary server may still be
 //!   working on what the old one brought it.
 //!
-//! It does not fence: no ordinary NBD server can be asked to end an older session first.
+//! Only our own server fences ([`claim`]): no ordinary one can be asked to end an older session
+//! first.
 #![forbid(unsafe_code)]
 
 pub mod address;
 pub mod blocking;
+pub mod claim;
 pub mod export;
 pub mod handshake;
+pub mod server;
 pub mod session;
 pub mod wire;
 
 pub use address::{Address, AddressError, is_address};
-pub use blocking::{Client, ConnectError};
+pub use blocking::{Claimant, Client, ConnectError};
 pub use export::{Export, Unusable};
 pub use handshake::{Handshake, HandshakeError};
 pub use session::{Answer, Ask, Kind, ProtocolError, Session};

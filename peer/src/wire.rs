@@ -92,6 +92,10 @@ pub const OPTION_INFO: u32 = 6;
 /// Option: describe an export and begin transmission.
 pub const OPTION_GO: u32 = 7;
 
+/// Option of our own: asks to be an export's one writer (see [`crate::claim`]). Servers that do
+/// not know it say so.
+pub const OPTION_CLAIM: u32 = u32::from_be_bytes(*b"UMCL");
+
 /// Reply to an option: done.
 pub const REP_ACK: u32 = 1;
 /// Reply to an option: an export's name.
@@ -114,11 +118,16 @@ pub const REP_ERR_UNKNOWN: u32 = 0x8000_0006;
 pub const REP_ERR_SHUTDOWN: u32 = 0x8000_0007;
 /// Reply to an option: too long.
 pub const REP_ERR_TOO_BIG: u32 = 0x8000_0009;
+/// Reply of our own to a claim: another session, which lives, may write.
+pub const REP_ERR_IN_USE: u32 = REP_ERROR_BIT | u32::from_be_bytes(*b"\0UMB");
 
 /// Information: the export's size and flags.
 pub const INFO_EXPORT: u16 = 0;
 /// Information: limits of requests.
 pub const INFO_BLOCK_SIZE: u16 = 3;
+
+/// Information of our own, in the answer to [`OPTION_CLAIM`]: the server's instance.
+pub const INFO_FENCE: u16 = u16::from_be_bytes(*b"UM");
 
 /// Transmission flag: the flags mean something.
 pub const EXPORT_HAS_FLAGS: u16 = 1 << 0;
@@ -139,6 +148,13 @@ pub const EXPORT_MULTI_CONN: u16 = 1 << 8;
 pub const COMMAND_FLAG_FUA: u16 = 1 << 0;
 /// Flag of WRITE_ZEROES: keep the space allocated.
 pub const COMMAND_FLAG_NO_HOLE: u16 = 1 << 1;
+
+/// Appends a length of four bytes and then the bytes, the protocol's form of a string.
+pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {
+    let len = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
+    out.extend_from_slice(&len.to_be_bytes());
+    out.extend_from_slice(bytes);
+}
 
 /// The number at `at`, when it lies within `bytes`.
 #[must_use]

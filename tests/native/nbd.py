@@ -12,11 +12,14 @@ import threading
 READ, WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 2, 3, 4, 6
 FUA, NO_HOLE = 1, 2
 
+FLAG_READ_ONLY = 1 << 1
 FLAG_FLUSH, FLAG_FUA, FLAG_TRIM, FLAG_WRITE_ZEROES = 1 << 2, 1 << 3, 1 << 5, 1 << 6
 
-EIO, EINVAL, ENOSPC = 5, 22, 28
+EPERM, EIO, EINVAL, ENOSPC = 1, 5, 22, 28
 
-_OPT_GO, _REPLY_ACK, _REPLY_INFO, _INFO_EXPORT = 7, 1, 3, 0
+OPT_GO, OPT_CLAIM = 7, 0x554D434C
+
+_REPLY_ACK, _REPLY_INFO, _INFO_EXPORT = 1, 3, 0
 
 
 class Gone(Exception):
@@ -25,6 +28,17 @@ class Gone(Exception):
 
 class Refused(Exception):
     """The server answered with an error; args[0] is its number."""
+
+
+def claim(owner, take_over=False, seen=None):
+    """A claim for `Client`; seen is the document of `mirrorctl examine`, or none."""
+    words = struct.pack(">BB", 1, take_over) + owner.to_bytes(16, "big")
+    if seen is None:
+        return words + b"\0"
+    words += b"\1" + bytes.fromhex(seen["mirror-uuid"].replace("-", ""))
+    history = [epoch["id"] for epoch in seen["history"]]
+    words += bytes.fromhex(seen["epoch"]["id"]) + bytes([len(history)])
+    return words + b"".join(bytes.fromhex(epoch) for epoch in history)
 
 
 class Future:
@@ -48,8 +62,9 @@ class Future:
 class Client:
     """One connection to an export."""
 
-    def __init__(self, path, export="", seconds=30):
-        """Connects: path is that of a unix socket, or (host, port)."""
+    def __init__(self, path, export="", seconds=30, claim=None):
+        """Connects: path is that of a unix socket, or (host, port); claim is what follows the
+        export's name in a claim (see `claim`)."""
         if isinstance(path, tuple):
             self.socket = socket.create_connection(path, seconds)
         else:
@@ -57,7 +72,7 @@ class Client:
             self.socket.settimeout(seconds)
             self.socket.connect(path)
         self.size = self.flags = 0
-        self._handshake(export.encode())
+        self._handshake(export.encode(), claim)
         self.socket.settimeout(None)
         self.lock = threading.Lock()
         self.waiting = {}
@@ -82,13 +97,18 @@ class Client:
             length -= len(part)
         return b"".join(parts)
 
-    def _handshake(self, export):
+    def _handshake(self, export, claim):
         magic, option_magic, flags = struct.unpack(">8s8sH", self._receive(18))
         if magic != b"NBDMAGIC" or option_magic != b"IHAVEOPT":
             raise Gone("this is no NBD server")
         self.socket.sendall(struct.pack(">I", flags & 3))
-        body = struct.pack(">I", len(export)) + export + struct.pack(">H", 0)
-        self.socket.sendall(b"IHAVEOPT" + struct.pack(">II", _OPT_GO, len(body)) + body)
+        name = struct.pack(">I", len(export)) + export
+        if claim is not None:
+            self._option(OPT_CLAIM, name + claim)
+        self._option(OPT_GO, name + struct.pack(">H", 0))
+
+    def _option(self, option, body):
+        self.socket.sendall(b"IHAVEOPT" + struct.pack(">II", option, len(body)) + body)
         while True:
             _, _, kind, length = struct.unpack(">QIII", self._receive(20))
             body = self._receive(length)

@@ -19,6 +19,7 @@ sys.dont_write_bytecode = True
 import harness
 import t_crash
 import t_damage
+import t_export
 import t_input
 import t_life
 import t_offline
@@ -26,7 +27,7 @@ import t_peer
 import t_scrub
 import t_space
 
-MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer]
+MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export]
 
 
 def tests():

@@ -1,7 +1,8 @@
-"""NBD servers that export peer members: nbdkit, qemu-nbd, nbd-server, and one that misbehaves.
+"""NBD servers that export peer members: nbdkit, qemu-nbd, nbd-server, our own, and one that
+misbehaves.
 
 Each has an `address` for mirrorctl, `start` (returns when it listens) and `kill` (SIGKILL, to all
-of its processes, and waits). The first three keep the disk in a file, `backing`. They end with
+of its processes, and waits). All but the last keep the disk in a file, `backing`. They end with
 the area.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import threading
 
 import nbd
-from harness import CannotRun, Failed, check, until
+from harness import BINARIES, CannotRun, Failed, check, until
 
 SIZE = 100 << 20
 
@@ -45,9 +46,11 @@ class Server:
     """A process, over TCP or a unix socket."""
 
     program = None
+    # Whether it ends older sessions before it admits a new writer.
+    fences = False
 
     def __init__(self, area, name, tcp=False, options=(), size=SIZE):
-        if shutil.which(self.program) is None:
+        if not self._installed():
             raise CannotRun(f"{self.program} is not installed")
         self.area, self.options = area, list(options)
         self.process = self.group = None
@@ -58,6 +61,10 @@ class Server:
         with open(self.backing, "wb") as file:
             file.truncate(size)
         area.children.append(self)
+
+    @classmethod
+    def _installed(cls):
+        return shutil.which(cls.program) is not None
 
     @property
     def address(self):
@@ -168,6 +175,41 @@ class NbdServer(Server):
         return ["nbd-server", "-C", path, "-p", pid, *self.options]
 
 
+class Exported(Server):
+    """Our own export server; `options` are further words for mirrorctl."""
+
+    program = "mirrorctl"
+    fences = True
+
+    @classmethod
+    def _installed(cls):
+        return True
+
+    def command(self):
+        at = f"unix:{self.socket}" if self.port is None else f"127.0.0.1:{self.port}"
+        return [str(BINARIES / "mirrorctl"), "export", self.backing, "--listen", at,
+                "--name", self.export, *self.options]
+
+    def start(self):
+        """The same; one that was killed keeps the disk until what it had under way is over."""
+        def begins():
+            try:
+                Server.start(self)
+            except Failed as failed:
+                if f"{self.backing} is in use" in str(failed):
+                    return False
+                raise
+            return True
+
+        until(begins, "the disk is held by nobody and in use")
+
+    def stop(self):
+        """SIGTERM; returns when it has ended, which it has to do well."""
+        self.process.terminate()
+        check(self.process.wait(30) == 0, f"it ended with {self.process.returncode}")
+        self.group = None
+
+
 class Scripted:
     """A server in this process that keeps the disk in memory and misbehaves when it is told to.
 
@@ -252,13 +294,17 @@ class Scripted:
     def _handshake(self, connection):
         connection.sendall(self.greeting)
         self._take(connection, 4)
-        _, option, length = struct.unpack(">8sII", self._take(connection, 16))
-        self._take(connection, length)
 
         def reply(kind, data=b""):
             head = struct.pack(">QIII", 0x3E889045565A9, option, kind, len(data))
             connection.sendall(head + data)
 
+        while True:
+            _, option, length = struct.unpack(">8sII", self._take(connection, 16))
+            self._take(connection, length)
+            if option == nbd.OPT_GO:
+                break
+            reply(1 << 31 | 1)
         reply(3, struct.pack(">HQH", 0, len(self.data), self.flags))
         if self.sizes:
             reply(3, struct.pack(">HIII", 3, *self.sizes))

@@ -8,7 +8,7 @@ import nbd
 from harness import (
     BLOCK, BUSY, EXTENT, FAILED, MIB, NOT_FOUND, REFUSED, USAGE, Failed, Model, check, until,
 )
-from servers import SIZE, Nbdkit, NbdServer, QemuNbd, Scripted, free_port
+from servers import SIZE, Exported, Nbdkit, NbdServer, QemuNbd, Scripted, free_port
 
 BLOCKS = 64 * MIB // BLOCK
 
@@ -39,9 +39,10 @@ def _server_dies(area, server):
         check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
         members = area.status()["members"]
         flags = [member["unfenced"] for member in members]
-        check(flags == [False, True], f"unfenced is {flags}")
+        check(flags == [False, not server.fences], f"unfenced is {flags}")
         said = area.ctl("status", "m")
-        check("unfenced; " in said, f"status does not say unfenced: {said}")
+        word = "  fenced; " if server.fences else "  unfenced; "
+        check(word in said, f"status does not say{word}: {said}")
         # Only what changed meanwhile is copied.
         for number in area.random.sample(range(BLOCKS), 500):
             model.write(client, number)
@@ -100,6 +101,16 @@ def nbd_server_dies_on_a_unix_socket(area):
 def nbd_server_dies_over_tcp(area):
     """nbd-server, TCP."""
     _server_dies(area, NbdServer(area, "peer", tcp=True))
+
+
+def our_server_dies_on_a_unix_socket(area):
+    """mirrorctl export, unix."""
+    _server_dies(area, Exported(area, "peer"))
+
+
+def our_server_dies_over_tcp(area):
+    """mirrorctl export, TCP."""
+    _server_dies(area, Exported(area, "peer", tcp=True))
 
 
 def a_mirror_of_peers_only(area):

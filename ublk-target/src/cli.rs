@@ -31,6 +31,9 @@ pub(crate) struct Args {
     /// The servers of peer members have ended every earlier session with them
     #[arg(long)]
     pub(crate) peer_sessions_over: bool,
+    /// Servers that admit one writer end another host's session, also one that lives
+    #[arg(long)]
+    pub(crate) take_over: bool,
     /// Do not record write intent: after a crash the copies may differ. For benchmarks only
     #[arg(long)]
     pub(crate) no_intent_unsafe_for_benchmarks: bool,

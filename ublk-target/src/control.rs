@@ -11,13 +11,15 @@ use std::time::Duration;
 
 use mirror::ControlError;
 use mirror::control::{
-    ErrorKind, MAX_REQUEST_BYTES, MemberRef, Reply, Request, from_line, to_line,
+    ErrorKind, MAX_REQUEST_BYTES, MemberRef, MemberState, MemberStatus, Reply, Request, from_line,
+    to_line,
 };
 use scrubber::Start;
 
 use crate::batch::Batch;
 use crate::daemon::Daemon;
 use crate::member::{self, MemberDisk};
+use crate::peer_disk::Peers;
 use crate::ring;
 use crate::stream::{Inbox, StreamError, send_all};
 use crate::sys::Prepared;
@@ -137,8 +139,8 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             status.daemon_pid = std::process::id();
             status.scrub = Some(Box::new(daemon.scrubber.status()));
             for member in &mut status.members {
-                // No server that is spoken to can fence yet.
-                member.unfenced = peer::is_address(&member.path);
+                let path = &member.path;
+                member.unfenced = peer::is_address(path) && !daemon.peers.is_fenced(path);
             }
             return Reply::Status(Box::new(status));
         }
@@ -229,7 +231,16 @@ async fn remove(
 
 async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<MemberDisk, ControlError> {
     let path = path.to_owned();
-    match daemon.ring.blocking(move || member::open(&path)).await {
+    // A command given by mistake must not take the export from the member that is served by it.
+    let receiving = |state| matches!(state, MemberState::InSync | MemberState::Resyncing);
+    let serves = |it: &MemberStatus| it.path == path && it.attached && receiving(it.state);
+    let claimant = if daemon.engine.status().members.iter().any(serves) {
+        Peers::stranger()
+    } else {
+        daemon.peers.claimant(&path, false)
+    };
+    let opening = daemon.ring.blocking(move || member::open(&path, claimant));
+    match opening.await {
         Ok(opened) => Ok(opened.bind(&daemon.ring, daemon.deadline, &daemon.peers)),
         Err(error) => Err(ControlError {
             kind: error.kind(),

@@ -18,6 +18,7 @@ use mirror::control::{ErrorKind, MemberState};
 use mirror::engine::SUM_CACHE_BYTES_DEFAULT;
 use mirror::pace::Limits;
 use mirror::{Candidate, ControlError, Mirror, StartOptions};
+use peer::Claimant;
 use scrubber::{Scrubber, Settings};
 
 use crate::cli::{Args, CheckReads, FrontKind};
@@ -42,6 +43,9 @@ pub(crate) type Engine = Mirror<RingHost, MemberDisk>;
 const RING_ENTRIES: u32 = 2048;
 /// A daemon that was killed lets go of its members when its last I/O has ended.
 const BUSY_PATIENCE: Duration = Duration::from_secs(5);
+/// A server may notice only so late that the session of a daemon that was killed is over: when
+/// the disk is slow, or the host is gone.
+const PEER_PATIENCE: Duration = Duration::from_secs(35);
 /// Control clients get their answers before the process exits, but not for ever.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Who lets go of the device within this time does not keep it from being stopped: a client
@@ -382,7 +386,8 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
     let mut missing = Vec::new();
     let mut kind = ErrorKind::NotFound;
     for path in &args.members {
-        match open_member(&ring, path).await {
+        let claimant = peers.claimant(path, args.take_over);
+        match open_member(&ring, path, claimant).await {
             Ok(opened) => match opened.unfinished_session() {
                 Some(why) if !args.peer_sessions_over => {
                     tracing::warn!("{why}");
@@ -397,6 +402,9 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
             Err(error) if error.is_absence() => {
                 tracing::warn!("{error}");
                 missing.push(error.to_string());
+                if error.may_pass() && kind == ErrorKind::NotFound {
+                    kind = ErrorKind::Busy;
+                }
             }
             Err(error) => return Err(Failure::new(error.kind(), error)),
         }
@@ -440,11 +448,16 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
 }
 
 /// Opens a member; waits a little while a dead daemon still holds it (R13).
-async fn open_member(ring: &Rc<Ring>, path: &str) -> Result<Opened, OpenError> {
-    let give_up = ring::now() + BUSY_PATIENCE;
+async fn open_member(ring: &Rc<Ring>, path: &str, claimant: Claimant) -> Result<Opened, OpenError> {
+    let give_up = ring::now()
+        + if peer::is_address(path) {
+            PEER_PATIENCE
+        } else {
+            BUSY_PATIENCE
+        };
     loop {
         let owned = path.to_owned();
-        match ring.blocking(move || member::open(&owned)).await {
+        match ring.blocking(move || member::open(&owned, claimant)).await {
             Err(error) if error.may_pass() && ring::now() < give_up => {
                 ring.sleep_until(ring::now() + Duration::from_millis(100))
                     .await;

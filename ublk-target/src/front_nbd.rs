@@ -28,10 +28,10 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use mirror::host::{Errno, Span};
+use peer::server::{self as proto, Command, Export, MAX_PAYLOAD_BYTES, REQUEST_BYTES, Request};
 
 use crate::batch::Batch;
 use crate::daemon::Engine;
-use crate::nbd_proto::{self as proto, Command, Export, MAX_PAYLOAD_BYTES, REQUEST_BYTES, Request};
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
 use crate::stream::{Inbox, StreamError, send_all};
@@ -74,6 +74,8 @@ impl NbdServer {
             name: name.to_owned(),
             size_bytes: engine.size_bytes(),
             block_bytes: engine.logical_block_bytes(),
+            payload_bytes_max: MAX_PAYLOAD_BYTES,
+            flags: proto::EVERYTHING,
         };
         Rc::new(Self {
             engine: Rc::clone(engine),
@@ -216,7 +218,8 @@ impl Connection {
     async fn serve(self: &Rc<Self>) -> Result<(), StreamError> {
         let mut inbox = Inbox::new(&self.server.ring, &self.fd, INBOX_BYTES);
         self.limit_handshake();
-        if !proto::negotiate(&mut inbox, &self.server.export).await? {
+        let mut desk = self.server.export.clone();
+        if !proto::negotiate(&mut inbox, &mut desk).await? {
             return Ok(());
         }
         self.negotiated.set(true);

@@ -6,7 +6,7 @@
 //! | `ring` | the reactor: one io_uring, timers, tasks |
 //! | `host`, `member`, `disk`, `peer_disk` | the engine's traits over the ring; members are local or peers |
 //! | `stream`, `batch`, `signal` | sockets on the ring; a flag that tasks wait for |
-//! | `nbd_proto`, `front_nbd` | the NBD front end |
+//! | `front_nbd` | the NBD front end |
 //! | `front_ublk` | the ublk front end; hides libublk |
 //! | `control` | the control socket |
 //! | `daemon` | start, life and stop |
@@ -27,7 +27,6 @@ mod front_ublk;
 mod host;
 mod log;
 mod member;
-mod nbd_proto;
 mod peer_disk;
 mod ready;
 mod ring;

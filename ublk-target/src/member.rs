@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use mirror::control::ErrorKind;
 use mirror::host::{Disk, DiskRequest, Errno, Geometry};
-use peer::Address;
+use peer::{Address, Claimant};
 
 use crate::disk::{self, DiskOp, LocalDisk, OpenedDisk};
 use crate::peer_disk::{OpenedPeer, PeerDisk, PeerOp, Peers};
@@ -51,7 +51,11 @@ impl OpenError {
 
     /// Whether trying again a little later may help.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self, Self::Local(disk::OpenError::Busy { .. }))
+        match self {
+            Self::Local(error) => matches!(error, disk::OpenError::Busy { .. }),
+            Self::Address(_) => false,
+            Self::Peer(error) => error.is_in_use(),
+        }
     }
 }
 
@@ -64,13 +68,13 @@ pub(crate) enum Opened {
     Peer(OpenedPeer),
 }
 
-/// Opens the member at `path`, which may be an address. May block.
-pub(crate) fn open(path: &str) -> Result<Opened, OpenError> {
+/// Opens the member at `path`, which may be an address; `claimant` matters to those. May block.
+pub(crate) fn open(path: &str, claimant: Claimant) -> Result<Opened, OpenError> {
     if !peer::is_address(path) {
         return Ok(Opened::Local(disk::open(path)?));
     }
     let address: Address = path.parse()?;
-    Ok(Opened::Peer(OpenedPeer::open(&address)?))
+    Ok(Opened::Peer(OpenedPeer::open(&address, claimant)?))
 }
 
 impl Opened {

@@ -11,8 +11,14 @@
 //!   what comes in the same receive as a reply is copied once, the rest is received in place.
 //! - When the connection fails in any way (an error, its end, a reply that makes no sense), every
 //!   outstanding operation fails with [`GONE`], and every later one at once. Nothing is sent
-//!   again and nobody connects anew: an ordinary server cannot be asked to end the old session
-//!   first (R13), so the member returns by the operator's order.
+//!   again and nobody connects anew: the member returns by the operator's order. An ordinary
+//!   server cannot be asked to end the old session first (R13). One of ours has done so before it
+//!   admits the new one: a member whose session such a server granted is called *fenced*. Each
+//!   return is a loss and a return (R14).
+//! - After an unclean end of a session a start takes the operator's word for every peer, fenced or
+//!   not: what counts is the server that served the session which ended so, and the one that is met
+//!   now may be another, on the same disk. To do without, the superblock would have to remember the
+//!   instance that granted the session; the instance met at a start is compared with nothing (R14).
 //! - An operation whose future was dropped, an orphan, goes on. The data of its read go into its
 //!   own buffer, which stays in use until its reply has come in full, or until the connection is
 //!   dead and neither reader nor sender has anything under way in the kernel (R6). Only then
@@ -32,24 +38,27 @@
 //!             orphaned ──last reply, or end──► Free
 //! ```
 
+mod peers;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::rc::{Rc, Weak};
+use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use mirror::host::{Disk, DiskRequest, Errno, Geometry, Span};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, LastStop, Superblock};
 use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
-use peer::{Address, Ask, Client, Export, Kind, Session};
+use peer::{Address, Ask, Claimant, Client, Export, Kind, Session};
 use rustix::net::{SendFlags, Shutdown, sockopt};
 
+pub(crate) use self::peers::Peers;
 use crate::batch::Batch;
-use crate::ring::{self, Ring};
+use crate::ring::Ring;
 use crate::signal::Signal;
 use crate::stream::{Inbox, StreamError, send_all};
 use crate::sys::{IoBuffer, Lend};
@@ -58,8 +67,6 @@ use crate::sys::{IoBuffer, Lend};
 pub(crate) const GONE: Errno = Errno(104);
 /// Bytes that one receive may bring.
 const INBOX_BYTES: usize = 64 << 10;
-/// How long a connection that was cut may take to be over.
-const SEVER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A connection that is not bound to a ring yet. Connecting may block, so that it happens on
 /// any thread.
@@ -69,12 +76,16 @@ pub(crate) struct OpenedPeer {
     export: Export,
     address: String,
     unclean: bool,
+    /// Its server admits one writer: only to be shown.
+    fenced: bool,
 }
 
 impl OpenedPeer {
-    /// Connects to an export and looks at its superblock.
-    pub(crate) fn open(address: &Address) -> Result<Self, peer::ConnectError> {
-        let mut client = Client::connect(address)?;
+    /// Connects to an export, as its one writer where that can be had, and looks at its
+    /// superblock.
+    pub(crate) fn open(address: &Address, claimant: Claimant) -> Result<Self, peer::ConnectError> {
+        let mut client = Client::claim(address, claimant)?;
+        let fenced = client.fence().is_some();
         let broken = |source: io::Error| peer::ConnectError::Unreachable {
             address: address.clone(),
             source,
@@ -93,6 +104,7 @@ impl OpenedPeer {
             export,
             address: address.to_string(),
             unclean,
+            fenced,
         })
     }
 
@@ -106,29 +118,6 @@ impl OpenedPeer {
                 self.address
             )
         })
-    }
-}
-
-/// The connections of this daemon.
-#[derive(Default)]
-pub(crate) struct Peers(RefCell<Vec<Weak<Link>>>);
-
-impl Peers {
-    /// Cuts the connections to `address` that are waiting for answers, and says whether nothing
-    /// is outstanding on any now. Only for members that are out of service.
-    pub(crate) async fn sever(&self, ring: &Rc<Ring>, address: &str) -> bool {
-        let links: Vec<_> = self.0.borrow().iter().filter_map(Weak::upgrade).collect();
-        let links: Vec<_> = links.iter().filter(|it| it.address == address).collect();
-        let owing = || links.iter().any(|link| link.in_flight.get() > 0);
-        for link in links.iter().filter(|link| link.in_flight.get() > 0) {
-            link.end("the operator lets go of it");
-        }
-        let give_up = ring::now() + SEVER_PATIENCE;
-        while owing() && ring::now() < give_up {
-            ring.sleep_until(ring::now() + Duration::from_millis(10))
-                .await;
-        }
-        !links.is_empty() && !owing()
     }
 }
 
@@ -382,6 +371,7 @@ impl PeerDisk {
         deadline: Duration,
         peers: &Peers,
     ) -> Self {
+        let fenced = opened.fenced;
         let link = Rc::new(Link {
             ring: Rc::clone(ring),
             fd: Rc::new(opened.fd),
@@ -398,9 +388,7 @@ impl PeerDisk {
         let _ = sockopt::set_tcp_user_timeout(link.fd.as_fd(), silent);
         ring.spawn(Rc::clone(&link).send_requests());
         ring.spawn(Rc::clone(&link).receive_replies());
-        let mut known = peers.0.borrow_mut();
-        known.retain(|link| link.strong_count() > 0);
-        known.push(Rc::downgrade(&link));
+        peers.add(&link, fenced);
         Self(link)
     }
 }

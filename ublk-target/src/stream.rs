@@ -4,9 +4,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use mirror::host::{Buffer as _, Errno};
+use peer::server::{Peer, ProtocolError};
 
 use crate::batch::Batch;
-use crate::nbd_proto::{Peer, ProtocolError};
 use crate::ring::Ring;
 use crate::sys::{IoBuffer, Lend, Prepared};
 

@@ -13,9 +13,8 @@ use mirror::create::{
     CreateError, CreatePlan, CreateRequest, MEMBERS, MemberPlan, NewMember, plan,
 };
 use mirror::layout::{Layout, MEMBER_BYTES_MIN, MIRROR_BYTES_MAX};
-use rustix::rand::{GetRandomFlags, getrandom};
 
-use super::path_text;
+use super::{path_text, random};
 use crate::failure::{Exit, Failure, words};
 use crate::medium::{Access, Medium, identity, is_address};
 use crate::run_dir::check_name;
@@ -226,17 +225,6 @@ fn image_bytes(size: u64) -> u64 {
 
 fn planned(request: &CreateRequest) -> Result<CreatePlan, Failure> {
     plan(request).map_err(|e| Failure::usage(format!("{}.", output::capital(&e.to_string()))))
-}
-
-fn random() -> Result<u128, Failure> {
-    let mut bytes = [0_u8; 16];
-    let drawn = getrandom(&mut bytes, GetRandomFlags::empty());
-    match drawn {
-        Ok(16) => Ok(u128::from_le_bytes(bytes)),
-        _ => Err(Failure::failed(
-            "The system gives no random numbers, and a mirror needs them for its identity.",
-        )),
-    }
 }
 
 /// Files made by this command, removed when it does not come to its end.

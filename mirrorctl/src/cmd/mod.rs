@@ -7,6 +7,7 @@ mod clear_flush_error;
 mod create;
 mod destroy;
 mod examine;
+mod export;
 mod fail;
 mod inspection;
 mod re_add;
@@ -23,6 +24,7 @@ use std::path::Path;
 use clap::Subcommand;
 use mirror::control::MemberRef;
 use mirror::superblock::{ADDRESS_BYTES_MAX, SlotState};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::Context;
 use crate::failure::Failure;
@@ -61,6 +63,8 @@ pub(crate) enum Command {
     Scrub(scrub::Args),
     /// Let FLUSH work again after flushes failed on every member
     ClearFlushError(clear_flush_error::Args),
+    /// Export a disk of this machine as a peer member, until SIGTERM
+    Export(export::Args),
     /// Wipe the superblocks of a stopped mirror's members
     Destroy(destroy::Args),
     /// Begin a session and become the daemon (used by start)
@@ -87,6 +91,7 @@ impl Command {
             Self::Wait(args) => wait::run(&args, context),
             Self::Scrub(args) => scrub::run(&args, context),
             Self::ClearFlushError(args) => clear_flush_error::run(&args, context),
+            Self::Export(args) => export::run(&args, context),
             Self::Destroy(args) => destroy::run(&args, context),
             Self::Detached(args) => crate::daemon::become_daemon(&args),
         }
@@ -133,6 +138,18 @@ fn refuse_long_address(path: &str) -> Result<(), Failure> {
         )));
     }
     Ok(())
+}
+
+/// Random bits for an identity.
+pub(crate) fn random() -> Result<u128, Failure> {
+    let mut bytes = [0_u8; 16];
+    let drawn = getrandom(&mut bytes, GetRandomFlags::empty());
+    match drawn {
+        Ok(16) => Ok(u128::from_le_bytes(bytes)),
+        _ => Err(Failure::failed(
+            "The system gives no random numbers, which identities are made of.",
+        )),
+    }
 }
 
 /// An absolute path, or an address, as the control protocol carries it.

@@ -67,6 +67,10 @@ pub(crate) struct Options {
     /// The servers of peer members have ended every earlier session with them (or were restarted)
     #[arg(long)]
     peer_sessions_over: bool,
+    /// Take peer members from another host that uses them, which loses them; `mirrorctl export`
+    /// then ends its sessions
+    #[arg(long)]
+    take_over: bool,
     /// Record no write intent: an unclean stop then loses data. For benchmarks only
     #[arg(long)]
     no_intent_unsafe_for_benchmarks: bool,
@@ -168,6 +172,9 @@ impl Options {
         }
         if self.peer_sessions_over {
             args.push("--peer-sessions-over".into());
+        }
+        if self.take_over {
+            args.push("--take-over".into());
         }
         if self.no_intent_unsafe_for_benchmarks {
             args.push("--no-intent-unsafe-for-benchmarks".into());
@@ -291,6 +298,7 @@ mod tests {
             nbd_tcp: Some("[::1]:10809".parse().unwrap()),
             force: true,
             peer_sessions_over: true,
+            take_over: true,
             no_intent_unsafe_for_benchmarks: true,
             queue_depth: Some(64),
             deadline: Some(7),
@@ -313,7 +321,7 @@ mod tests {
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
              --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
              --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force \
-             --peer-sessions-over --no-intent-unsafe-for-benchmarks -- /a -b"
+             --peer-sessions-over --take-over --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
     }

@@ -166,8 +166,12 @@ fn member_rows(status: &Status) -> Vec<Vec<String>> {
     let head = ["slot", "state", "missed", "path", ""];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for member in &status.members {
-        let unfenced = member.unfenced.then(|| "unfenced".to_owned());
-        let mut notes: Vec<String> = unfenced.into_iter().chain(member.reason.clone()).collect();
+        let fence = match (member.unfenced, peer::is_address(&member.path)) {
+            (true, _) => Some("unfenced".to_owned()),
+            (false, true) => Some("fenced".to_owned()),
+            (false, false) => None,
+        };
+        let mut notes: Vec<String> = fence.into_iter().chain(member.reason.clone()).collect();
         for (count, what) in [
             (member.read_errors, "read errors"),
             (member.repaired_blocks, "blocks repaired"),

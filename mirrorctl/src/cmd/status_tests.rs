@@ -44,6 +44,20 @@ mirror data: resyncing, 1.0 GiB on /dev/ublkb0
 }
 
 #[test]
+fn a_peer_is_fenced_or_is_not() {
+    let mut status: Status = serde_json::from_str(DOCUMENT).unwrap();
+    status.members[0].path = "nbd://h/m".to_owned();
+    let said = text(&status);
+    assert!(said.contains("nbd://h/m  fenced; 2 read errors"), "{said}");
+    status.members[0].unfenced = true;
+    let said = text(&status);
+    assert!(
+        said.contains("nbd://h/m  unfenced; 2 read errors"),
+        "{said}"
+    );
+}
+
+#[test]
 fn what_endangers_data_is_said() {
     let mut status: Status = serde_json::from_str(DOCUMENT).unwrap();
     status.write_intent = false;

@@ -87,6 +87,7 @@ fn disk<T: Send + 'static>(
         },
         address: "nbd://test/".to_owned(),
         unclean: false,
+        fenced: false,
     };
     let server = std::thread::spawn(move || script(Server(theirs)));
     let peers = Rc::new(Peers::default());

@@ -1,56 +1,81 @@
-//! The NBD protocol as bytes: what a server receives and sends, without any I/O.
+//! The server's side of NBD as bytes: what it receives and sends, without any I/O.
+//!
+//! The daemon's front end, which serves a mirror, and the export server, which serves one disk,
+//! both speak through it.
 //!
 //! Source: "The NBD protocol" (doc/proto.md of the NBD project). All numbers are big-endian.
 //! Fixed newstyle negotiation and simple replies only; structured replies, TLS and metadata
-//! contexts are refused as the specification provides. Decoding gives a value or an error for
+//! contexts are refused as the specification provides. Claims ([`crate::claim`]) are decided by
+//! who serves, and unknown to the front end. Decoding gives a value or an error for
 //! any bytes (R17): a request's header allocates nothing, an option what [`MAX_OPTION_BYTES`]
 //! says and its short answer.
 //!
-//! Byte tables and numbers are in [`peer::wire`].
+//! Byte tables and numbers are in [`crate::wire`].
 
-pub(crate) use peer::wire::REQUEST_BYTES;
-use peer::wire::{
+pub mod admission;
+
+use crate::claim::{self, Claim};
+pub use crate::wire::REQUEST_BYTES;
+use crate::wire::{
     COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS,
-    EXPORT_MULTI_CONN, EXPORT_TRIM, EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES,
-    INFO_BLOCK_SIZE, INFO_EXPORT, INIT_MAGIC, OPTION_ABORT, OPTION_BYTES, OPTION_EXPORT_NAME,
-    OPTION_GO, OPTION_INFO, OPTION_LIST, OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK,
-    REP_ERR_INVALID, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_SERVER,
-    REPLY_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16, be32, be64,
+    EXPORT_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_TRIM, EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE,
+    FLAG_NO_ZEROES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE, INIT_MAGIC, OPTION_ABORT,
+    OPTION_BYTES, OPTION_CLAIM, OPTION_EXPORT_NAME, OPTION_GO, OPTION_INFO, OPTION_LIST,
+    OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_IN_USE, REP_ERR_INVALID, REP_ERR_POLICY,
+    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_SERVER, REPLY_BYTES,
+    REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16, be32, be64,
 };
 
 /// Longest option data that is read; the longest meaningful one is a name of 4096 bytes.
-pub(crate) const MAX_OPTION_BYTES: usize = 8192;
+pub const MAX_OPTION_BYTES: usize = 8192;
 /// Longest read or write, announced as the maximum block size.
-pub(crate) const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
+pub const MAX_PAYLOAD_BYTES: u32 = 32 << 20;
 
-/// What the mirror offers.
-const TRANSMISSION_FLAGS: u16 = EXPORT_HAS_FLAGS
+const NO_SUCH_EXPORT: &[u8] = b"this server has no such export";
+
+/// Transmission flags of an export that can do everything, on one connection or several.
+pub const EVERYTHING: u16 = EXPORT_HAS_FLAGS
     | EXPORT_FLUSH
     | EXPORT_FUA
     | EXPORT_TRIM
     | EXPORT_WRITE_ZEROES
     | EXPORT_MULTI_CONN;
 
-/// What a client sees of the mirror.
+/// What a client sees of a mirror or a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Export {
-    /// The mirror's name; the empty name means it too.
-    pub(crate) name: String,
+pub struct Export {
+    /// Its name; the empty name means it too.
+    pub name: String,
     /// Size in bytes.
-    pub(crate) size_bytes: u64,
+    pub size_bytes: u64,
     /// Smallest unit of a request.
-    pub(crate) block_bytes: u32,
+    pub block_bytes: u32,
+    /// Longest read or write in bytes, [`MAX_PAYLOAD_BYTES`] or less.
+    pub payload_bytes_max: u32,
+    /// Transmission flags.
+    pub flags: u16,
 }
 
 impl Export {
     fn answers_to(&self, name: &[u8]) -> bool {
         name.is_empty() || name == self.name.as_bytes()
     }
+
+    fn offers(&self, command: Command) -> bool {
+        self.flags
+            & match command {
+                Command::Flush => EXPORT_FLUSH,
+                Command::Trim => EXPORT_TRIM,
+                Command::WriteZeroes => EXPORT_WRITE_ZEROES,
+                _ => return true,
+            }
+            != 0
+    }
 }
 
 /// What ends a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum ProtocolError {
+pub enum ProtocolError {
     /// The peer does not speak the protocol, or the stream is out of step.
     #[error("the client sent {found:#x} where the protocol has {expected:#x}")]
     Magic {
@@ -90,7 +115,11 @@ fn client_flags(bytes: [u8; 4]) -> Result<bool, ProtocolError> {
 }
 
 /// A connection, as the negotiation uses it.
-pub(crate) trait Peer {
+#[allow(
+    async_fn_in_trait,
+    reason = "a connection stays on the thread that serves it"
+)]
+pub trait Peer {
     /// What ends the connection.
     type Error: From<ProtocolError>;
 
@@ -107,12 +136,49 @@ pub(crate) trait Peer {
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 }
 
+/// What a server makes of a claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The server knows no claims.
+    Unknown,
+    /// Granted, or only asked for, by this instance of the server.
+    Granted(u128),
+    /// Another session, which lives, may write; a sentence.
+    InUse(String),
+    /// Refused; a sentence.
+    Refused(String),
+}
+
+/// Who decides what a client gets during the negotiation.
+#[allow(
+    async_fn_in_trait,
+    reason = "a connection stays on the thread that serves it"
+)]
+pub trait Desk {
+    /// The export as this client has it by now.
+    fn export(&self) -> &Export;
+
+    /// Decides on a claim; without one only says whether claims are known.
+    async fn claim(&mut self, claim: Option<Claim>) -> Verdict;
+}
+
+/// A server without claims.
+impl Desk for Export {
+    fn export(&self) -> &Export {
+        self
+    }
+
+    async fn claim(&mut self, _: Option<Claim>) -> Verdict {
+        Verdict::Unknown
+    }
+}
+
 /// Greets a client and answers its options; returns whether requests follow.
 ///
 /// # Errors
 ///
 /// When the connection fails, or the client does not speak the protocol.
-pub(crate) async fn negotiate<P: Peer>(peer: &mut P, export: &Export) -> Result<bool, P::Error> {
+pub async fn negotiate<P: Peer>(peer: &mut P, desk: &mut impl Desk) -> Result<bool, P::Error> {
     peer.send(&greeting()).await?;
     let no_zeroes = client_flags(peer.array().await?)?;
     loop {
@@ -125,7 +191,17 @@ pub(crate) async fn negotiate<P: Peer>(peer: &mut P, export: &Export) -> Result<
             None
         };
         let mut reply = Vec::new();
-        let next = answer_option(option, data.as_deref(), export, no_zeroes, &mut reply)?;
+        let next = if let (OPTION_CLAIM, Some(data)) = (option, &data) {
+            answer_claim(data, desk, &mut reply).await
+        } else {
+            answer_option(
+                option,
+                data.as_deref(),
+                desk.export(),
+                no_zeroes,
+                &mut reply,
+            )?
+        };
         let sent = peer.send(&reply).await;
         match next {
             Next::More => sent?,
@@ -149,7 +225,7 @@ fn option_header(bytes: &[u8; OPTION_BYTES]) -> Result<(u32, u32), ProtocolError
 
 /// What the negotiation does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
+pub enum Next {
     /// Another option may follow.
     More,
     /// Requests follow.
@@ -160,7 +236,7 @@ pub(crate) enum Next {
 
 /// Answers one option by appending to `reply`. `data` is none when it was longer than
 /// [`MAX_OPTION_BYTES`] and has been skipped.
-pub(crate) fn answer_option(
+pub fn answer_option(
     option: u32,
     data: Option<&[u8]>,
     export: &Export,
@@ -172,7 +248,7 @@ pub(crate) fn answer_option(
             return Err(ProtocolError::UnknownExport);
         }
         reply.extend_from_slice(&export.size_bytes.to_be_bytes());
-        reply.extend_from_slice(&TRANSMISSION_FLAGS.to_be_bytes());
+        reply.extend_from_slice(&export.flags.to_be_bytes());
         if !no_zeroes {
             reply.extend_from_slice(&[0; 124]);
         }
@@ -208,6 +284,32 @@ pub(crate) fn answer_option(
     }
 }
 
+/// Answers a claim by appending to `reply`.
+async fn answer_claim(data: &[u8], desk: &mut impl Desk, reply: &mut Vec<u8>) -> Next {
+    let option = OPTION_CLAIM;
+    let Some((name, claim)) = claim::decode(data) else {
+        let why = b"the claim makes no sense";
+        option_reply(reply, option, REP_ERR_INVALID, why);
+        return Next::More;
+    };
+    if !desk.export().answers_to(name) {
+        option_reply(reply, option, REP_ERR_UNKNOWN, NO_SUCH_EXPORT);
+        return Next::More;
+    }
+    match desk.claim(claim).await {
+        Verdict::Unknown => option_reply(reply, option, REP_ERR_UNSUP, &[]),
+        Verdict::InUse(why) => option_reply(reply, option, REP_ERR_IN_USE, why.as_bytes()),
+        Verdict::Refused(why) => option_reply(reply, option, REP_ERR_POLICY, why.as_bytes()),
+        Verdict::Granted(instance) => {
+            let mut info = INFO_FENCE.to_be_bytes().to_vec();
+            info.extend_from_slice(&instance.to_be_bytes());
+            option_reply(reply, option, REP_INFO, &info);
+            option_reply(reply, option, REP_ACK, &[]);
+        }
+    }
+    Next::More
+}
+
 fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> Next {
     let Some(name) = go_name(data) else {
         option_reply(
@@ -219,18 +321,13 @@ fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> 
         return Next::More;
     };
     if !export.answers_to(name) {
-        option_reply(
-            reply,
-            option,
-            REP_ERR_UNKNOWN,
-            b"this server has another mirror",
-        );
+        option_reply(reply, option, REP_ERR_UNKNOWN, NO_SUCH_EXPORT);
         return Next::More;
     }
     let mut info = Vec::with_capacity(14);
     info.extend_from_slice(&INFO_EXPORT.to_be_bytes());
     info.extend_from_slice(&export.size_bytes.to_be_bytes());
-    info.extend_from_slice(&TRANSMISSION_FLAGS.to_be_bytes());
+    info.extend_from_slice(&export.flags.to_be_bytes());
     option_reply(reply, option, REP_INFO, &info);
     // Sent unasked: the specification asks servers with a minimum above one byte to do so.
     info.clear();
@@ -238,7 +335,7 @@ fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> 
     for bytes in [
         export.block_bytes,
         export.block_bytes.max(4096),
-        MAX_PAYLOAD_BYTES,
+        export.payload_bytes_max,
     ] {
         info.extend_from_slice(&bytes.to_be_bytes());
     }
@@ -271,7 +368,7 @@ fn option_reply(reply: &mut Vec<u8>, option: u32, kind: u32, data: &[u8]) {
 
 /// What a request wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Command {
+pub enum Command {
     /// Read `len` bytes.
     Read,
     /// Write the `len` bytes that follow.
@@ -288,23 +385,31 @@ pub(crate) enum Command {
     Invalid,
 }
 
+impl Command {
+    /// Whether it changes what the export holds.
+    #[must_use]
+    pub fn changes(self) -> bool {
+        matches!(self, Self::Write | Self::Trim | Self::WriteZeroes)
+    }
+}
+
 /// A request's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Request {
+pub struct Request {
     /// What to do.
-    pub(crate) command: Command,
+    pub command: Command,
     /// Given back in the reply.
-    pub(crate) cookie: u64,
+    pub cookie: u64,
     /// First byte.
-    pub(crate) offset: u64,
+    pub offset: u64,
     /// Length in bytes.
-    pub(crate) len: u32,
+    pub len: u32,
     /// Durable before the reply.
-    pub(crate) fua: bool,
+    pub fua: bool,
 }
 
 /// Decodes a request's header.
-pub(crate) fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
+pub fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
     let magic = be32(bytes, 0).unwrap_or(0);
     if magic != REQUEST_MAGIC {
         let expected = u64::from(REQUEST_MAGIC);
@@ -343,13 +448,17 @@ pub(crate) fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolEr
     })
 }
 
-/// A request's answer that is known without asking the engine.
-pub(crate) fn refusal(request: &Request, export: &Export) -> Option<u32> {
+/// A request's answer that is known without doing it.
+pub fn refusal(request: &Request, export: &Export) -> Option<u32> {
     let block = u64::from(export.block_bytes);
     let len = u64::from(request.len);
     match request.command {
         Command::Invalid => return Some(EINVAL),
+        _ if !export.offers(request.command) => return Some(EINVAL),
         Command::Flush | Command::Disconnect => return None,
+        changing if changing.changes() && export.flags & EXPORT_READ_ONLY != 0 => {
+            return Some(EPERM);
+        }
         _ => {}
     }
     let end = request.offset.checked_add(len);
@@ -361,14 +470,15 @@ pub(crate) fn refusal(request: &Request, export: &Export) -> Option<u32> {
     if len == 0 || !request.offset.is_multiple_of(block) || !len.is_multiple_of(block) {
         return Some(EINVAL);
     }
-    if request.command == Command::Read && request.len > MAX_PAYLOAD_BYTES {
+    let has_payload = matches!(request.command, Command::Read | Command::Write);
+    if has_payload && request.len > export.payload_bytes_max {
         return Some(EOVERFLOW);
     }
     None
 }
 
 /// Bytes of memory that a request needs for its data, at most [`MAX_PAYLOAD_BYTES`].
-pub(crate) fn payload_bytes(request: &Request, export: &Export) -> usize {
+pub fn payload_bytes(request: &Request, export: &Export) -> usize {
     match request.command {
         // Also a refused write's data has to be taken in.
         Command::Write => request.len as usize,
@@ -377,7 +487,8 @@ pub(crate) fn payload_bytes(request: &Request, export: &Export) -> usize {
     }
 }
 
-const EPERM: u32 = 1;
+/// Not allowed.
+pub const EPERM: u32 = 1;
 const EIO: u32 = 5;
 const ENOMEM: u32 = 12;
 const EINVAL: u32 = 22;
@@ -387,7 +498,7 @@ const ENOTSUP: u32 = 95;
 const ESHUTDOWN: u32 = 108;
 
 /// The protocol knows few error numbers; all others become EIO.
-pub(crate) fn wire_error(errno: i32) -> u32 {
+pub fn wire_error(errno: i32) -> u32 {
     match u32::try_from(errno) {
         Ok(code @ (EPERM | EIO | ENOMEM | EINVAL | ENOSPC | EOVERFLOW | ENOTSUP | ESHUTDOWN)) => {
             code
@@ -397,7 +508,7 @@ pub(crate) fn wire_error(errno: i32) -> u32 {
 }
 
 /// A simple reply's header.
-pub(crate) fn reply_header(cookie: u64, error: u32) -> [u8; REPLY_BYTES] {
+pub fn reply_header(cookie: u64, error: u32) -> [u8; REPLY_BYTES] {
     let mut bytes = [0; REPLY_BYTES];
     bytes[..4].copy_from_slice(&SIMPLE_REPLY_MAGIC.to_be_bytes());
     bytes[4..8].copy_from_slice(&error.to_be_bytes());
@@ -406,5 +517,4 @@ pub(crate) fn reply_header(cookie: u64, error: u32) -> [u8; REPLY_BYTES] {
 }
 
 #[cfg(test)]
-#[path = "nbd_proto/tests.rs"]
 mod tests;

@@ -4,9 +4,10 @@
 use proptest::prelude::{any, prop_assert, proptest};
 
 use super::{
-    Command, EINVAL, ENOSPC, EOVERFLOW, Export, MAX_PAYLOAD_BYTES, Next, OPTION_BYTES,
-    OPTION_MAGIC, ProtocolError, REQUEST_BYTES, REQUEST_MAGIC, Request, answer_option,
-    client_flags, option_header, refusal, reply_header, request, wire_error,
+    Command, EINVAL, ENOSPC, EOVERFLOW, EPERM, EVERYTHING, EXPORT_READ_ONLY, EXPORT_TRIM, Export,
+    MAX_PAYLOAD_BYTES, Next, OPTION_BYTES, OPTION_MAGIC, ProtocolError, REQUEST_BYTES,
+    REQUEST_MAGIC, Request, answer_option, client_flags, option_header, refusal, reply_header,
+    request, wire_error,
 };
 
 fn export() -> Export {
@@ -14,6 +15,8 @@ fn export() -> Export {
         name: "m0".to_owned(),
         size_bytes: 1 << 20,
         block_bytes: 512,
+        payload_bytes_max: MAX_PAYLOAD_BYTES,
+        flags: EVERYTHING,
     }
 }
 
@@ -139,6 +142,29 @@ fn requests_outside_the_export_are_refused_with_the_right_error() {
         Some(EOVERFLOW),
         "a read above the announced limit"
     );
+}
+
+#[test]
+fn what_an_export_does_not_offer_is_refused() {
+    let refused = |flags: u16, kind: u16, len: u32| {
+        let export = Export {
+            flags,
+            payload_bytes_max: 4096,
+            ..export()
+        };
+        refusal(&request(&header(0, kind, 1, 0, len)).unwrap(), &export)
+    };
+    let looking = EVERYTHING | EXPORT_READ_ONLY;
+    for changing in [1, 4, 6] {
+        assert_eq!(refused(looking, changing, 512), Some(EPERM));
+        assert_eq!(refused(EVERYTHING, changing, 512), None);
+    }
+    assert_eq!(refused(looking, 0, 512), None);
+    assert_eq!(refused(looking, 3, 0), None);
+    assert_eq!(refused(EVERYTHING & !EXPORT_TRIM, 4, 512), Some(EINVAL));
+    assert_eq!(refused(EVERYTHING, 0, 4608), Some(EOVERFLOW));
+    assert_eq!(refused(EVERYTHING, 1, 4608), Some(EOVERFLOW));
+    assert_eq!(refused(EVERYTHING, 6, 4608), None);
 }
 
 #[test]

@@ -1,0 +1,367 @@
+//! One exported disk: its sessions, who of them may write, and the end of it all.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::net::Shutdown;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::rc::Rc;
+use std::time::Duration;
+
+use mirror::host::Errno;
+use mirror::superblock::{COPY_A_OFFSET, COPY_BYTES};
+use peer::claim::{self, Claim};
+use peer::server::admission::{Admission, Answer, SessionId};
+use peer::server::{Export, Verdict};
+use peer::wire::EXPORT_READ_ONLY;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::io::{Store, Stream};
+use crate::memory::Memory;
+use crate::session::Session;
+
+/// Most sessions at once.
+pub(crate) const SESSIONS_MAX: usize = 16;
+/// How long a new connection waits for the place of one that was cut for it.
+const PLACE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a stop waits for clients that do not take their replies.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Who may write without a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unclaimed {
+    /// Nobody: such sessions read.
+    Read,
+    /// One session at a time, from its first write on; the one before is cut and drained.
+    Write,
+}
+
+/// Why a session may not write; a sentence.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Denied {
+    /// Another session, which lives, may.
+    #[error("{0}")]
+    InUse(String),
+    /// Anything else.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<String> for Denied {
+    fn from(why: String) -> Self {
+        Self::Refused(why)
+    }
+}
+
+impl From<Denied> for Verdict {
+    fn from(denied: Denied) -> Self {
+        match denied {
+            Denied::InUse(why) => Self::InUse(why),
+            Denied::Refused(why) => Self::Refused(why),
+        }
+    }
+}
+
+/// A session that was cut never becomes the writer: it must not take the right back from the one
+/// for which it was cut.
+fn refuse_cut<S: Stream>(session: &Session<S>) -> Result<(), Denied> {
+    if session.is_cut() {
+        return Err("the session has been cut".to_owned().into());
+    }
+    Ok(())
+}
+
+/// Runs a task of the server's. A panic in it ends the process: without that task nobody might be
+/// admitted again, and what is under way at the disk keeps it held until it is over.
+pub(crate) fn spawn<T: 'static>(task: impl Future<Output = T> + 'static) -> JoinHandle<T> {
+    let mut task = Box::pin(task);
+    tokio::task::spawn_local(std::future::poll_fn(move |cx| {
+        let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx)));
+        // The panic's message has been printed.
+        polled.unwrap_or_else(|_| std::process::abort())
+    }))
+}
+
+/// One exported disk.
+pub(crate) struct Server<D, S> {
+    pub(crate) store: D,
+    /// As a writer sees it.
+    export: Export,
+    unclaimed: Unclaimed,
+    instance: u128,
+    admission: RefCell<Admission>,
+    sessions: RefCell<BTreeMap<SessionId, Rc<Session<S>>>>,
+    last_session: Cell<SessionId>,
+    stopping: Cell<bool>,
+    /// Flushes of the disk that have failed, whoever asked for them.
+    flush_failures: Cell<u64>,
+    /// Notified when the right to write, or the number of sessions, has changed.
+    changed: Notify,
+    say: Box<dyn Fn(&str)>,
+}
+
+impl<D: Store, S: Stream> Server<D, S> {
+    /// A server of `export`, as a writer sees it; `say` gets a line for a person now and then.
+    pub(crate) fn new(
+        store: D,
+        export: Export,
+        unclaimed: Unclaimed,
+        instance: u128,
+        say: Box<dyn Fn(&str)>,
+    ) -> Rc<Self> {
+        Rc::new(Self {
+            store,
+            export,
+            unclaimed,
+            instance,
+            admission: RefCell::default(),
+            sessions: RefCell::default(),
+            last_session: Cell::new(0),
+            stopping: Cell::new(false),
+            flush_failures: Cell::new(0),
+            changed: Notify::new(),
+            say,
+        })
+    }
+
+    /// The export as a session sees it that has not claimed.
+    pub(crate) fn unclaimed_export(&self) -> Export {
+        let mut export = self.export.clone();
+        if self.unclaimed == Unclaimed::Read {
+            export.flags |= EXPORT_READ_ONLY;
+        }
+        export
+    }
+
+    /// The export as the writer sees it.
+    pub(crate) fn writers_export(&self) -> Export {
+        self.export.clone()
+    }
+
+    /// Random at each start.
+    pub(crate) fn instance(&self) -> u128 {
+        self.instance
+    }
+
+    /// Serves a client until it leaves, in a task of its own. When all places are taken, the
+    /// session goes that has been silent for longest and neither writes nor waits to.
+    pub(crate) async fn open(self: &Rc<Self>, stream: S, from: String) {
+        if self.sessions.borrow().len() >= SESSIONS_MAX {
+            self.cut_a_silent_session();
+            let place = timeout(PLACE_PATIENCE, self.until(|it| it.len() < SESSIONS_MAX));
+            if place.await.is_err() {
+                let taken = format!("no place for {from}: {SESSIONS_MAX} sessions are open");
+                return self.say(&taken);
+            }
+        }
+        if self.stopping.get() {
+            return;
+        }
+        let id = self.last_session.get() + 1;
+        self.last_session.set(id);
+        let session = Session::new(id, stream, from);
+        self.sessions.borrow_mut().insert(id, Rc::clone(&session));
+        let server = Rc::clone(self);
+        spawn(async move {
+            session.serve(&server).await;
+            server.sessions.borrow_mut().remove(&id);
+            server.changed.notify_waiters();
+        });
+    }
+
+    /// Waits until the sessions are as wanted.
+    async fn until(&self, wanted: impl Fn(&BTreeMap<SessionId, Rc<Session<S>>>) -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            if wanted(&self.sessions.borrow()) {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn cut_a_silent_session(&self) {
+        let sessions = self.sessions.borrow();
+        let admission = self.admission.borrow();
+        // One that was cut may be unable to end: its read hangs at the disk.
+        let idle = sessions
+            .values()
+            .filter(|it| !it.is_cut() && !admission.concerns(it.id()));
+        if let Some(session) = idle.min_by_key(|it| it.heard()) {
+            self.say(&format!(
+                "{session} was silent for longest and makes room for another"
+            ));
+            session.cut();
+        }
+    }
+
+    /// Decides on a claim. When it is granted no other session's request is under way, none will
+    /// begin, and what the older ones wrote is durable.
+    pub(crate) async fn claim(&self, session: &Session<S>, claim: &Claim) -> Result<(), Denied> {
+        if self.export.flags & EXPORT_READ_ONLY != 0 {
+            return Err("the disk is exported read-only".to_owned().into());
+        }
+        let may_cut = |other: &Session<S>| claim.take_over || other.owner() == Some(claim.owner);
+        self.take(session, Some(claim), may_cut).await
+    }
+
+    /// Lets a session that has not claimed write, where that is allowed.
+    pub(crate) async fn let_unclaimed_write(&self, session: &Session<S>) -> Result<(), Denied> {
+        // Who has claimed does not lose the disk to a client that knows no claims.
+        let may_cut = |other: &Session<S>| other.owner().is_none();
+        self.take(session, None, may_cut).await
+    }
+
+    /// Makes the session the writer, or leaves it without the right and without a place in the
+    /// queue: also when it had one.
+    async fn take(
+        &self,
+        session: &Session<S>,
+        claim: Option<&Claim>,
+        may_cut: impl Fn(&Session<S>) -> bool,
+    ) -> Result<(), Denied> {
+        let taken = self.try_to_take(session, claim, may_cut).await;
+        if taken.is_err() {
+            self.leave(session.id());
+        }
+        taken
+    }
+
+    async fn try_to_take(
+        &self,
+        session: &Session<S>,
+        claim: Option<&Claim>,
+        may_cut: impl Fn(&Session<S>) -> bool,
+    ) -> Result<(), Denied> {
+        // Who has no right to the disk costs nobody a session.
+        self.judge(claim).await?;
+        self.admit(session, may_cut).await?;
+        // A client without FUA writes and then flushes; it may have been cut in between. What the
+        // next one decides by must not vanish with this machine's power afterwards.
+        let flushed = self.flush().await;
+        flushed.map_err(|errno| format!("the disk does not flush: {errno}"))?;
+        self.judge(claim).await?;
+        refuse_cut(session)
+    }
+
+    /// Decides by the superblock on the disk. A member of a mirror is written to by claims only.
+    async fn judge(&self, claim: Option<&Claim>) -> Result<(), String> {
+        const COPIES: usize = 2 * COPY_BYTES;
+        if self.export.size_bytes < COPY_A_OFFSET + COPIES as u64 {
+            return Ok(());
+        }
+        let (read, memory) = self.store.read(COPY_A_OFFSET, Memory::zeroed(COPIES)).await;
+        read.map_err(|errno| format!("the disk's superblock cannot be read: {errno}"))?;
+        let (copy_a, copy_b) = memory.data().split_at(COPY_BYTES);
+        let judged = match claim {
+            Some(claim) => claim::judge(claim, copy_a, copy_b),
+            None => claim::judge_unclaimed(copy_a, copy_b),
+        };
+        judged.map_err(|refusal| refusal.to_string())
+    }
+
+    /// Flushes the disk, and counts a failure: a disk says of it once, to whoever asks first, and
+    /// everybody whose writes it concerns has to hear of it.
+    pub(crate) async fn flush(&self) -> Result<(), Errno> {
+        let flushed = self.store.flush().await;
+        if flushed.is_err() {
+            self.flush_failures.set(self.flush_failures.get() + 1);
+        }
+        flushed
+    }
+
+    /// How many flushes have failed.
+    pub(crate) fn flush_failures(&self) -> u64 {
+        self.flush_failures.get()
+    }
+
+    /// Waits until the session may write; older ones that may be cut are. When it is refused or
+    /// given up, [`Server::leave`] has to follow.
+    async fn admit(
+        &self,
+        session: &Session<S>,
+        may_cut: impl Fn(&Session<S>) -> bool,
+    ) -> Result<(), Denied> {
+        let id = session.id();
+        loop {
+            let changed = self.changed.notified();
+            refuse_cut(session)?;
+            if let Some(holder) = self.holder().filter(|holder| holder.id() != id)
+                && !may_cut(&holder)
+            {
+                return Err(Denied::InUse(format!(
+                    "the export is in use by {holder}; end that first, or start with --take-over"
+                )));
+            }
+            let answer = self.admission.borrow_mut().ask(id);
+            match answer {
+                Answer::Granted => {
+                    // Who waits behind it has to look at who it is.
+                    self.changed.notify_waiters();
+                    return Ok(());
+                }
+                Answer::Wait { cut: Some(other) } => {
+                    let other = self.sessions.borrow().get(&other).cloned();
+                    if let Some(other) = other {
+                        self.say(&format!("{other} is cut: {session} takes over"));
+                        other.cut();
+                    }
+                }
+                Answer::Wait { cut: None } => changed.await,
+            }
+        }
+    }
+
+    fn holder(&self) -> Option<Rc<Session<S>>> {
+        let holder = self.admission.borrow().holder()?;
+        self.sessions.borrow().get(&holder).cloned()
+    }
+
+    /// Whether the session may begin a request that changes the disk; if so,
+    /// [`Server::change_ended`] follows it.
+    pub(crate) fn change_begins(&self, session: SessionId) -> bool {
+        self.admission.borrow_mut().begin(session)
+    }
+
+    /// Such a request has ended.
+    pub(crate) fn change_ended(&self) {
+        self.admission.borrow_mut().end();
+        self.changed.notify_waiters();
+    }
+
+    /// The session begins no request any more.
+    pub(crate) fn leave(&self, session: SessionId) {
+        self.admission.borrow_mut().leave(session);
+        self.changed.notify_waiters();
+    }
+
+    pub(crate) fn may_write_unclaimed(&self) -> bool {
+        self.unclaimed == Unclaimed::Write
+    }
+
+    pub(crate) fn say(&self, line: &str) {
+        (self.say)(line);
+    }
+
+    /// Takes no more requests, and returns when those under way have ended and all is durable.
+    pub(crate) async fn stop(&self) -> Result<(), Errno> {
+        self.stopping.set(true);
+        self.shutdown_all(Shutdown::Read);
+        if timeout(STOP_PATIENCE, self.until(BTreeMap::is_empty))
+            .await
+            .is_err()
+        {
+            // Clients that do not take their replies.
+            self.shutdown_all(Shutdown::Both);
+            self.until(BTreeMap::is_empty).await;
+        }
+        self.flush().await
+    }
+
+    fn shutdown_all(&self, how: Shutdown) {
+        for session in self.sessions.borrow().values() {
+            session.shutdown(how);
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! One session: its handshake, its requests, its replies.
+//!
+//! ```text
+//! socket ─► reader ─► a task for each request (disk) ─► replies ─► sender ─► socket
+//!             ▲                                                       │
+//!             └──────────────── room for more requests ◄──────────────┘
+//! ```
+//!
+//! The room is that of requests whose replies have not been sent: a client that takes no replies
+//! is not read from, and costs what is stated in [`crate`] and no more.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::fmt;
+use std::net::Shutdown;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mirror::host::Errno;
+use peer::claim::Claim;
+use peer::server::admission::SessionId;
+use peer::server::{
+    self as proto, Command, Desk, Export, Peer as _, REQUEST_BYTES, Request, Verdict,
+};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
+
+use crate::inbox::{Ended, Inbox, send_all};
+use crate::io::{Store, Stream};
+use crate::memory::Memory;
+use crate::server::{Server, spawn};
+
+/// Longest read or write in bytes, announced to clients; also the data that one session may have
+/// under way.
+pub(crate) const PAYLOAD_BYTES_MAX: u32 = 4 << 20;
+/// Most requests under way in one session.
+const REQUESTS_MAX: u32 = 128;
+/// The handshake's limit of time, the wait for an older session's requests included.
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// In these units the data under way are counted.
+const UNIT_BYTES: u32 = 1024;
+
+/// What has to be given back when a reply has been sent.
+struct Room {
+    _request: OwnedSemaphorePermit,
+    _bytes: OwnedSemaphorePermit,
+}
+
+struct Reply {
+    cookie: u64,
+    error: u32,
+    data: Option<Memory>,
+    room: Room,
+}
+
+/// One client's session.
+pub(crate) struct Session<S> {
+    id: SessionId,
+    from: String,
+    stream: Rc<S>,
+    /// The owner of its claim.
+    owner: Cell<Option<u128>>,
+    heard: Cell<Instant>,
+    is_cut: Cell<bool>,
+    /// It may write, or has been allowed to.
+    writes: Cell<bool>,
+    /// Failed flushes that concern nobody in it, or that it has been told of.
+    failures_seen: Cell<u64>,
+    /// A person has been told that it may not write.
+    told: Cell<bool>,
+    requests: Arc<Semaphore>,
+    bytes: Arc<Semaphore>,
+    replies: RefCell<VecDeque<Reply>>,
+    /// No reply will be added.
+    complete: Cell<bool>,
+    ready: Notify,
+}
+
+impl<S> fmt::Display for Session<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "session {} ({})", self.id, self.from)
+    }
+}
+
+impl<S: Stream> Session<S> {
+    pub(crate) fn new(id: SessionId, stream: S, from: String) -> Rc<Self> {
+        Rc::new(Self {
+            id,
+            from,
+            stream: Rc::new(stream),
+            owner: Cell::new(None),
+            heard: Cell::new(Instant::now()),
+            is_cut: Cell::new(false),
+            writes: Cell::new(false),
+            failures_seen: Cell::new(0),
+            told: Cell::new(false),
+            requests: Arc::new(Semaphore::new(REQUESTS_MAX as usize)),
+            bytes: Arc::new(Semaphore::new((PAYLOAD_BYTES_MAX / UNIT_BYTES) as usize)),
+            replies: RefCell::default(),
+            complete: Cell::new(false),
+            ready: Notify::new(),
+        })
+    }
+
+    pub(crate) fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// Who has claimed through it.
+    pub(crate) fn owner(&self) -> Option<u128> {
+        self.owner.get()
+    }
+
+    /// When it last asked for something.
+    pub(crate) fn heard(&self) -> Instant {
+        self.heard.get()
+    }
+
+    pub(crate) fn shutdown(&self, how: Shutdown) {
+        self.stream.shutdown(how);
+    }
+
+    pub(crate) fn is_cut(&self) -> bool {
+        self.is_cut.get()
+    }
+
+    /// It is the writer now; what failed before is not about its writes.
+    fn becomes_writer<D: Store>(&self, server: &Server<D, S>) {
+        self.failures_seen.set(server.flush_failures());
+        self.writes.set(true);
+    }
+
+    /// Ends it: nothing more is received, sent, or begun.
+    pub(crate) fn cut(&self) {
+        self.is_cut.set(true);
+        self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Serves the client; returns when it has left and all its requests have ended.
+    pub(crate) async fn serve<D: Store>(self: &Rc<Self>, server: &Rc<Server<D, S>>) {
+        let ended = self.converse(server).await;
+        server.leave(self.id);
+        self.stream.shutdown(Shutdown::Both);
+        if let Err(why) = ended
+            && !self.is_cut.get()
+        {
+            server.say(&format!("{self} ended: {why}"));
+        }
+    }
+
+    async fn converse<D: Store>(self: &Rc<Self>, server: &Rc<Server<D, S>>) -> Result<(), Ended> {
+        let mut inbox = Inbox::new(&self.stream);
+        let mut desk = ClaimDesk {
+            server,
+            session: self,
+            export: server.unclaimed_export(),
+        };
+        let negotiation = proto::negotiate(&mut inbox, &mut desk);
+        match timeout(HANDSHAKE_LIMIT, negotiation).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => return Ok(()),
+            Ok(Err(why)) => return Err(why),
+            Err(_) => {
+                self.stream.shutdown(Shutdown::Both);
+                let why = "its handshake took too long";
+                return Err(std::io::Error::other(why).into());
+            }
+        }
+        let export = desk.export;
+        let sender = spawn(Rc::clone(self).send_replies());
+        let read = self.read_requests(server, &mut inbox, &export).await;
+        // The next writer waits for requests and not for this client to take its replies.
+        server.leave(self.id);
+        // Requests hold room until they have ended and their replies are gone.
+        let _ = self.requests.acquire_many(REQUESTS_MAX).await;
+        self.complete.set(true);
+        self.ready.notify_one();
+        let _ = sender.await;
+        read
+    }
+
+    async fn read_requests<D: Store>(
+        self: &Rc<Self>,
+        server: &Rc<Server<D, S>>,
+        inbox: &mut Inbox<S>,
+        export: &Export,
+    ) -> Result<(), Ended> {
+        while let Some(header) = inbox.array_or_end::<REQUEST_BYTES>().await? {
+            // What was received before it was cut must not make it the writer again.
+            if self.is_cut.get() {
+                return Ok(());
+            }
+            self.heard.set(Instant::now());
+            let request = proto::request(&header)?;
+            if request.command == Command::Disconnect {
+                return Ok(());
+            }
+            let mut refusal = proto::refusal(&request, export);
+            if refusal.is_none() && request.command.changes() {
+                refusal = self.refuse_to_write(server).await;
+            }
+            let len = match request.command {
+                Command::Read | Command::Write if refusal.is_none() => request.len,
+                _ => 0,
+            };
+            let room = self.room(len).await;
+            let mut memory = (len > 0).then(|| Memory::zeroed(len as usize));
+            if request.command == Command::Write {
+                match memory.take() {
+                    Some(empty) => memory = Some(inbox.fill(empty).await?),
+                    None => inbox.skip(request.len as usize).await?,
+                }
+            }
+            if let Some(error) = refusal {
+                self.reply(&request, error, None, room);
+                continue;
+            }
+            let changes = request.command.changes();
+            if self.is_cut.get() || changes && !server.change_begins(self.id) {
+                return Ok(());
+            }
+            // From here to its end it counts, whatever becomes of this session.
+            let (session, server) = (Rc::clone(self), Rc::clone(server));
+            spawn(async move {
+                let (result, data) = session.perform(&server, &request, memory).await;
+                if changes {
+                    server.change_ended();
+                }
+                let error = result.err().map_or(0, |errno| proto::wire_error(errno.0));
+                session.reply(&request, error, data, room);
+            });
+        }
+        Ok(())
+    }
+
+    /// Makes a session without a claim the writer at its first write, or says why not.
+    async fn refuse_to_write<D: Store>(&self, server: &Rc<Server<D, S>>) -> Option<u32> {
+        if self.writes.get() {
+            return None;
+        }
+        if !server.may_write_unclaimed() {
+            return Some(proto::EPERM);
+        }
+        if let Err(why) = server.let_unclaimed_write(self).await {
+            // Once: who goes on trying must not fill the log.
+            if !self.told.replace(true) {
+                server.say(&format!("{self} may not write: {why}"));
+            }
+            return Some(proto::EPERM);
+        }
+        self.becomes_writer(server);
+        None
+    }
+
+    /// Waits until the session may have so many more bytes under way.
+    async fn room(&self, len: u32) -> Room {
+        let requests = Arc::clone(&self.requests).acquire_owned().await;
+        let units = len.min(PAYLOAD_BYTES_MAX).div_ceil(UNIT_BYTES);
+        let bytes = Arc::clone(&self.bytes).acquire_many_owned(units).await;
+        match (requests, bytes) {
+            (Ok(request), Ok(bytes)) => Room {
+                _request: request,
+                _bytes: bytes,
+            },
+            _ => unreachable!("nobody closes these semaphores"),
+        }
+    }
+
+    fn reply(&self, request: &Request, error: u32, data: Option<Memory>, room: Room) {
+        self.replies.borrow_mut().push_back(Reply {
+            cookie: request.cookie,
+            error,
+            data: data.filter(|_| error == 0),
+            room,
+        });
+        self.ready.notify_one();
+    }
+
+    /// Performs a request; returns the data of a read.
+    async fn perform<D: Store>(
+        &self,
+        server: &Server<D, S>,
+        request: &Request,
+        memory: Option<Memory>,
+    ) -> (Result<(), Errno>, Option<Memory>) {
+        let (store, seen) = (&server.store, self.failures_seen.get());
+        let (offset, len) = (request.offset, u64::from(request.len));
+        let done = match (request.command, memory) {
+            (Command::Read, Some(memory)) => {
+                let (result, memory) = store.read(offset, memory).await;
+                return (result, Some(memory));
+            }
+            (Command::Write, Some(memory)) => store.write(offset, memory).await,
+            (Command::Flush, _) => Ok(()),
+            (Command::Trim, _) => store.discard(offset, len).await,
+            (Command::WriteZeroes, _) => store.write_zeroes(offset, len).await,
+            _ => Err(Errno::INVALID),
+        };
+        // Who has written nothing has nothing to flush, and must not be the one to whom the disk
+        // says, once, that a flush failed.
+        let durable = request.command == Command::Flush || request.fua;
+        if done.is_err() || !durable || !self.writes.get() {
+            return (done, None);
+        }
+        let flushed = server.flush().await;
+        // Also when this flush succeeded: one that failed since the session was last told has lost
+        // writes which this one was to make durable. (R7)
+        let failures = server.flush_failures();
+        let result = if failures == seen {
+            flushed
+        } else {
+            Err(Errno::IO)
+        };
+        self.failures_seen.set(failures);
+        (result, None)
+    }
+
+    async fn send_replies(self: Rc<Self>) {
+        loop {
+            let ready: VecDeque<Reply> = self.replies.take();
+            if ready.is_empty() {
+                if self.complete.get() {
+                    return;
+                }
+                self.ready.notified().await;
+            } else if !self.is_cut.get() && self.send(ready).await.is_err() {
+                // The reader ends as well; what is left of the replies goes nowhere.
+                self.cut();
+            }
+        }
+    }
+
+    /// Sends replies, those without data together.
+    async fn send(&self, ready: VecDeque<Reply>) -> Result<(), Ended> {
+        let mut headers = Vec::new();
+        let mut rooms = Vec::new();
+        for reply in ready {
+            let header = proto::reply_header(reply.cookie, reply.error);
+            let Some(mut data) = reply.data else {
+                headers.extend_from_slice(&header);
+                rooms.push(reply.room);
+                continue;
+            };
+            data.set_header(header);
+            let (vector, part) = data.with_header();
+            send_all(&*self.stream, vector, part).await?;
+        }
+        let len = headers.len();
+        send_all(&*self.stream, headers, 0..len).await
+    }
+}
+
+/// Answers a client's claims.
+struct ClaimDesk<'a, D, S> {
+    server: &'a Rc<Server<D, S>>,
+    session: &'a Rc<Session<S>>,
+    export: Export,
+}
+
+impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
+    fn export(&self) -> &Export {
+        &self.export
+    }
+
+    async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
+        let (server, session) = (self.server, self.session);
+        let Some(claim) = claim else {
+            return Verdict::Granted(server.instance());
+        };
+        session.owner.set(Some(claim.owner));
+        match server.claim(session, &claim).await {
+            Ok(()) => {
+                session.becomes_writer(server);
+                self.export = server.writers_export();
+                server.say(&format!("{session} writes now"));
+                Verdict::Granted(server.instance())
+            }
+            Err(why) => {
+                // A claim before this one, of the same session, is gone with it.
+                session.owner.set(None);
+                session.writes.set(false);
+                self.export = server.unclaimed_export();
+                server.say(&format!("{session} is refused: {why}"));
+                why.into()
+            }
+        }
+    }
+}

@@ -1,0 +1,235 @@
+//! What must not be lost or taken when flushes fail, sessions are cut, claims are refused.
+
+use std::os::unix::process::ExitStatusExt as _;
+
+use super::*;
+use crate::server::spawn;
+
+const FLUSH: Ask = Ask {
+    kind: Kind::Flush,
+    fua: false,
+    offset: 0,
+    len: 0,
+};
+const EIO: Option<u32> = Some(5);
+
+impl Client {
+    async fn flush(&self) -> Option<u32> {
+        self.ask(&FLUSH).await;
+        self.answer().await
+    }
+
+    async fn write_fua(&self, block: u64, byte: u8) -> Option<u32> {
+        let ask = Ask {
+            kind: Kind::Write,
+            fua: true,
+            offset: block * u64::from(BLOCK),
+            len: BLOCK,
+        };
+        self.ask(&ask).await;
+        self.0.say(&[byte; BLOCK as usize]).await;
+        self.answer().await
+    }
+}
+
+#[test]
+fn a_flush_of_one_who_only_reads_reaches_no_disk() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        for unclaimed in [Unclaimed::Read, Unclaimed::Write] {
+            let server = server(&store, unclaimed);
+            let writer = Client::writer(&server, &blank(1)).await;
+            assert_eq!(writer.write(100, 1).await, Some(0));
+            let reader = Client::stranger(&server, WIDE).await;
+            let flushes = store.flushes();
+            store.fail_one_flush();
+            assert_eq!(reader.flush().await, Some(0));
+            assert_eq!(store.flushes(), flushes);
+            // The failure is the writer's to hear of, once.
+            assert_eq!(writer.flush().await, EIO);
+            assert_eq!(writer.flush().await, Some(0));
+            assert_eq!(store.flushes(), flushes + 2);
+        }
+    });
+}
+
+#[test]
+fn a_failed_flush_is_everybodys_who_relied_on_it() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Read);
+        let writer = Client::writer(&server, &blank(1)).await;
+        assert_eq!(writer.write(100, 1).await, Some(0));
+        store.hold_flushes(true);
+        store.fail_one_flush();
+        writer.ask(&FLUSH).await;
+        writer.ask(&FLUSH).await;
+        let ask = Ask {
+            kind: Kind::Write,
+            fua: true,
+            offset: 0,
+            len: BLOCK,
+        };
+        writer.ask(&ask).await;
+        writer.0.say(&[7; BLOCK as usize]).await;
+        idle().await;
+        // The disk says it to the first of them and is content with the others.
+        store.hold_flushes(false);
+        let answers = [
+            writer.answer().await,
+            writer.answer().await,
+            writer.answer().await,
+        ];
+        assert_eq!(answers, [EIO; 3]);
+        assert_eq!(writer.flush().await, Some(0), "they have been told");
+        assert_eq!(writer.write_fua(0, 8).await, Some(0));
+        store.fail_one_flush();
+        assert_eq!(writer.write_fua(0, 9).await, EIO);
+    });
+}
+
+#[test]
+fn a_new_writer_begins_without_the_failures_of_the_one_before() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Read);
+        let first = Client::writer(&server, &blank(1)).await;
+        store.fail_one_flush();
+        assert_eq!(first.flush().await, EIO);
+        let second = Client::writer(&server, &blank(1)).await;
+        assert_eq!(second.write_fua(100, 1).await, Some(0));
+    });
+}
+
+/// All places are taken: one writes, the one that has been silent for longest waits for reads
+/// that do not end and has sent a write behind them, and was cut for somebody who came in vain.
+async fn with_one_that_cannot_end(store: &SimStore, server: &SimServer) -> (Client, Vec<Client>) {
+    let writer = Client::stranger(server, WIDE).await;
+    assert_eq!(writer.write(100, 1).await, Some(0));
+    let mut others = vec![Client::stranger(server, WIDE).await];
+    store.hold_reads(true);
+    let mut ask = Ask {
+        kind: Kind::Read,
+        fua: false,
+        offset: 0,
+        len: BLOCK,
+    };
+    for _ in 0..128 {
+        others[0].ask(&ask).await;
+    }
+    // What is refused also waits for room.
+    ask.offset = SIZE as u64;
+    others[0].ask(&ask).await;
+    others[0].send_write(100, 9).await;
+    for _ in 2..SESSIONS_MAX {
+        idle().await;
+        others.push(Client::stranger(server, WIDE).await);
+    }
+    idle().await;
+    let (late, theirs) = connection(WIDE);
+    server.open(theirs, "a test".to_owned()).await;
+    let greeting = tokio::time::timeout(Duration::from_millis(1), late.hear(1));
+    assert!(greeting.await.is_err(), "there is no place yet");
+    assert_eq!(others[0].answer().await, None, "it has been cut");
+    (writer, others)
+}
+
+#[test]
+fn one_that_cannot_end_is_not_cut_again_and_again() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Write);
+        let (writer, others) = with_one_that_cannot_end(&store, &server).await;
+        Client::stranger(&server, WIDE).await;
+        assert_eq!(others[1].answer().await, None, "the next silent one went");
+        assert_eq!(writer.write(100, 2).await, Some(0));
+    });
+}
+
+#[test]
+fn a_session_that_was_cut_takes_nothing_back() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Write);
+        let (writer, _others) = with_one_that_cannot_end(&store, &server).await;
+        // It comes to the write that it sent before.
+        store.hold_reads(false);
+        idle().await;
+        assert_eq!(store.get(409_600, 1), [1]);
+        assert_eq!(writer.write(100, 2).await, Some(0), "it is the writer");
+    });
+}
+
+#[test]
+fn a_refused_second_claim_gives_the_right_back() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Read);
+        let first = Client::new(&server, WIDE).await;
+        assert_eq!(first.claim(Some(&blank(1))).await, Some(Ok(77)));
+        put_superblock(&store, &superblock(30, &[20]));
+        let refused = first.claim(Some(&blank(1))).await.unwrap().unwrap_err();
+        assert!(refused.contains("look again"), "{refused}");
+        // It is in nobody's way, and writes nothing.
+        Client::writer(&server, &seen(2, 30, &[20])).await;
+        assert_ne!(first.go().await & EXPORT_READ_ONLY, 0);
+        assert_eq!(first.write(100, 1).await, Some(EPERM));
+    });
+}
+
+#[test]
+fn a_member_is_written_to_by_claims_only() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Write);
+        let first = Client::stranger(&server, WIDE).await;
+        assert_eq!(first.write(100, 1).await, Some(0));
+        let mut too_new = superblock(30, &[]);
+        too_new[8] = 99;
+        too_new[12..16].fill(0);
+        let crc = crc32fast::hash(&too_new);
+        too_new[12..16].copy_from_slice(&crc.to_le_bytes());
+        for copy in [superblock(30, &[]), too_new] {
+            put_superblock(&store, &copy);
+            let second = Client::stranger(&server, WIDE).await;
+            assert_eq!(second.write(100, 2).await, Some(EPERM));
+            assert_eq!(second.read(100).await.unwrap()[0], 1);
+            assert_eq!(first.write(101, 1).await, Some(0), "it was not cut");
+        }
+        put_superblock(&store, &[0; 4096]);
+        let second = Client::stranger(&server, WIDE).await;
+        assert_eq!(second.write(100, 2).await, Some(0));
+    });
+}
+
+#[test]
+fn in_use_is_not_the_same_as_refused() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Read);
+        let _writer = Client::writer(&server, &blank(1)).await;
+        let client = Client::new(&server, WIDE).await;
+        client
+            .option(OPTION_CLAIM, &encode("m", Some(&blank(2))))
+            .await;
+        let (kind, words) = client.option_reply().await.unwrap();
+        assert_eq!(kind, REP_ERR_IN_USE);
+        let words = String::from_utf8(words).unwrap();
+        assert!(words.contains("--take-over"), "{words}");
+    });
+}
+
+#[test]
+fn a_panic_ends_the_process() {
+    const CHILD: &str = "EXPORT_TEST_PANICS";
+    if std::env::var_os(CHILD).is_some() {
+        return run(async {
+            spawn(async { assert_eq!(1, 2, "as it is meant to be") });
+            idle().await;
+        });
+    }
+    let test = "tests::failures::a_panic_ends_the_process";
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    let output = child.args(["--exact", test]).env(CHILD, "1").output();
+    assert_eq!(output.unwrap().status.signal(), Some(6), "SIGABRT");
+}

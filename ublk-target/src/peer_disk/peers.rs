@@ -1,0 +1,114 @@
+//! The connections to peer members that a daemon has, and what it knows of their servers.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
+
+use peer::{Address, Claimant};
+
+use super::Link;
+use crate::host::random_bytes;
+use crate::ring::{self, Ring};
+
+/// How long a connection that was cut may take to be over.
+const SEVER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What is known of an address.
+struct Known {
+    /// In whose name this daemon claims it, at each of its connections.
+    owner: u128,
+    /// Its server admits one writer.
+    fenced: bool,
+}
+
+/// An address as connections have it, whichever way it was given.
+fn one_form(address: &str) -> String {
+    let parsed = address.parse::<Address>();
+    parsed.map_or_else(|_| address.to_owned(), |it| it.to_string())
+}
+
+/// The connections of this daemon.
+#[derive(Default)]
+pub(crate) struct Peers {
+    links: RefCell<Vec<Weak<Link>>>,
+    /// By the addresses in their one form.
+    known: RefCell<HashMap<String, Known>>,
+}
+
+impl Peers {
+    /// Who connects to `address`. Each has an owner of its own, so that two addresses which lead
+    /// to one disk do not take it from each other.
+    pub(crate) fn claimant(&self, address: &str, take_over: bool) -> Claimant {
+        let mut known = self.known.borrow_mut();
+        let known = known.entry(one_form(address)).or_insert_with(|| Known {
+            owner: u128::from_le_bytes(random_bytes()),
+            fenced: false,
+        });
+        Claimant {
+            owner: known.owner,
+            take_over,
+        }
+    }
+
+    /// Somebody else, who is refused while this daemon has a session.
+    pub(crate) fn stranger() -> Claimant {
+        Claimant {
+            owner: u128::from_le_bytes(random_bytes()),
+            take_over: false,
+        }
+    }
+
+    /// Remembers a new connection.
+    pub(super) fn add(&self, link: &Rc<Link>, fenced: bool) {
+        if let Some(known) = self.known.borrow_mut().get_mut(&link.address) {
+            known.fenced = fenced;
+        }
+        let mut links = self.links.borrow_mut();
+        links.retain(|link| link.strong_count() > 0);
+        links.push(Rc::downgrade(link));
+    }
+
+    /// Whether the server at `address`, as it was last met, ends older sessions before it admits
+    /// a new one.
+    pub(crate) fn is_fenced(&self, address: &str) -> bool {
+        let known = self.known.borrow();
+        known.get(&one_form(address)).is_some_and(|it| it.fenced)
+    }
+
+    /// Cuts the connections to `address` that are waiting for answers, and says whether nothing
+    /// is outstanding on any now. Only for members that are out of service.
+    pub(crate) async fn sever(&self, ring: &Rc<Ring>, address: &str) -> bool {
+        let links: Vec<_> = self
+            .links
+            .borrow()
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
+        let address = one_form(address);
+        let links: Vec<_> = links.iter().filter(|it| it.address == address).collect();
+        let owing = || links.iter().any(|link| link.in_flight.get() > 0);
+        for link in links.iter().filter(|link| link.in_flight.get() > 0) {
+            link.end("the operator lets go of it");
+        }
+        let give_up = ring::now() + SEVER_PATIENCE;
+        while owing() && ring::now() < give_up {
+            ring.sleep_until(ring::now() + Duration::from_millis(10))
+                .await;
+        }
+        !links.is_empty() && !owing()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_known_in_all_its_forms() {
+        let peers = Peers::default();
+        let given = peers.claimant("nbd://host:10809/m", false);
+        assert_eq!(peers.claimant("nbd://host/m", true).owner, given.owner);
+        assert_ne!(peers.claimant("nbd://host/n", false).owner, given.owner);
+    }
+}
