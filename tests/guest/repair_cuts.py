@@ -13,7 +13,7 @@ none on both, so at each moment every block has a right copy and nothing else ma
   that were spoilt); of what is not, it tells an error or, of an extent that was hot or has no
   checksums, what is there.
 
-CUTS=N checks that many moments (default 45), SEED=N draws others. Prints `ok repair_cuts` or
+CUTS=N checks that many moments (default 24), SEED=N draws others. Prints `ok repair_cuts` or
 `not ok repair_cuts`.
 """
 
@@ -152,7 +152,7 @@ def check_all(folder, area, seed):
     """Cuts the power at every moment of the sample; what was done, in words."""
     recording = power_cuts.Recorded(folder)
     moments = sorted(recording.durable_since(recording.trace.steps["scrubbing"]))
-    count = min(int(os.environ.get("CUTS") or 45), len(moments))
+    count = min(int(os.environ.get("CUTS") or 24), len(moments))
     chosen = [moments[at * (len(moments) - 1) // max(count - 1, 1)] for at in range(count)]
     chance = random.Random(seed)
     wrong = []
