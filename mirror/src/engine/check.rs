@@ -62,17 +62,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             repair,
         };
         let mut checked = Checked::default();
-        // Later it may be hot by a repair, or be looked at as well.
-        if self.maps.borrow().hot.contains(extent) {
-            checked.skipped_hot = true;
-            return Ok(checked);
-        }
         // Once for all pieces. Older than what is read after them: then they do not fit, and
         // whatever does not gets a second look.
         let pages = {
             let _pass = self.gate.enter().await;
             if self.stopping.get() {
                 return Err(Errno::IO);
+            }
+            // Later it may be hot by a repair, or be looked at as well.
+            if self.maps.borrow().hot.contains(extent) {
+                checked.skipped_hot = true;
+                return Ok(checked);
             }
             Rc::new(self.stored_pages(extent).await)
         };
