@@ -63,6 +63,17 @@ test-native: build
 	tests/native/run.py
 
 test-guest: build
+	tests/guest/all.sh $(KERNELS)
+
+fuzz: deps
+	@echo "=== fuzz"
+	scripts/fuzz.sh $(FUZZ_SHORT_SECONDS)
+
+test-native: build
+	@echo "=== native tests"
+	tests/native/run.py
+
+test-guest: build
 	@for kernel in $(KERNELS); do \
 		echo "=== guest tests, kernel $$kernel"; \
 		tests/guest/host.sh --family $$kernel || failed=1; \

@@ -1,30 +1,28 @@
 #!/bin/bash
 # All tests on a real kernel: one boot for the tests of this folder, three for the host crash.
 #
-# Usage: tests/guest/host.sh [--family F] [NAME...]
+# Usage: tests/guest/host.sh [--family F] [--all] [--part 1|2] [NAME...]
 #
 # Builds nothing: the release binaries have to be there. With names only those tests are run
-# (host_crash is one). Without names, families other than the default leave out the tests in which
-# the kernel has little part and that take minutes. Exit status 0 if all passed.
+# (host_crash is one). --part leaves out every second test and the host crash. Without names and
+# without --all, families other than the default leave out the tests that take minutes and are
+# about the mirror more than about the kernel. Exit status 0 if all passed.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-family=6.12
-if [ "${1:-}" = --family ]; then
-    family=$2
-    shift 2
-fi
+family=6.12 all=no part=
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+    --family) family=${2:-} && shift ;;
+    --part) part=${2:-} && shift ;;
+    --all) all=yes ;;
+    *) sed -n '2,9s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+    esac
+    shift
+done
 names=() crash=no
-long=(bad_sectors log_repairs scrub scrub_three)
-if [ $# -eq 0 ]; then
-    crash=yes
-    if [ "$family" != 6.12 ]; then
-        for test in "$here"/t_*.sh; do
-            test=$(basename "${test#"$here/t_"}" .sh)
-            [[ " ${long[*]} " == *" $test "* ]] || names+=("$test")
-        done
-    fi
-fi
+long=(bad_sectors dirty_storm dm_flakey log_repairs log_writes medium_errors scrub
+    scrub_medium_errors scrub_three sqlite)
 for name in "$@"; do
     if [ "$name" = host_crash ]; then
         crash=yes
@@ -32,11 +30,23 @@ for name in "$@"; do
         names+=("$name")
     fi
 done
+if [ $# -eq 0 ]; then
+    [ -n "$part" ] || crash=yes
+    number=0
+    for test in "$here"/t_*.sh; do
+        test=$(basename "${test#"$here/t_"}" .sh)
+        if [ "$family" != 6.12 ] && [ $all = no ] && [[ " ${long[*]} " == *" $test "* ]]; then
+            continue
+        fi
+        number=$((number + 1))
+        [ -n "$part" ] && [ $((number % 2)) -ne $((part % 2)) ] || names+=("$test")
+    done
+fi
 
 area=$(mktemp -d "${TMPDIR:-/tmp}/ublk-mirror-logs.XXXXXX") || exit 1
 trap 'rm -rf "$area"' EXIT
 result=0
-if [ $# -eq 0 ] || [ ${#names[@]} -gt 0 ]; then
+if [ ${#names[@]} -gt 0 ]; then
     "$here/../../scripts/guest.sh" --family "$family" --timeout 2400 --rwdir "$area" -- \
         "LOG_WRITES_DIR=$area bash \$PROJECT_DIR/tests/guest/run.sh ${names[*]}" || result=1
     # The second half of t_log_*.sh, which would take an hour inside.

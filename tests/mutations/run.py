@@ -13,6 +13,7 @@ not end within ten minutes, or does not compile, is an error and not a catch; th
 tried all the same.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -92,17 +93,20 @@ def catcher(tree, histories):
 
 
 def main():
-    words = sys.argv[1:]
-    check = "--check" in words
-    counted = "--histories" in words
-    histories = int(words[words.index("--histories") + 1]) if counted else 1000
-    names = [w for w in words if not w.startswith("--") and w != str(histories)]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--histories", type=int, default=1000)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    asked = parser.parse_args()
+    histories, names = asked.histories, asked.names
     mutations = load()
     broken = list(misfits(mutations))
     unknown = set(names) - {m["name"] for m in mutations}
     if broken or unknown:
         sys.exit("\n".join(broken + [f"there is no mutation {name}" for name in unknown]))
-    if check:
+    if asked.check:
         print(f"ok mutations_apply ({len(mutations)})")
         return
     tree, survived, undecided = copy_tree(), [], []

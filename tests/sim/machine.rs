@@ -538,9 +538,10 @@ impl Client {
         result
     }
 
-    /// Discards whole extents; parts are ignored, so only those are told to the oracle.
+    /// Discards a whole extent (parts are ignored), or what the device has of the last one.
     pub(crate) async fn discard_extent(&self, extent: u64) -> Result<(), Errno> {
-        let (offset, len) = (extent << 22, 1 << 22);
+        let offset = extent << 22;
+        let len = (1 << 22).min(self.mirror.size_bytes() - offset);
         let issued = self
             .oracle
             .borrow_mut()

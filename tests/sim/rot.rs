@@ -152,7 +152,8 @@ pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn()
         let _ = mirror.check_extent(extent, true, extent.0 % 2 == 1).await;
         extent = Extent((extent.0 + 1) % mirror.extents());
         if extent.0 == 0 {
-            host.sleep(Duration::from_secs(1)).await;
+            let pause = 1 + (host.random() % 16) as u64;
+            host.sleep(Duration::from_secs(pause)).await;
         }
     }
 }

@@ -168,3 +168,41 @@ fn commits_that_fail_beside_a_resync_age_nobody() {
         machine.compare_members();
     }
 }
+
+/// No round succeeds on the last in-sync member, but what it was sent has arrived there: each
+/// attempt is newer on the disk than the one before, whatever of that was written.
+#[test]
+fn rounds_tried_again_are_newer_than_what_arrived_of_them() {
+    for seed in seeds(20) {
+        let mut machine = Machine::new(seed, 2, SIZE);
+        machine.start();
+        wr(&machine, 0, 65536);
+        machine.disks[1].set_faults(gone());
+        let client = machine.client();
+        machine
+            .world
+            .spawn_task(async move { _ = client.write(8192, 4096, false).await });
+        let host = SimHost(machine.world.clone());
+        let until = host.now() + Duration::from_secs(20);
+        let mut counts = Vec::new();
+        while host.now() < until {
+            // Copy A is written well; copy B arrives, whole or in part, with an error.
+            let second = machine.disks[0].is_under_way(8192, 4096);
+            machine.disks[0].set_faults(Faults {
+                writes: second,
+                ..none()
+            });
+            machine.world.step();
+            let count = superblock_on(&machine.disks[0]).map(|s| s.write_count);
+            if counts.last() != count.as_ref() {
+                counts.extend(count);
+            }
+        }
+        machine
+            .disks
+            .iter()
+            .for_each(|disk| disk.set_faults(none()));
+        assert!(counts.len() > 3, "seed {seed}: {counts:?}");
+        assert!(counts.is_sorted(), "seed {seed}: {counts:?}");
+    }
+}

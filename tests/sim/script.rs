@@ -4,9 +4,9 @@
 use mirror::sim::Rng;
 use std::fmt;
 
-/// Size of the simulated mirrors.
-pub(crate) const SIZE: u64 = 24 << 20;
-const EXTENTS: u64 = SIZE >> 22;
+/// Size of the simulated mirrors, in bytes: three extents and a part of one.
+pub(crate) const SIZE: u64 = (12 << 20) + 640 * 512;
+const EXTENTS: u64 = SIZE.div_ceil(4 << 20);
 /// A history goes on until so many requests and actions have been issued.
 pub(crate) const OPERATIONS_MIN: u64 = 500;
 

@@ -11,7 +11,7 @@ use mirror::superblock::{SlotState, Superblock};
 /// What a member's own map says of its extents, from the newer copy of each sector.
 pub(crate) fn states_on(disk: &SimDisk, superblock: &Superblock) -> StateMap {
     let region = *superblock.layout.find(RegionKind::State, 0).unwrap();
-    let mut map = StateMap::new((superblock.layout.size_bytes >> 22) as u32);
+    let mut map = StateMap::new(superblock.layout.size_bytes.div_ceil(4 << 20) as u32);
     for index in 0..map.sectors() {
         let address = Address {
             kind: Kind::State,

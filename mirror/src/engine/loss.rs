@@ -292,16 +292,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         {
             let mut slots = self.slots.borrow_mut();
             let state = &mut slots[usize::from(receiver.slot)];
-            state.write_count += 1;
             state.epoch = next.epoch.id;
             state.events = next.event_count;
         }
         Ok(())
     }
 
-    /// The shared configuration as the member in `slot` carries it.
-    pub(super) fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
-        let write_count = self.slots.borrow()[usize::from(slot)].write_count + 1;
+    /// The shared configuration as the member in `slot` carries it, for one attempt to write it.
+    /// Counts the attempt: what a failed one has left on the disk is not what the next one says.
+    fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
+        let write_count = {
+            let state = &mut self.slots.borrow_mut()[usize::from(slot)];
+            state.write_count += 1;
+            state.write_count
+        };
         let member = config.slots[usize::from(slot)]
             .member
             .unwrap_or(Uuid::nil());

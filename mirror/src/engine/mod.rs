@@ -188,7 +188,7 @@ struct Slot<D> {
     epoch: u128,
     /// The event count that it holds with that.
     events: u64,
-    /// Update counter of its superblock.
+    /// Update counter of its superblock, attempts that failed counted in.
     write_count: u64,
     /// Reads that failed on it.
     read_errors: u64,

@@ -203,7 +203,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// One lane: takes runs from the shared cursor until the batch is full or done.
     async fn run_lane(self: &Rc<Self>, slot: u8, batch: &Batch) {
-        let mut buffer = self.host.allocate(PIECE_BYTES);
+        // Most lanes of a small resync find nothing.
+        let mut buffer: Option<H::Buffer> = None;
         while batch.blocks.get() < BATCH_BLOCKS && self.resync_target(slot).is_some() {
             let next = {
                 let maps = self.maps.borrow();
@@ -222,10 +223,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return;
             }
             let pass = self.gate.enter().await;
-            if buffer.in_use() {
-                buffer = self.host.allocate(PIECE_BYTES);
-            }
-            let copied = self.copy_run(slot, extent, &run, &buffer, batch).await;
+            let usable = buffer.take().filter(|buffer| !buffer.in_use());
+            let buffer = buffer.insert(usable.unwrap_or_else(|| self.host.allocate(PIECE_BYTES)));
+            let copied = self.copy_run(slot, extent, &run, buffer, batch).await;
             drop(pass);
             batch.pacer.borrow_mut().finished();
             if let Err(errno) = copied {

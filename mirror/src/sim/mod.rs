@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
@@ -69,10 +69,19 @@ pub struct SimBuffer(Rc<BufferInner>);
 
 struct BufferInner {
     bytes: RefCell<Vec<u8>>,
+    home: Weak<World>,
     /// Device operations that read from it.
     lent: Cell<usize>,
     /// Device operations that write into it.
     filled: Cell<usize>,
+}
+
+impl Drop for BufferInner {
+    fn drop(&mut self) {
+        if let Some(world) = self.home.upgrade() {
+            world.keep(self.bytes.take());
+        }
+    }
 }
 
 impl SimBuffer {
@@ -156,7 +165,12 @@ pub struct World {
     next_timer: Cell<u64>,
     disks: RefCell<Vec<SimDisk>>,
     steps: Cell<u64>,
+    /// Memory of buffers that are gone, as they left it.
+    spare: RefCell<Vec<Vec<u8>>>,
 }
+
+/// So much memory waits for the next buffer.
+const SPARE_MAX: usize = 16;
 
 impl World {
     /// A machine whose every choice comes from `seed`.
@@ -171,6 +185,7 @@ impl World {
             next_timer: Cell::new(0),
             disks: RefCell::new(Vec::new()),
             steps: Cell::new(0),
+            spare: RefCell::new(Vec::new()),
         })
     }
 
@@ -183,6 +198,22 @@ impl World {
     /// A choice made by the seed.
     pub fn choose<R>(&self, choice: impl FnOnce(&mut Rng) -> R) -> R {
         choice(&mut self.rng.borrow_mut())
+    }
+
+    /// Takes back the memory of a buffer.
+    fn keep(&self, bytes: Vec<u8>) {
+        let mut spare = self.spare.borrow_mut();
+        if spare.len() == SPARE_MAX {
+            spare.remove(0);
+        }
+        spare.push(bytes);
+    }
+
+    /// Memory of `len` bytes, with what the last user left there if one of this length is spare.
+    fn memory(&self, len: usize) -> Vec<u8> {
+        let mut spare = self.spare.borrow_mut();
+        let fits = spare.iter().rposition(|bytes| bytes.len() == len);
+        fits.map_or_else(|| vec![0xa5; len], |at| spare.remove(at))
     }
 
     /// Connects a disk, whose operations this machine then completes.
@@ -372,17 +403,18 @@ impl Host for SimHost {
     }
 
     fn allocate(&self, len: usize) -> SimBuffer {
-        SimBuffer(Rc::new(BufferInner {
-            bytes: RefCell::new(vec![0; len]),
-            lent: Cell::new(0),
-            filled: Cell::new(0),
-        }))
+        let buffer = self.allocate_unzeroed(len);
+        buffer.0.bytes.borrow_mut().fill(0);
+        buffer
     }
 
     /// What lay there before, which nobody may take for anything.
     fn allocate_unzeroed(&self, len: usize) -> SimBuffer {
-        let buffer = self.allocate(len);
-        buffer.0.bytes.borrow_mut().fill(0xa5);
-        buffer
+        SimBuffer(Rc::new(BufferInner {
+            bytes: RefCell::new(self.0.memory(len)),
+            home: Rc::downgrade(&self.0),
+            lent: Cell::new(0),
+            filled: Cell::new(0),
+        }))
     }
 }
