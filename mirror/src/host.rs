@@ -35,7 +35,7 @@ impl Errno {
     pub const CHECKSUM: Self = Self(84);
     /// The device does not offer this operation.
     pub const NOT_SUPPORTED: Self = Self(95);
-    /// No answer within the deadline.
+    /// No answer within the deadline: the engine's word, which no [`Disk`] uses.
     pub const TIMED_OUT: Self = Self(110);
     /// The device is gone.
     pub const NO_DEVICE: Self = Self(19);

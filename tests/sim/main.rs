@@ -27,6 +27,7 @@ mod rounds;
 mod runner;
 mod script;
 mod second_looks;
+mod stalls;
 mod sum_pages;
 mod sums;
 mod survivors_ahead;

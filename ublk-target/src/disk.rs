@@ -404,8 +404,17 @@ impl Future for DiskOp {
             .map(|result| match usize::try_from(result) {
                 Ok(transferred) if transferred == expected => Ok(()),
                 Ok(_) => Err(short),
-                Err(_) => Err(Errno(-result)),
+                Err(_) => Err(said_by_the_disk(-result)),
             })
+    }
+}
+
+/// A failure as the kernel has it. That it has waited for the disk long enough is an answer, and
+/// none that has failed to come.
+fn said_by_the_disk(errno: i32) -> Errno {
+    match Errno(errno) {
+        Errno::TIMED_OUT => Errno::IO,
+        errno => errno,
     }
 }
 

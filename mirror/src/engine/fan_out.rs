@@ -53,11 +53,6 @@ impl StallWatch {
         self.in_sync.get() & !slots != 0
     }
 
-    /// Whether the member in `slot` is in-sync now and no other one is.
-    pub(crate) fn is_last(&self, slot: u8) -> bool {
-        self.in_sync.get() == 1 << slot
-    }
-
     fn take_place(&self, waker: &Waker) -> usize {
         let mut places = self.places.borrow_mut();
         let place = places.free.pop().unwrap_or(places.wakers.len());
@@ -122,20 +117,21 @@ impl Outcomes {
     }
 }
 
-/// One operation with the deadline of a [`FanOut`]: `TIMED_OUT` for a stall.
+/// One operation, waited for until more than a number of steps of coarse time have passed: `None`
+/// then.
 pub(crate) struct Limited<'a, Op> {
     watch: &'a StallWatch,
-    begun: u64,
+    last: u64,
     place: Option<usize>,
     op: Op,
 }
 
 impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> Limited<'a, Op> {
-    /// Waits for `op` until the deadline.
-    pub(crate) fn new(watch: &'a StallWatch, op: Op) -> Self {
+    /// Waits for `op` for so many steps.
+    pub(crate) fn new(watch: &'a StallWatch, op: Op, steps: u64) -> Self {
         Self {
             watch,
-            begun: watch.tick.get(),
+            last: watch.tick.get() + steps,
             place: None,
             op,
         }
@@ -143,15 +139,15 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> Limited<'a, Op> {
 }
 
 impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for Limited<'_, Op> {
-    type Output = Result<(), Errno>;
+    type Output = Option<Result<(), Errno>>;
 
     fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.get_mut();
         if let Poll::Ready(result) = Pin::new(&mut this.op).poll(context) {
-            return Poll::Ready(result);
+            return Poll::Ready(Some(result));
         }
-        if this.watch.tick.get() - this.begun > TICKS_PER_DEADLINE {
-            return Poll::Ready(Err(Errno::TIMED_OUT));
+        if this.watch.tick.get() > this.last {
+            return Poll::Ready(None);
         }
         if this.place.is_none() {
             this.place = Some(this.watch.take_place(context.waker()));

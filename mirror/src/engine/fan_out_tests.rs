@@ -63,10 +63,6 @@ fn the_set_of_in_sync_slots_is_known() {
     let some = watch(&[0, 3, 8]);
     let seen: Vec<u8> = (0..9).filter(|&slot| some.is_in_sync(slot)).collect();
     assert_eq!(seen, [0, 3, 8]);
-    assert!(!(0..9).any(|slot| some.is_last(slot)));
-    let one = watch(&[2]);
-    let last: Vec<u8> = (0..9).filter(|&slot| one.is_last(slot)).collect();
-    assert_eq!(last, [2]);
     assert!(some.is_beyond(0b1001) && some.is_beyond(1 << 8) && some.is_beyond(0));
     assert!(!some.is_beyond(0b1_0000_1001) && !watch(&[]).is_beyond(0));
 }
@@ -145,25 +141,26 @@ fn outcomes_are_those_of_the_operations() {
 }
 
 #[test]
-fn a_limited_operation_ends_with_the_deadline() {
+fn a_limited_operation_ends_after_its_steps() {
     let watch = watch(&[0]);
     let op = Op::default();
-    let mut limited = Limited::new(&watch, op.clone());
-    for _ in 0..TICKS_PER_DEADLINE {
+    let mut limited = Limited::new(&watch, op.clone(), 3);
+    for _ in 0..3 {
         assert!(poll(&mut limited).is_pending());
         watch.advance();
     }
-    assert!(poll(&mut limited).is_pending(), "within the deadline");
+    assert!(poll(&mut limited).is_pending(), "within its time");
     watch.advance();
-    assert_eq!(poll(&mut limited), Poll::Ready(Err(Errno::TIMED_OUT)));
-    let mut limited = Limited::new(&watch, op.clone());
-    for _ in 0..2 * TICKS_PER_DEADLINE {
+    assert_eq!(poll(&mut limited), Poll::Ready(None));
+    let mut limited = Limited::new(&watch, op.clone(), 3);
+    for _ in 0..9 {
         watch.advance();
     }
-    assert_eq!(poll(&mut limited), Poll::Ready(Err(Errno::TIMED_OUT)));
-    let mut limited = Limited::new(&watch, op.clone());
-    op.0.set(Some(Ok(())));
-    assert_eq!(poll(&mut limited), Poll::Ready(Ok(())));
+    assert_eq!(poll(&mut limited), Poll::Ready(None));
+    let mut limited = Limited::new(&watch, op.clone(), 3);
+    op.0.set(Some(Err(Errno::TIMED_OUT)));
+    let answer = Poll::Ready(Some(Err(Errno::TIMED_OUT)));
+    assert_eq!(poll(&mut limited), answer, "an answer all the same");
 }
 
 /// Whoever waits is woken by each step of time; when nobody waits, nobody has a place.
@@ -174,7 +171,7 @@ fn places_are_left_and_taken_again() {
     let waker = Waker::from(count.clone());
     for round in 1..4 {
         let (mut fan_out, _ops) = sent(&watch, &[0, 1]);
-        let mut limited = Limited::new(&watch, Op::default());
+        let mut limited = Limited::new(&watch, Op::default(), 3);
         for _ in 0..2 {
             let mut context = Context::from_waker(&waker);
             assert!(Pin::new(&mut fan_out).poll(&mut context).is_pending());

@@ -43,18 +43,26 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Waits for an operation, but not longer than `limit`; it is an orphan afterwards.
 pub(super) async fn timed<H: Host>(
     host: &H,
-    mut op: impl Future<Output = Result<(), Errno>> + Unpin,
+    op: impl Future<Output = Result<(), Errno>> + Unpin,
     limit: Duration,
 ) -> Result<(), Errno> {
+    let answer = in_time(host, op, limit).await;
+    answer.unwrap_or(Err(Errno::TIMED_OUT))
+}
+
+/// Waits for an operation, but not longer than `limit`.
+pub(super) async fn in_time<H: Host>(
+    host: &H,
+    mut op: impl Future<Output = Result<(), Errno>> + Unpin,
+    limit: Duration,
+) -> Option<Result<(), Errno>> {
     let mut timer = None;
     poll_fn(move |context| {
         if let Poll::Ready(result) = Pin::new(&mut op).poll(context) {
-            return Poll::Ready(result);
+            return Poll::Ready(Some(result));
         }
         let timer = timer.get_or_insert_with(|| host.sleep(limit));
-        Pin::new(timer)
-            .poll(context)
-            .map(|()| Err(Errno::TIMED_OUT))
+        Pin::new(timer).poll(context).map(|()| None)
     })
     .await
 }

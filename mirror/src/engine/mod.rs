@@ -65,6 +65,7 @@ mod read;
 mod resync;
 mod settle;
 mod slots;
+mod stall;
 mod start;
 mod status;
 mod sums;
@@ -266,6 +267,7 @@ pub struct Mirror<H: Host, D: Disk<Buffer = H::Buffer>> {
     commits: Commits,
     flushes: write::Flushes,
     stalls: StallWatch,
+    probes: stall::Probes<D>,
     /// Woken when an extent's preparation ends.
     prepared: WaitList,
     ahead: RefCell<zero_ahead::ZeroAhead>,
@@ -357,24 +359,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             fan_out.push(receiver.slot, receiver.in_sync, op);
         }
         fan_out
-    }
-
-    /// Sends one request to one member; a stall does not time out here when it is the only
-    /// outcome, so the caller decides what else to wait for.
-    async fn to_one(
-        &self,
-        receiver: &Receiver<D>,
-        request: DiskRequest<H::Buffer>,
-    ) -> Result<(), Errno> {
-        let mut op = Box::pin(receiver.disk.submit(request));
-        loop {
-            let timed = member_io::timed(&*self.host, op.as_mut(), self.options.deadline).await;
-            // The last in-sync member is never lost, so an operation left to it would outlive
-            // its range lock and strike at later writes (R13): wait on.
-            if timed != Err(Errno::TIMED_OUT) || !self.stalls.is_last(receiver.slot) {
-                return timed;
-            }
-        }
     }
 
     /// Checks a request's range against the device.

@@ -11,7 +11,6 @@
 //! because a write came between, the blocks get a second look and are read again under the range
 //! lock. So checks are of whole blocks: a read of a part reads all of the block.
 
-use super::fan_out::Limited;
 use super::heat::extents;
 use super::write::intersect;
 use super::{Mirror, length};
@@ -266,15 +265,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 offset,
                 span: span.clone(),
             };
-            // A stall is noticed only while another member could answer instead.
-            let alone = view.receivers.iter().filter(|r| r.in_sync).count() == 1;
-            let op = member.disk.submit(request);
-            let result = if alone {
-                op.await
-            } else {
-                Limited::new(&self.stalls, op).await
-            };
-            match result {
+            match self.read_from(member, request).await {
                 Ok(()) => {
                     if !failed.is_empty() {
                         let range = range.clone();
@@ -282,7 +273,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     }
                     return Ok(moved.then_some(span));
                 }
-                Err(Errno::TIMED_OUT) if !alone => {
+                Err(Errno::TIMED_OUT) => {
                     self.begin_loss(member.slot, "a read got no answer within the deadline");
                     span = self.fresh_span(span.len);
                     moved = true;

@@ -136,6 +136,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             commits: super::Commits::default(),
             flushes: super::write::Flushes::default(),
             stalls: super::StallWatch::default(),
+            probes: super::stall::Probes::default(),
             prepared: super::WaitList::default(),
             ahead: RefCell::default(),
             ahead_wanted: super::WaitList::default(),
