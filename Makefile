@@ -51,7 +51,7 @@ test-sim: deps
 	@echo "=== simulator and style tests"
 	tests/mutations/run.py --check
 	CRASH_SAMPLES=$(CRASH_SAMPLES) CRASH_SCHEDULES=$(CRASH_SCHEDULES) \
-		$(CARGO) test -p ublk-mirror-tests --no-fail-fast -- --nocapture
+		$(CARGO) test --profile sim -p ublk-mirror-tests --no-fail-fast -- --nocapture
 	$(CARGO) sim --histories $(HISTORIES) && echo "ok histories" || { echo "not ok histories"; false; }
 
 test-fuzz: deps

@@ -3,7 +3,10 @@
 //! Results go to standard output, everything else to standard error. A reader that has gone
 //! away (`mirrorctl status | head -1`) ends the process quietly instead of with a panic.
 
+use std::cell::Cell;
 use std::io::{ErrorKind, IsTerminal, Write};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -32,6 +35,66 @@ pub(crate) fn raw(text: &str) {
 /// Prints something worth knowing that is not the result.
 pub(crate) fn note(text: &str) {
     write_or_end(std::io::stderr().lock(), &format!("mirrorctl: {text}\n"));
+}
+
+/// Notes of something that serves others: it waits for nobody who reads them, and goes on when
+/// nobody does any more. What there is no room for is counted, and said with the next note.
+pub(crate) struct Notes {
+    /// `None` is the end.
+    queue: SyncSender<Option<String>>,
+    ended: Receiver<()>,
+}
+
+/// So many notes wait for their reader.
+const NOTES_WAITING: usize = 256;
+/// So long the last of them may take.
+const LAST_NOTES: Duration = Duration::from_secs(1);
+
+impl Notes {
+    /// Notes on standard error.
+    ///
+    /// # Errors
+    ///
+    /// When there can be no thread.
+    pub(crate) fn begin() -> std::io::Result<Self> {
+        Self::to(std::io::stderr())
+    }
+
+    fn to(mut to: impl Write + Send + 'static) -> std::io::Result<Self> {
+        let (queue, waiting) = sync_channel::<Option<String>>(NOTES_WAITING);
+        let (end, ended) = sync_channel(1);
+        std::thread::Builder::new().spawn(move || {
+            for text in waiting.iter().map_while(|note| note) {
+                // Nobody can be told that nobody reads it.
+                _ = to.write_all(format!("mirrorctl: {text}\n").as_bytes());
+                _ = to.flush();
+            }
+            _ = end.try_send(());
+        })?;
+        Ok(Self { queue, ended })
+    }
+
+    /// Takes a note.
+    pub(crate) fn taker(&self) -> impl Fn(&str) + 'static {
+        let (queue, missed) = (self.queue.clone(), Cell::new(0_u64));
+        move |text| {
+            let text = match missed.get() {
+                0 => text.to_owned(),
+                count => format!("({count} messages are missing here: nobody read them)\n{text}"),
+            };
+            match queue.try_send(Some(text)) {
+                Ok(()) => missed.set(0),
+                Err(_) => missed.set(missed.get() + 1),
+            }
+        }
+    }
+
+    /// Waits for the last notes to be read, but not for long.
+    pub(crate) fn end(self) {
+        if self.queue.try_send(None).is_ok() {
+            _ = self.ended.recv_timeout(LAST_NOTES);
+        }
+    }
 }
 
 /// Prints why the command failed.
@@ -102,7 +165,55 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+    use std::sync::mpsc::{Sender, channel};
+
+    /// Reads when it is told to, `Err` as an error; what it has read goes to the test.
+    struct Reader {
+        told: Receiver<std::io::Result<()>>,
+        read: Sender<String>,
+    }
+
+    impl Write for Reader {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.told.recv().unwrap_or(Ok(()))?;
+            let text = String::from_utf8_lossy(bytes).into_owned();
+            self.read.send(text).unwrap();
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn notes_wait_for_nobody_and_outlive_their_reader() {
+        let ((tell, told), (read, seen)) = (channel(), channel());
+        let notes = Notes::to(Reader { told, read }).unwrap();
+        let note = notes.taker();
+        // Nobody reads; the thread has at most one of them in hand.
+        (0..NOTES_WAITING + 10).for_each(|number| note(&number.to_string()));
+        tell.send(Err(ErrorKind::BrokenPipe.into())).unwrap();
+        tell.send(Ok(())).unwrap();
+        assert_eq!(
+            seen.recv().unwrap(),
+            "mirrorctl: 1\n",
+            "the first had no reader"
+        );
+        drop(tell);
+        while !seen
+            .recv()
+            .unwrap()
+            .contains(&format!(" {}\n", NOTES_WAITING - 1))
+        {}
+        note("again");
+        notes.end();
+        let rest: Vec<String> = seen.iter().collect();
+        let said = " messages are missing here: nobody read them)\nagain\n";
+        assert!(rest.last().unwrap().ends_with(said), "{rest:?}");
+    }
 
     #[test]
     fn sentences_begin_with_a_capital() {

@@ -196,7 +196,12 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
     let unrecorded = |slot: &usize| !machine.is_recorded_lost(*slot, &outages);
     let caches_lost = outages.iter().any(unrecorded);
     match end {
-        End::Stop if finished => drop(machine.stop()),
+        End::Stop if finished => {
+            if machine.stop().is_err() {
+                // As a crash: nobody says what state things were left in.
+                machine.rotten.put_right();
+            }
+        }
         End::Stop | End::KillDaemon => machine.kill_daemon(),
         End::PowerCut => machine.cut_power(),
     }

@@ -71,7 +71,8 @@ const MAX_RANGE_SECTORS: u32 = 1 << 21;
 const SECTOR_SHIFT: u32 = 9;
 /// A control command that takes longer has met a kernel that lost it.
 const CONTROL_LIMIT: Duration = Duration::from_secs(20);
-/// Stopping waits for requests under way; each of them ends within the engine's deadline.
+/// Stopping waits for requests under way; each of them ends within the engine's deadline, or with
+/// the stall if all members share one.
 const STOP_LIMIT: Duration = Duration::from_secs(600);
 const CONTROL_HINT: &str = "kernels 6.18.4, 6.18.5 and some of Ubuntu's 6.17 have a defect \
     there: update the kernel, or use --front nbd";

@@ -54,7 +54,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             offset,
             span: own.clone(),
         };
-        let own = self.to_one(target, read).await.ok().map(|()| own);
+        let answer = self.to_one(target, read).await;
+        if answer == Err(Errno::TIMED_OUT) {
+            self.begin_loss(target.slot, "a read got no answer within the deadline");
+            return answer;
+        }
+        let own = answer.ok().map(|()| own);
         let fits =
             |span: &Span<H::Buffer>| span.read(|content| known.contains(&Sum::of(block, content)));
         if let Some(own) = own.as_ref().filter(|own| fits(own)) {

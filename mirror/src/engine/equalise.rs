@@ -169,6 +169,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 continue;
             }
             let written = self.write_chosen(&copies, &choices, member, suspect).await;
+            if written == Err(Errno::TIMED_OUT) {
+                // At once: what it has is on its way still (R13), whatever the others say.
+                self.begin_loss(receiver.slot, "a write got no answer within the deadline");
+            }
             lacking[usize::from(receiver.slot)] = written.err();
         }
         self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;

@@ -5,39 +5,67 @@
 //! asked something: a copy of their superblock, each of them once at a time whoever waits. Only
 //! when one of them answers well, and the first member has not answered a step later, has it
 //! stalled, and the caller gives it up. While nobody answers everybody waits: a fault that all
-//! share ends some time, and then nobody has been lost for it.
+//! share ends some time, and then nobody has been lost for it. (A cache may answer for a disk that
+//! hangs with the first one: then that one is lost although all were to blame.)
 
 use super::fan_out::{Limited, TICKS_PER_DEADLINE};
 use super::{Mirror, Receiver, front, member_io};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
-use crate::superblock::{COPY_A_OFFSET, COPY_BYTES};
-use std::cell::{Cell, RefCell};
+use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES};
+use std::cell::RefCell;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 /// After so many steps the others are asked; two more are left for what they say.
 const STEPS_ALONE: u64 = TICKS_PER_DEADLINE - 2;
 
-/// What a member has been asked.
+/// What a member has been asked. The disk is not held by it: one that is lost or removed is closed
+/// when nothing is under way on it, whoever asked.
 struct Probe<D: Disk> {
-    disk: Rc<D>,
+    disk: Weak<D>,
     op: D::Op,
 }
 
-/// What members have been asked, by slot, and when they last answered well.
-pub(super) struct Probes<D: Disk> {
-    under_way: RefCell<[Option<Probe<D>>; SLOTS_MAX]>,
-    answered: [Cell<Option<Duration>>; SLOTS_MAX],
+/// What members have been asked.
+struct Asked<D: Disk> {
+    under_way: Option<Probe<D>>,
+    /// So many times it has answered well.
+    answers: u64,
+    /// Where the copy of its superblock lies that is asked for next: the other one after an error,
+    /// so that a bad sector does not make it mute.
+    offset: u64,
 }
+
+/// What members have been asked, by slot.
+pub(super) struct Probes<D: Disk>(RefCell<[Asked<D>; SLOTS_MAX]>);
 
 impl<D: Disk> Default for Probes<D> {
     fn default() -> Self {
-        Self {
-            under_way: RefCell::new([const { None }; SLOTS_MAX]),
-            answered: [const { Cell::new(None) }; SLOTS_MAX],
+        let asked = || Asked {
+            under_way: None,
+            answers: 0,
+            offset: COPY_A_OFFSET,
+        };
+        Self(RefCell::new(std::array::from_fn(|_| asked())))
+    }
+}
+
+impl<D: Disk> Asked<D> {
+    /// Takes note of an answer that has come.
+    fn look(&mut self) {
+        let mut context = Context::from_waker(Waker::noop());
+        let Some(probe) = &mut self.under_way else {
+            return;
+        };
+        if let Poll::Ready(result) = Pin::new(&mut probe.op).poll(&mut context) {
+            match result {
+                Ok(()) => self.answers += 1,
+                Err(_) => self.offset = COPY_A_OFFSET + COPY_B_OFFSET - self.offset,
+            }
+            self.under_way = None;
         }
     }
 }
@@ -50,11 +78,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         receiver: &Receiver<D>,
         request: DiskRequest<H::Buffer>,
     ) -> Result<(), Errno> {
-        let mut op = receiver.disk.submit(request);
-        let deadline = self.options.deadline;
-        if !receiver.in_sync {
-            return member_io::timed(&*self.host, &mut op, deadline).await;
+        if !self.receives(receiver) {
+            // To one that is lost nothing is sent any more.
+            return Err(Errno::TIMED_OUT);
         }
+        let mut op = receiver.disk.submit(request);
         let alone = self.step() * u32::try_from(STEPS_ALONE).unwrap_or(1);
         match member_io::in_time(&*self.host, &mut op, alone).await {
             Some(result) => result,
@@ -76,18 +104,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Waits for the operation of an in-sync member that has let most of the deadline pass.
+    /// Waits for the operation of a member that has let most of the deadline pass.
     async fn outlast(&self, receiver: &Receiver<D>, mut op: D::Op) -> Result<(), Errno> {
-        let (slot, since) = (receiver.slot, self.host.now());
+        let slot = receiver.slot;
+        let before = self.answers();
         let mut stalled = false;
         // Without others it waits: the last in-sync member is never lost, so that what is left to
         // it would outlive its range lock and strike at later writes (R13).
-        while self.stalls.is_in_sync(slot) {
+        while self.receives(receiver) {
             self.ask_others(slot);
             if let Some(result) = member_io::in_time(&*self.host, &mut op, self.step()).await {
                 return result;
             }
-            let others_answer = self.others_answer(slot, since);
+            let now = self.answers();
+            let answers = |other: u8| now[usize::from(other)] > before[usize::from(other)];
+            let view = self.view();
+            let mut others = view.receivers.iter().filter(|r| r.slot != slot);
+            let others_answer = others.any(|r| r.in_sync && answers(r.slot));
             if stalled && others_answer {
                 break;
             }
@@ -101,50 +134,44 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.options.deadline / u32::try_from(TICKS_PER_DEADLINE).unwrap_or(1)
     }
 
+    /// Whether requests still go to this member.
+    fn receives(&self, member: &Receiver<D>) -> bool {
+        let view = self.view();
+        let mut receivers = view.receivers.iter();
+        receivers.any(|r| Rc::ptr_eq(&r.disk, &member.disk))
+    }
+
     /// Asks every in-sync member but the one in `slot` that has not been asked.
     fn ask_others(&self, slot: u8) {
         let view = self.view();
-        let mut under_way = self.probes.under_way.borrow_mut();
+        let mut all = self.probes.0.borrow_mut();
         for other in view
             .receivers
             .iter()
             .filter(|r| r.in_sync && r.slot != slot)
         {
-            let probe = &mut under_way[usize::from(other.slot)];
-            let asked = probe.as_ref();
-            if asked.is_some_and(|asked| Rc::ptr_eq(&asked.disk, &other.disk)) {
+            let asked = &mut all[usize::from(other.slot)];
+            let same = |probe: &Probe<D>| probe.disk.as_ptr() == Rc::as_ptr(&other.disk);
+            if asked.under_way.as_ref().is_some_and(same) {
                 continue;
             }
             let buffer = self.host.allocate_unzeroed(COPY_BYTES);
             let read = DiskRequest::Read {
-                offset: COPY_A_OFFSET,
+                offset: asked.offset,
                 span: front(&buffer, COPY_BYTES),
             };
-            *probe = Some(Probe {
+            asked.under_way = Some(Probe {
                 op: other.disk.submit(read),
-                disk: other.disk.clone(),
+                disk: Rc::downgrade(&other.disk),
             });
         }
     }
 
-    /// Whether an in-sync member other than that in `slot` has answered well since then.
-    fn others_answer(&self, slot: u8, since: Duration) -> bool {
-        let mut under_way = self.probes.under_way.borrow_mut();
-        let mut context = Context::from_waker(Waker::noop());
-        for (probe, answered) in under_way.iter_mut().zip(&self.probes.answered) {
-            let Some(asked) = probe else {
-                continue;
-            };
-            if let Poll::Ready(result) = Pin::new(&mut asked.op).poll(&mut context) {
-                if result.is_ok() {
-                    answered.set(Some(self.host.now()));
-                }
-                *probe = None;
-            }
-        }
-        let others = (0..).zip(&self.probes.answered);
-        let mut others =
-            others.filter(|(other, _)| *other != slot && self.stalls.is_in_sync(*other));
-        others.any(|(_, answered)| answered.get().is_some_and(|at| at >= since))
+    /// How many times the member in each slot has answered well: those that were asked in an earlier
+    /// stall, and had answered since, included.
+    fn answers(&self) -> [u64; SLOTS_MAX] {
+        let mut all = self.probes.0.borrow_mut();
+        all.iter_mut().for_each(Asked::look);
+        std::array::from_fn(|slot| all[slot].answers)
     }
 }

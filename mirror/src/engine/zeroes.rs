@@ -7,14 +7,29 @@
 //! Parts of extents: a discard ignores them (it is advisory), write-zeroes goes through the
 //! write path with zeroes as its data.
 
+use super::fan_out::FanOut;
 use super::heat::extents;
 use super::sums::STORED_EVERY;
 use super::write::intersect;
 use super::{Mirror, PIECE_BYTES, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use dirty_map::{Base, Extent, ExtentState};
+use std::future::Future;
 use std::ops::Range;
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::{Context, Poll};
+
+/// An operation of which an error is as good as a success.
+struct AnyAnswer<Op>(Op);
+
+impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for AnyAnswer<Op> {
+    type Output = Result<(), Errno>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.0).poll(context).map(|_| Ok(()))
+    }
+}
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Forgets the content of the whole extents in the range; they read as zeroes afterwards.
@@ -147,18 +162,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Tells the disks, advisory: an error loses nobody, a stall does.
+    /// Tells the disks, advisory: an error loses nobody, a stall does that not all share.
     async fn discard_on_members(&self, written: &[Extent]) {
-        let view = self.view();
         for &extent in written {
             let range = self.extent_bytes(extent);
             let (offset, len) = (self.data_offset + range.start, range.end - range.start);
+            let mut discards = FanOut::new(&self.stalls);
+            let view = self.view();
             for receiver in view.receivers.iter().filter(|r| r.geometry.discard) {
-                let request = DiskRequest::Discard { offset, len };
-                if self.to_one(receiver, request).await == Err(Errno::TIMED_OUT) {
-                    self.begin_loss(receiver.slot, "a discard got no answer within the deadline");
-                }
+                let discard = receiver.disk.submit(DiskRequest::Discard { offset, len });
+                discards.push(receiver.slot, receiver.in_sync, AnyAnswer(discard));
             }
+            let outcomes = discards.await;
+            self.lose_stalled(&outcomes, "a discard");
         }
     }
 

@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::failure::{Exit, Failure};
 use crate::medium::{self, Access, Medium};
+use crate::output::Notes;
 use crate::size::human;
 use crate::{Context, output};
 
@@ -81,8 +82,12 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
         instance: super::random()?,
     };
     let ready = |address: &Address| announce(context, &medium, address);
-    export::serve(held, &listen, options, ready, output::note)
-        .map_err(|error| failure(args, &error))
+    let notes = Notes::begin().map_err(|error| {
+        Failure::failed(format!("There can be no thread for messages: {error}."))
+    })?;
+    let served = export::serve(held, &listen, options, ready, notes.taker());
+    notes.end();
+    served.map_err(|error| failure(args, &error))
 }
 
 fn announce(context: &Context, medium: &Medium, address: &Address) {
