@@ -19,8 +19,8 @@ CRASH_SCHEDULES ?= 4
 # What lint and doc leave out of a person's way is an error here.
 export RUSTDOCFLAGS ?= -D warnings
 
-.PHONY: help deps quickstart build test test-unit test-sim test-fuzz test-native test-guest \
-	fuzz bench lint fmt clippy doc clean
+.PHONY: help deps quickstart build test test-unit test-sim test-histories test-fuzz test-native \
+	test-guest fuzz bench lint fmt clippy doc clean
 
 help:
 	@echo "make quickstart   build, and show the main job on two image files"
@@ -40,7 +40,8 @@ build: deps
 quickstart: build
 	scripts/quickstart.sh
 
-test: test-unit test-sim test-fuzz test-native test-guest
+test: build
+	scripts/test.sh
 
 test-unit: deps
 	@echo "=== unit tests"
@@ -52,6 +53,9 @@ test-sim: deps
 	tests/mutations/run.py --check
 	CRASH_SAMPLES=$(CRASH_SAMPLES) CRASH_SCHEDULES=$(CRASH_SCHEDULES) \
 		$(CARGO) test --profile sim -p ublk-mirror-tests --no-fail-fast -- --nocapture
+
+test-histories: deps
+	@echo "=== histories"
 	$(CARGO) sim --histories $(HISTORIES) && echo "ok histories" || { echo "not ok histories"; false; }
 
 test-fuzz: deps
