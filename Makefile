@@ -19,6 +19,9 @@ CRASH_SCHEDULES ?= 4
 # What lint and doc leave out of a person's way is an error here.
 export RUSTDOCFLAGS ?= -D warnings
 
+# One part after the other, whatever make is told: their output is read by sections.
+.NOTPARALLEL:
+
 .PHONY: help deps quickstart build test test-unit test-sim test-histories test-fuzz test-native \
 	test-guest fuzz bench lint fmt clippy doc clean
 
@@ -68,21 +71,6 @@ test-native: build
 
 test-guest: build
 	tests/guest/all.sh $(KERNELS)
-
-fuzz: deps
-	@echo "=== fuzz"
-	scripts/fuzz.sh $(FUZZ_SHORT_SECONDS)
-
-test-native: build
-	@echo "=== native tests"
-	tests/native/run.py
-
-test-guest: build
-	@for kernel in $(KERNELS); do \
-		echo "=== guest tests, kernel $$kernel"; \
-		tests/guest/host.sh --family $$kernel || failed=1; \
-		tests/native/quickstart_in_guest.sh $$kernel || failed=1; \
-	done; test -z "$$failed"
 
 fuzz: deps
 	scripts/fuzz.sh $(FUZZ_SECONDS)

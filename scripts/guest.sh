@@ -56,6 +56,8 @@ pidfile=${pidfile:-$exchange/qemu.pid}
 finish() {
     # The emulator ends with the command; this is for the ways out that are not regular.
     local pid
+    # First who would start it yet: the time limit passes the signal on.
+    pid=$(cat "$exchange/timeout.pid" 2>/dev/null) && kill "$pid" 2>/dev/null
     pid=$(cat "$pidfile" 2>/dev/null)
     if [ -n "$pid" ] && grep -q qemu "/proc/$pid/comm" 2>/dev/null; then
         kill -KILL "$pid" 2>/dev/null
@@ -85,10 +87,19 @@ done
 [ "$icount" = yes ] && qemu+=" -icount shift=0,sleep=off"
 
 # The pipe is needed: the emulator opens its standard output by name, which would truncate a file.
-PATH=$venv_bin:$PATH timeout --kill-after=10 "$limit" \
-    vng "${options[@]}" --qemu-opts="$qemu" -- \
-    "cd /; bash $exchange/command; echo \$? >$exchange/code; sync" </dev/null 2>&1 | cat
-ended=${PIPESTATUS[0]}
+# In the background, because a signal is looked at only when nothing in the foreground runs.
+{
+    PATH=$venv_bin:$PATH timeout --kill-after=10 "$limit" \
+        vng "${options[@]}" --qemu-opts="$qemu" -- \
+        "cd /; bash $exchange/command; echo \$? >$exchange/code; sync" </dev/null &
+    echo $! >"$exchange/timeout.pid"
+    wait $!
+    ended=$?
+    rm -f "$exchange/timeout.pid"
+    echo $ended >"$exchange/ended"
+} 2>&1 | cat &
+wait $!
+ended=$(cat "$exchange/ended")
 
 if [ -s "$exchange/code" ]; then
     exit "$(cat "$exchange/code")"

@@ -6,22 +6,31 @@
 #
 # Exit status 0 if all passed.
 set -uo pipefail
+# A group of processes for each job, so that a signal can reach all of it.
+set -m
 
 cd "$(dirname "$0")/.."
 guests=$(mktemp)
-guests_said() {
+trap 'rm -f "$guests"' EXIT
+give_up() {
+    local job
+    for job in $(jobs -p); do
+        kill -- -"$job" 2>/dev/null
+    done
+    wait
     cat "$guests"
-    rm -f "$guests"
+    exit 130
 }
-trap guests_said EXIT
-trap 'kill $(jobs -p) 2>/dev/null; exit 130' INT TERM
+trap give_up INT TERM
 
+# Each in the background: a signal is looked at only when nothing in the foreground runs.
 result=0
-make test-guest >"$guests" 2>&1 </dev/null &
+make test-guest 3>&1 >"$guests" 2>&1 </dev/null &
 beside=$!
-make --keep-going test-unit test-sim test-fuzz test-native || result=1
+make --keep-going test-unit test-sim test-fuzz test-native </dev/null &
+wait $! || result=1
 wait $beside || result=1
-guests_said
-trap - EXIT
-make test-histories || result=1
+cat "$guests"
+make test-histories </dev/null &
+wait $! || result=1
 exit $result

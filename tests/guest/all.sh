@@ -4,24 +4,47 @@
 #
 # Usage: tests/guest/all.sh FAMILY...
 #
-# What each guest printed comes when it has ended. Exit status 0 if all passed.
+# What each guest printed comes when it has ended; when each begins and ends is said on descriptor 3
+# if that is open. Exit status 0 if all passed.
 set -uo pipefail
+# A group of processes for each job, so that a signal can reach all of it.
+set -m
 
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# -gt 0 ] || { echo "Usage: tests/guest/all.sh FAMILY..." >&2; exit 2; }
 
+result=0
 # Fetched once, before two guests ask for it at the same time.
 "$here/../../scripts/vng-env.sh" >/dev/null || exit 1
+families=()
 for family in "$@"; do
-    "$here/../../scripts/kernel.sh" "$family" >/dev/null || exit 1
+    if "$here/../../scripts/kernel.sh" "$family" >/dev/null; then
+        families+=("$family")
+    else
+        echo "=== guest tests, kernel $family"
+        echo "not ok kernel_$family (it could not be fetched)"
+        result=1
+    fi
 done
+
+progress() { { echo "guest: $*" >&3; } 2>/dev/null; }
 
 area=$(mktemp -d "${TMPDIR:-/tmp}/ublk-mirror-guests.XXXXXX") || exit 1
 trap 'rm -rf "$area"' EXIT
-trap 'kill $(jobs -p) 2>/dev/null; exit 130' INT TERM
+give_up() {
+    local job
+    for job in $(jobs -p); do
+        kill -- -"$job" 2>/dev/null
+    done
+    wait
+    # What was not printed yet.
+    cat "$area"/*.log 2>/dev/null
+    exit 130
+}
+trap give_up INT TERM
 
 # run TITLE COMMAND... : in the background, as soon as fewer than two others run.
-running=0 result=0
+running=0
 run() {
     local title=$1
     shift
@@ -31,21 +54,26 @@ run() {
     fi
     running=$((running + 1))
     (
-        output=$(mktemp "$area/XXXXXX")
+        trap - EXIT
+        output=$(mktemp "$area/XXXXXX.log")
+        progress "$title begins"
+        began=$SECONDS
         "$@" >"$output" 2>&1 </dev/null
         code=$?
-        # One write of the whole: that of another guest must not come in between.
-        flock "$area" cat <(echo "=== guest tests, $title") "$output"
+        progress "$title has ended with $code after $((SECONDS - began)) s"
+        # The whole at once: that of another guest must not come in between.
+        flock "$area" cat <(echo "=== guest tests, $title") "$output" || code=1
+        rm -f "$output"
         exit $code
     ) &
 }
 
 # The longest first.
-for family in "$@"; do
+for family in "${families[@]}"; do
     run "kernel $family, first half" "$here/host.sh" --family "$family" --part 1
     run "kernel $family, second half" "$here/host.sh" --family "$family" --part 2
 done
-for family in "$@"; do
+for family in "${families[@]}"; do
     run "kernel $family, host crash" "$here/host.sh" --family "$family" host_crash
     run "kernel $family, quickstart" "$here/../native/quickstart_in_guest.sh" "$family"
 done

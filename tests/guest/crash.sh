@@ -26,7 +26,7 @@ give_up() {
 
 boot() {
     local step=$1
-    "$guest" --family "$family" --memory 1G --timeout 240 --rwdir "$area/logs" \
+    "$guest" --family "$family" --memory 1G --timeout 400 --rwdir "$area/logs" \
         --drive "$area/a.img" --drive "$area/b.img" --pidfile "$area/$step.pid" -- \
         "bash \$PROJECT_DIR/tests/guest/crash_guest.sh $step $area/logs" >"$area/$step.out" 2>&1
 }
@@ -50,7 +50,7 @@ boot_and_kill() {
             fi
         fi
         tries=$((tries + 1))
-        [ $tries -le 2000 ] || break
+        [ $tries -le 4000 ] || break
         sleep 0.1
     done
     wait $runner

@@ -47,7 +47,7 @@ area=$(mktemp -d "${TMPDIR:-/tmp}/ublk-mirror-logs.XXXXXX") || exit 1
 trap 'rm -rf "$area"' EXIT
 result=0
 if [ ${#names[@]} -gt 0 ]; then
-    "$here/../../scripts/guest.sh" --family "$family" --timeout 3600 --rwdir "$area" -- \
+    "$here/../../scripts/guest.sh" --family "$family" --timeout 2700 --rwdir "$area" -- \
         "LOG_WRITES_DIR=$area bash \$PROJECT_DIR/tests/guest/run.sh ${names[*]}" || result=1
     # The second half of t_log_*.sh, which would take an hour inside.
     for trace in "$area"/*/trace; do
