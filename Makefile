@@ -8,12 +8,12 @@ CARGO ?= cargo
 KERNELS ?= 6.12 7.2
 # How long `make fuzz`, and `make test` in short, look at each target.
 FUZZ_SECONDS ?= 600
-FUZZ_SHORT_SECONDS ?= 10
+FUZZ_SHORT_SECONDS ?= 5
 FUZZ_TARGET_DIR = $(or $(CARGO_TARGET_DIR),target)/fuzz
 # What `make test` plays in the simulator (`cargo sim --minutes 60` goes on for an hour), and how
 # many actions the histories of three members have that assembly is tried on.
 HISTORIES ?= 10000
-ASSEMBLY_LENGTH ?= 6
+ASSEMBLY_LENGTH ?= 5
 CRASH_SAMPLES ?= 36
 CRASH_SCHEDULES ?= 4
 # What lint and doc leave out of a person's way is an error here.
@@ -43,8 +43,8 @@ build: deps
 quickstart: build
 	scripts/quickstart.sh
 
-test: build
-	scripts/test.sh
+# The histories of the simulator are timed.
+test: test-unit test-sim test-histories test-fuzz test-native test-guest
 
 test-unit: deps
 	@echo "=== unit tests"
@@ -70,7 +70,7 @@ test-native: build
 	tests/native/run.py
 
 test-guest: build
-	tests/guest/all.sh $(KERNELS)
+	tests/guest/all.sh $(KERNELS) 3>&1
 
 fuzz: deps
 	scripts/fuzz.sh $(FUZZ_SECONDS)

@@ -222,10 +222,19 @@ bench_scrub() {
 
 median() { printf '%s\n' "$@" | sort -n | sed -n "$((($# + 1) / 2))p"; }
 
+# member_bytes : what scrubs have read from members so far.
+member_bytes() {
+    mirrorctl scrub status bench --json | python3 -ISc '
+import json, sys
+status = json.load(sys.stdin)
+print(status["totals"]["member-bytes"] + ((status.get("pass") or {}).get("member-bytes") or 0))'
+}
+
 # Seven parts reads and three parts writes at half of what it can do, without a scrub and with one.
+# They go to the first half: the other one cools, and there the scrub has something to read.
 bench_foreground() {
-    local round rate
-    local mixed=(--rw=randrw --rwmixread=70 --bs=4k --iodepth=8 --size="$1m" --time_based)
+    local round rate before scrubbed=()
+    local mixed=(--rw=randrw --rwmixread=70 --bs=4k --iodepth=8 --size="$(($1 / 2))m" --time_based)
     measure scrubbed-probe mixed-4k 0 "$URI" "${mixed[@]}" --runtime=5
     rate=$(python3 -ISc '
 import json, sys
@@ -237,10 +246,17 @@ print(int((job["read"]["iops"] + job["write"]["iops"]) / 2))' "$area/fio.json")
         measure scrubbed-not mixed-4k "$round" "$URI" "${mixed[@]}" --runtime=30 \
             --rate_iops=$((rate * 7 / 10)),$((rate * 3 / 10))
         mirrorctl scrub start bench
+        before=$(member_bytes)
         measure scrubbed mixed-4k "$round" "$URI" "${mixed[@]}" --runtime=30 \
             --rate_iops=$((rate * 7 / 10)),$((rate * 3 / 10))
+        scrubbed+=($((($(member_bytes) - before) / 1048576)))
         mirrorctl scrub cancel bench || true
+        if [ "${scrubbed[-1]}" -eq 0 ]; then
+            echo "the scrub read nothing: this measures nothing" >&2
+            exit 1
+        fi
     done
+    result scrubbed-work mib "$(median "${scrubbed[@]}")"
 }
 
 # Uniform random writes over a hundred times the budget of hot extents, on written extents. Enough

@@ -98,7 +98,11 @@ impl<S: Subject> Scrubber<S> {
                 let first = extent(finding.blocks.start).unwrap_or(u32::MAX);
                 let last = extent(finding.blocks.end - 1).unwrap_or(u32::MAX);
                 for cell in first / per_cell..=(last.min(extents - 1)) / per_cell {
-                    worsen(&mut classes, cell, class);
+                    let unwritten = classes.get(places(cell)) == Some(&ScrubClass::Unwritten);
+                    // What was repaired there has been discarded since.
+                    if class == ScrubClass::Damaged || !unwritten {
+                        worsen(&mut classes, cell, class);
+                    }
                 }
             }
         });

@@ -2,7 +2,7 @@
 
 use crate::Subject;
 use dirty_map::Extent;
-use mirror::engine::{Checked, ExtentLook};
+use mirror::engine::{CheckOptions, Checked, ExtentLook};
 use mirror::pace::Pacer;
 use mirror::scrub_log::ScrubLog;
 use mirror::{Disk, Errno, Host, Mirror};
@@ -35,8 +35,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Subject for Rc<Mirror<H, D>> {
         Mirror::look(self, extent)
     }
 
-    async fn check(&self, extent: Extent, repair: bool, at_once: bool) -> Result<Checked, Errno> {
-        self.check_extent(extent, repair, at_once).await
+    async fn check(&self, extent: Extent, how: CheckOptions) -> Result<Checked, Errno> {
+        self.check_extent(extent, how).await
     }
 
     fn log<R>(&self, lent: impl FnOnce(&mut ScrubLog) -> R) -> R {

@@ -38,7 +38,7 @@ mod wait;
 
 use dirty_map::{EXTENT_BYTES, Extent};
 use mirror::control::ErrorKind;
-use mirror::engine::{Checked, ExtentLook};
+use mirror::engine::{CheckOptions, Checked, ExtentLook};
 use mirror::pace::{Limits, Pacer};
 use mirror::scrub_log::{Choices, Ending, Pass, ScrubLog};
 use mirror::{ControlError, Errno, Host};
@@ -63,6 +63,8 @@ const COOLING: Duration = Duration::from_secs(15);
 const AFTER_ERROR: Duration = Duration::from_secs(1);
 /// Where checking an extent takes less, the next may be read in one request a member.
 const QUICK: Duration = Duration::from_millis(500);
+/// After how many hot extents that are left others have a turn.
+const HOT_AT_A_TIME: u32 = 1024;
 /// How often a lane that has nothing to do looks at the others.
 const LANE_RECHECK: Duration = Duration::from_millis(50);
 
@@ -86,7 +88,7 @@ pub trait Subject: 'static {
     /// What an extent looks like.
     fn look(&self, extent: Extent) -> ExtentLook;
 
-    /// Checks an extent, and repairs it if told so; `at_once` when nobody else uses the disks.
+    /// Checks an extent.
     ///
     /// # Errors
     ///
@@ -94,8 +96,7 @@ pub trait Subject: 'static {
     fn check(
         &self,
         extent: Extent,
-        repair: bool,
-        at_once: bool,
+        how: CheckOptions,
     ) -> impl Future<Output = Result<Checked, Errno>>;
 
     /// Lends the log. What is changed there becomes durable with one of the next map commits.
@@ -204,12 +205,30 @@ impl<S: Subject> Scrubber<S> {
         }
     }
 
-    /// Begins a pass, or says why not; the other choices hold in either case.
+    /// Begins a pass, or says why not.
     ///
     /// # Errors
     ///
-    /// When another pass is under way.
+    /// When a pass of the other kind is under way; nothing is changed then.
     pub fn start(&self, start: Start) -> Result<String, ControlError> {
+        let under_way = self.subject.log(|log| log.pass().cloned());
+        if let Some(pass) = under_way
+            .as_ref()
+            .filter(|it| it.check_only != start.check_only)
+        {
+            return Err(ControlError {
+                kind: ErrorKind::Busy,
+                message: format!(
+                    "pass {} is under way, and it {}; end it with 'mirrorctl scrub cancel' first",
+                    pass.number,
+                    if pass.check_only {
+                        "only checks"
+                    } else {
+                        "repairs"
+                    }
+                ),
+            });
+        }
         self.subject.log(|log| {
             let mut choices = log.choices();
             choices.paused = false;
@@ -222,25 +241,13 @@ impl<S: Subject> Scrubber<S> {
         });
         self.limit();
         self.news.tell();
-        let under_way = self.subject.log(|log| log.pass().cloned());
+        let later = if start.once {
+            "; from now on none begins by itself ('mirrorctl scrub start --days N' changes that)"
+        } else {
+            ""
+        };
         if let Some(pass) = under_way {
-            let same = pass.check_only == start.check_only;
-            let sentence = format!("pass {} is under way", pass.number);
-            return if same {
-                Ok(sentence)
-            } else {
-                Err(ControlError {
-                    kind: ErrorKind::Busy,
-                    message: format!(
-                        "{sentence}, and it {}; end it with 'mirrorctl scrub cancel' first",
-                        if pass.check_only {
-                            "only checks"
-                        } else {
-                            "repairs"
-                        }
-                    ),
-                })
-            };
+            return Ok(format!("pass {} is under way{later}", pass.number));
         }
         self.wanted.set(Some(start.check_only));
         let extents = self.subject.written();
@@ -249,7 +256,9 @@ impl<S: Subject> Scrubber<S> {
         } else {
             "a pass"
         };
-        Ok(format!("{kind} over {extents} written extents begins"))
+        Ok(format!(
+            "{kind} over {extents} written extents begins{later}"
+        ))
     }
 
     /// Nothing is scrubbed until `resume`, also after a restart.
@@ -384,12 +393,25 @@ impl<S: Subject> Scrubber<S> {
         while !self.is_interrupted() {
             let next = self.with_sweep(|sweep| sweep.next(|from| self.subject.next_written(from)));
             match next {
+                Some(Next::Extent(extent)) if self.is_left_hot(extent) => {
+                    // Costs nothing, so it is no measure of the pace; but others want to run.
+                    self.with_sweep(|sweep| sweep.left(extent));
+                    if extent.0.is_multiple_of(HOT_AT_A_TIME) {
+                        self.wait(LANE_RECHECK).await;
+                    }
+                }
                 Some(Next::Extent(extent)) => self.check(extent).await,
                 Some(Next::Later) => self.wait(LANE_RECHECK).await,
                 Some(Next::Cooling) => self.cooled().await,
                 Some(Next::Over) | None => return,
             }
         }
+    }
+
+    /// Whether an extent is hot and has still a chance to cool before the pass ends.
+    fn is_left_hot(&self, extent: Extent) -> bool {
+        let in_the_end = self.with_sweep(|sweep| sweep.hot_too()).unwrap_or(false);
+        !in_the_end && self.subject.look(extent) == ExtentLook::Hot
     }
 
     async fn check(&self, extent: Extent) {
@@ -402,13 +424,13 @@ impl<S: Subject> Scrubber<S> {
                 return;
             }
         }
-        let repair = self
-            .with_sweep(|sweep| !sweep.pass().check_only)
-            .unwrap_or(false);
-        // On a slow link all lanes' requests for whole extents might together take a deadline.
-        let at_once = self.quick.get() && self.pacer.borrow().is_idle();
+        let how = CheckOptions {
+            // On a slow link all lanes' requests for whole extents might together take a deadline.
+            at_once: self.quick.get() && self.pacer.borrow().is_idle(),
+            ..self.with_sweep(|sweep| sweep.how()).unwrap_or_default()
+        };
         let began = self.now();
-        let result = self.subject.check(extent, repair, at_once).await;
+        let result = self.subject.check(extent, how).await;
         if !result.is_ok_and(|checked| checked.skipped_hot) {
             self.quick.set(self.now().saturating_sub(began) < QUICK);
         }
@@ -416,13 +438,13 @@ impl<S: Subject> Scrubber<S> {
         match result {
             Ok(checked) if checked.skipped_hot => self.with_sweep(|sweep| sweep.left(extent)),
             Ok(checked) => self.with_sweep(|sweep| sweep.checked(extent, &checked)),
-            Err(errno) => {
-                tracing::warn!("extent {} could not be checked: {errno}", extent.0);
-                self.with_sweep(|sweep| sweep.left(extent));
-                self.wait(AFTER_ERROR).await;
-                None
-            }
+            Err(_) => self.with_sweep(|sweep| sweep.left(extent)),
         };
+        let failed = result.map_or_else(Some, |checked| checked.failed);
+        if let Some(errno) = failed {
+            tracing::warn!("extent {} could not be checked: {errno}", extent.0);
+            self.wait(AFTER_ERROR).await;
+        }
         let bytes = self.bytes_since_noted.get() + EXTENT_BYTES;
         self.bytes_since_noted.set(bytes);
         let since = self.now().saturating_sub(self.noted.get());

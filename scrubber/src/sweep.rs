@@ -1,14 +1,15 @@
-//! The order of a pass: once around, then what was hot again. Pure.
+//! The order of a pass: once around, then what was hot, or could not be checked, again: some rounds
+//! for what has cooled meanwhile, and a last one for the rest as it is. Pure.
 
 use dirty_map::Extent;
-use mirror::engine::Checked;
+use mirror::engine::{CheckOptions, Checked};
 use mirror::scrub_log::{Pass, coarsened};
 use std::ops::Range;
 use std::time::Duration;
 
 /// Ranges of extents to be visited again that are kept; more are joined, with what lies between.
 pub(crate) const RANGES_MAX: usize = 1024;
-/// How often what was hot is visited again.
+/// How often what was hot is visited again before it is checked hot or not.
 pub(crate) const ROUNDS: u32 = 4;
 
 /// What a lane is to do.
@@ -81,7 +82,7 @@ impl Sweep {
         if !self.under_way.is_empty() || self.cooling {
             return Next::Later;
         }
-        if self.pass.left.is_empty() || self.rounds == ROUNDS {
+        if self.pass.left.is_empty() || self.hot_too() {
             self.pass.counts.left_out = count(&self.pass.left, &next_written);
             self.over = true;
             return Next::Over;
@@ -95,6 +96,20 @@ impl Sweep {
         self.cooling = false;
         self.rounds += 1;
         self.round = std::mem::take(&mut self.pass.left);
+    }
+
+    /// Whether hot extents are checked as well: nothing is gained by more waiting.
+    pub(crate) fn hot_too(&self) -> bool {
+        self.rounds > ROUNDS
+    }
+
+    /// How extents are checked now.
+    pub(crate) fn how(&self) -> CheckOptions {
+        CheckOptions {
+            repair: !self.pass.check_only,
+            hot_too: self.hot_too(),
+            at_once: false,
+        }
     }
 
     fn next_around(&mut self, next_written: impl Fn(Extent) -> Option<Extent>) -> Option<Extent> {
@@ -132,12 +147,17 @@ impl Sweep {
         None
     }
 
-    /// An extent has been checked.
+    /// An extent has been checked, or what could be of it; then it is to be visited again.
     pub(crate) fn checked(&mut self, extent: Extent, checked: &Checked) {
+        if checked.failed.is_some() {
+            self.left(extent);
+        }
         self.under_way.retain(|under_way| *under_way != extent);
         let counts = &mut self.pass.counts;
-        counts.extents += 1;
-        counts.blocks += checked.blocks;
+        if checked.failed.is_none() {
+            counts.extents += 1;
+            counts.blocks += checked.blocks;
+        }
         counts.member_bytes += checked.member_bytes;
         counts.findings += checked.findings;
         counts.repaired += checked.repaired;
@@ -222,7 +242,8 @@ mod tests {
             start in 0..5000_u32,
             every in 1..7_u32,
             hot in proptest::collection::btree_set(0..5000_u32, 0..20),
-            cools in 0..6_u32,
+            cools in 0..8_u32,
+            failing in proptest::collection::btree_set(0..5000_u32, 0..5),
             restarts in proptest::collection::btree_set(0..4000_usize, 0..4),
         ) {
             let extents = 5000;
@@ -238,7 +259,13 @@ mod tests {
                     sweep = Sweep::new(sweep.noted(Duration::ZERO), extents);
                 }
                 match sweep.next(next_written) {
-                    Next::Extent(extent) if hot.contains(&extent.0) && rounds < cools => {
+                    Next::Extent(extent) if failing.contains(&extent.0) => {
+                        let failed = Some(mirror::Errno::IO);
+                        sweep.checked(extent, &Checked { failed, ..Checked::default() });
+                    }
+                    Next::Extent(extent)
+                        if hot.contains(&extent.0) && rounds < cools && !sweep.hot_too() =>
+                    {
                         sweep.left(extent);
                     }
                     Next::Extent(extent) => {
@@ -256,8 +283,7 @@ mod tests {
             let want: BTreeSet<u32> = (0..extents).filter(|number| is_written(*number)).collect();
             let missing: BTreeSet<u32> = want.difference(&seen).copied().collect();
             prop_assert_eq!(sweep.pass().counts.left_out, missing.len() as u64);
-            prop_assert!(missing.is_subset(&hot));
-            prop_assert!(missing.is_empty() || cools > ROUNDS);
+            prop_assert!(missing.is_subset(&failing));
             prop_assert!(seen.is_subset(&want));
         }
     }

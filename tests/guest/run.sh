@@ -11,7 +11,7 @@ set -uo pipefail
 . "$(dirname "$0")/lib.sh"
 set +e
 
-limit=${GUEST_TEST_TIMEOUT:-480}
+limit=${GUEST_TEST_TIMEOUT:-900}
 enter_guest
 echo "kernel $(uname -r), $(nproc) processors"
 

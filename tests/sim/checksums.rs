@@ -4,10 +4,12 @@
 use crate::machine::{Machine, superblock_on};
 use crate::older_images::{drop_all, seconds, states};
 use crate::races::{fl, gone, none, seeds, wr};
+use crate::rot::repairing;
 use crate::sums;
 use dirty_map::Extent;
 use mirror::Errno;
 use mirror::control::MemberState;
+use mirror::engine::{CheckOptions, Checked};
 use mirror::sim::Faults;
 
 pub(crate) const SIZE: u64 = 64 << 20;
@@ -55,15 +57,28 @@ pub(crate) fn rd(machine: &Machine, offset: u64, len: usize) -> Result<(), Errno
         .block_on(async move { client.read(offset, len).await })
 }
 
-pub(crate) fn check(machine: &Machine, extent: u32, repair: bool) -> mirror::engine::Checked {
+pub(crate) fn check(machine: &Machine, extent: u32, repair: bool) -> Checked {
+    let how = CheckOptions {
+        repair,
+        ..repairing(extent.is_multiple_of(2))
+    };
+    check_so(machine, extent, how)
+}
+
+/// Whether it is hot or not.
+fn check_hot_too(machine: &Machine, extent: u32) -> Checked {
+    let how = CheckOptions {
+        hot_too: true,
+        ..repairing(false)
+    };
+    check_so(machine, extent, how)
+}
+
+fn check_so(machine: &Machine, extent: u32, how: CheckOptions) -> Checked {
     let mirror = machine.mirror();
     machine
         .world
-        .block_on(async move {
-            mirror
-                .check_extent(Extent(extent), repair, extent.is_multiple_of(2))
-                .await
-        })
+        .block_on(async move { mirror.check_extent(Extent(extent), how).await })
         .unwrap()
 }
 
@@ -556,6 +571,26 @@ fn a_member_that_fails_a_rewrite_is_lost() {
     machine.compare_members();
 }
 
+/// An extent that is written all the time holds blocks that are not: what rots of them is found and
+/// healed while it is hot.
+#[test]
+fn rot_in_a_hot_extent_is_healed() {
+    for seed in seeds(20) {
+        let mut machine = machine(seed, 2 + (seed % 2) as usize);
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        let victim = (seed % 2) as usize;
+        rot(&machine, victim, 3);
+        wr(&machine, 10 * 4096, 4096);
+        assert!(check(&machine, 0, true).skipped_hot, "seed {seed}");
+        let checked = check_hot_too(&machine, 0);
+        assert_eq!((checked.findings, checked.repaired), (1, 1), "seed {seed}");
+        assert_eq!(check_hot_too(&machine, 0).findings, 0, "seed {seed}");
+        machine.compare_members();
+    }
+}
+
 /// Blocks that are overwritten all the time, scrubbed for an hour: nothing is ever found.
 #[test]
 fn writes_are_never_taken_for_damage() {
@@ -575,6 +610,8 @@ fn writes_are_never_taken_for_damage() {
             machine.world.run(round % 60, || false);
             let checked = check(&machine, 0, true);
             assert_eq!(checked.findings, 0, "seed {seed}");
+            let checked = check_hot_too(&machine, 0);
+            assert_eq!((checked.findings, checked.blocks), (0, 1024), "seed {seed}");
             for block in 0..3_u64 {
                 rd(&machine, block * 80 * 4096, 16384).unwrap();
             }

@@ -6,6 +6,7 @@ use crate::checksums::COOL;
 use crate::machine::Machine;
 use crate::older_images::seconds;
 use crate::races::{flushes, gone, none, seeds, wr};
+use crate::rot::repairing;
 use dirty_map::Extent;
 use mirror::Errno;
 use mirror::control::{MemberState, MemberStatus};
@@ -275,7 +276,9 @@ fn a_stall_of_all_members_under_a_scrub_loses_nobody() {
             let (mirror, checked) = (machine.mirror(), checked.clone());
             machine.world.spawn_task(async move {
                 let at_once = extent % 2 == 0;
-                let found = mirror.check_extent(Extent(extent), true, at_once).await;
+                let found = mirror
+                    .check_extent(Extent(extent), repairing(at_once))
+                    .await;
                 assert_eq!(found.unwrap().findings, 0);
                 checked.set(checked.get() + 1);
             });
@@ -304,7 +307,7 @@ fn blocks_bad_on_both_members_are_put_together_in_a_whole_extent() {
             }
         }
         let mirror = machine.mirror();
-        let check = async move { mirror.check_extent(Extent(0), true, at_once).await };
+        let check = async move { mirror.check_extent(Extent(0), repairing(at_once)).await };
         let checked = machine.world.block_on(check).unwrap();
         assert_eq!((checked.repaired, checked.damaged), (11, 0), "{checked:?}");
     }

@@ -82,7 +82,9 @@ pub(crate) fn play_seed(seed: u64, script: &mut Script) -> Played {
     let mut machine = build(script);
     let mut played = Played::default();
     while played.requests + played.actions < OPERATIONS_MIN {
-        let life = author.life();
+        let mut life = author.life();
+        // In every history there is a scrub at some time.
+        life.scrub |= script.lives.is_empty();
         script.lives.push(life.clone());
         play_life(&mut machine, &life, &mut played);
     }

@@ -13,6 +13,7 @@ use crate::sums;
 use dirty_map::{BLOCK_BYTES, Block, Extent, ExtentState};
 use mirror::Host as _;
 use mirror::control::MemberState;
+use mirror::engine::CheckOptions;
 use mirror::sim::{SimDisk, SimHost};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -131,13 +132,22 @@ impl Rotten {
     }
 }
 
+/// With repairs; of what is not hot.
+pub(crate) fn repairing(at_once: bool) -> CheckOptions {
+    CheckOptions {
+        repair: true,
+        at_once,
+        hot_too: false,
+    }
+}
+
 /// Checks every extent once: what is wrong is repaired.
 pub(crate) fn check_all_extents(machine: &Machine) {
     let mirror = machine.mirror();
     machine.world.block_on(async move {
         for extent in (0..mirror.extents()).map(Extent) {
             mirror
-                .check_extent(extent, true, extent.0 % 2 == 1)
+                .check_extent(extent, repairing(extent.0 % 2 == 1))
                 .await
                 .unwrap();
         }
@@ -149,7 +159,11 @@ pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn()
     let mut extent = Extent(0);
     while !ended() {
         // Errors are legal while disks are faulty.
-        let _ = mirror.check_extent(extent, true, extent.0 % 2 == 1).await;
+        let how = CheckOptions {
+            hot_too: host.random() % 2 == 0,
+            ..repairing(extent.0 % 2 == 1)
+        };
+        let _ = mirror.check_extent(extent, how).await;
         extent = Extent((extent.0 + 1) % mirror.extents());
         if extent.0 == 0 {
             let pause = 1 + (host.random() % 16) as u64;

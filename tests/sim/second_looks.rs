@@ -6,6 +6,7 @@ use crate::checksums::{COOL, check, content, machine, rd, rot, spoil};
 use crate::machine::{Machine, superblock_on};
 use crate::older_images::seconds;
 use crate::races::{fl, gone, none, seeds, wr};
+use crate::rot::repairing;
 use crate::sums;
 use dirty_map::Extent;
 use mirror::control::MemberState;
@@ -477,7 +478,7 @@ fn everything_at_once() {
                     0 => client.read(extent << 22, 65536).await.unwrap(),
                     1 => {
                         let extent = Extent(extent as u32);
-                        let _ = mirror.check_extent(extent, true, n % 4 == 1).await;
+                        let _ = mirror.check_extent(extent, repairing(n % 4 == 1)).await;
                     }
                     2 => client
                         .write((extent << 22) + 5 * 4096 + 512, 8192, n % 2 == 0)

@@ -239,10 +239,10 @@ pub enum ScrubClass {
     Written,
     /// Written lately.
     Hot,
-    /// A member lacks some of it.
-    Missed,
     /// Something in it was repaired.
     Repaired,
+    /// A member lacks some of it.
+    Missed,
     /// Something in it is damaged.
     Damaged,
 }

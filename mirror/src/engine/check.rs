@@ -2,7 +2,8 @@
 //!
 //! All in-sync members' copies are read, and held against their checksums and each other, without
 //! a lock: nobody waits for what is as it should be. Whatever looks wrong, because it is or only
-//! because a write came between, gets a second look under the range lock (`settle.rs`).
+//! because a write came between, gets a second look under the range lock (`settle.rs`). So does all
+//! of an extent that is hot, a part at a time, if it is not to be left.
 
 use super::settle::Look;
 use super::sums::Pages;
@@ -15,11 +16,25 @@ use std::cell::Ref;
 use std::ops::Range;
 use std::rc::Rc;
 
+/// How an extent is checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckOptions {
+    /// What is wrong is repaired.
+    pub repair: bool,
+    /// Each member is asked for all of it in one request: twice as fast on some disks, but nothing
+    /// for a time in which others use them.
+    pub at_once: bool,
+    /// One that is hot is checked too; writes to it wait for a part at a time.
+    pub hot_too: bool,
+}
+
 /// What one look at an extent has shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Checked {
     /// The extent was written lately; nothing, or not all of it, was looked at.
     pub skipped_hot: bool,
+    /// Why some of it could not be checked, if it could not.
+    pub failed: Option<Errno>,
     /// Blocks that were checked.
     pub blocks: u64,
     /// Bytes read from members.
@@ -35,6 +50,7 @@ pub struct Checked {
 impl Checked {
     pub(super) fn add(&mut self, other: Self) {
         self.skipped_hot |= other.skipped_hot;
+        self.failed = self.failed.or(other.failed);
         self.blocks += other.blocks;
         self.member_bytes += other.member_bytes;
         self.findings += other.findings;
@@ -44,22 +60,19 @@ impl Checked {
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
-    /// Checks all of an extent, and repairs what is wrong if `repair` says so. One that is hot is
-    /// left alone. With `at_once` each member is asked for all of it in one request: twice as fast on
-    /// some disks, but nothing for a time in which others use them.
+    /// Checks all of an extent; a part that could not be checked does not keep it from the others.
     ///
     /// # Errors
     ///
-    /// When nothing could be read or nothing written, or the mirror stops.
+    /// When the mirror stops.
     pub async fn check_extent(
         self: &Rc<Self>,
         extent: Extent,
-        repair: bool,
-        at_once: bool,
+        how: CheckOptions,
     ) -> Result<Checked, Errno> {
         let look = Look {
             by: FoundBy::Scrub,
-            repair,
+            repair: how.repair,
         };
         let mut checked = Checked::default();
         // Once for all pieces. Older than what is read after them: then they do not fit, and
@@ -70,14 +83,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return Err(Errno::IO);
             }
             // Later it may be hot by a repair, or be looked at as well.
-            if self.maps.borrow().hot.contains(extent) {
+            let hot = self.maps.borrow().hot.contains(extent);
+            if hot && !how.hot_too {
                 checked.skipped_hot = true;
                 return Ok(checked);
             }
-            Rc::new(self.stored_pages(extent).await)
+            if hot {
+                None
+            } else {
+                Some(Rc::new(self.stored_pages(extent).await))
+            }
         };
         let all = self.extent_bytes(extent);
-        let step = if at_once {
+        let step = if how.at_once && pages.is_some() {
             EXTENT_BYTES
         } else {
             PIECE_BYTES as u64
@@ -86,7 +104,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         while at < all.end {
             let piece = at..(at + step).min(all.end);
             at = piece.end;
-            checked.add(self.check_piece(extent, piece, pages.clone(), look).await?);
+            match self.check_piece(extent, piece, pages.clone(), look).await {
+                Ok(found) => checked.add(found),
+                Err(errno) if self.stopping.get() => return Err(errno),
+                Err(errno) => checked.failed = Some(errno),
+            }
         }
         Ok(checked)
     }
@@ -111,11 +133,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.maps.borrow().states.len()
     }
 
+    /// Checks a part of an extent: with `pages` without its lock first, and what is doubtful then
+    /// with it; without them, at most [`PIECE_BYTES`], with the lock at once.
     async fn check_piece(
         self: &Rc<Self>,
         extent: Extent,
         piece: Range<u64>,
-        pages: Rc<Pages>,
+        pages: Option<Rc<Pages>>,
         look: Look,
     ) -> Result<Checked, Errno> {
         let _pass = self.gate.enter().await;
@@ -125,24 +149,36 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.maps.borrow().is_written(extent) {
             return Ok(Checked::default());
         }
+        let Some(pages) = pages else {
+            return self.second_look(extent, &piece, look).await;
+        };
         let (mut checked, doubtful) = self.first_look(&piece, pages).await?;
         for part in doubtful {
-            let _lock = self.locks.lock(part.clone()).await;
-            if self.stopping.get() || self.write_blocked.get() {
-                return Err(Errno::IO);
+            match self.second_look(extent, &part, look).await {
+                Ok(found) => checked.add(Checked { blocks: 0, ..found }),
+                Err(errno) => checked.failed = Some(errno),
             }
-            if !self.maps.borrow().is_written(extent) {
-                return Ok(checked);
-            }
-            let blocks = blocks_covering(part.start, part.end - part.start);
-            self.equalise_locked(blocks.clone()).await?;
-            let settled = self.settle(&blocks, look).await?;
-            checked.add(Checked {
-                blocks: 0,
-                ..settled.checked
-            });
         }
         Ok(checked)
+    }
+
+    /// Looks at a part under its lock, and at all that is wrong there.
+    async fn second_look(
+        self: &Rc<Self>,
+        extent: Extent,
+        part: &Range<u64>,
+        look: Look,
+    ) -> Result<Checked, Errno> {
+        let _lock = self.locks.lock(part.clone()).await;
+        if self.stopping.get() || self.write_blocked.get() {
+            return Err(Errno::IO);
+        }
+        if !self.maps.borrow().is_written(extent) {
+            return Ok(Checked::default());
+        }
+        let blocks = blocks_covering(part.start, part.end - part.start);
+        self.equalise_locked(blocks.clone()).await?;
+        Ok(self.settle(&blocks, look).await?.checked)
     }
 
     /// Looks at a piece without its lock, so that nobody waits for what is as it should be. Returns

@@ -91,7 +91,7 @@ use std::time::Duration;
 use wait::{Exclusive, Gate, RangeLocks, ReadPhases, WaitList};
 
 pub use background::ExtentLook;
-pub use check::Checked;
+pub use check::{CheckOptions, Checked};
 pub use start::StartError;
 
 /// Largest piece in which the engine itself moves data, in bytes.

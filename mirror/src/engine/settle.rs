@@ -356,7 +356,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             for member in mend.rewrite.iter().filter(|&m| m < copies.members.len()) {
                 if let Some(source) = &source {
                     let target = &copies.members[member];
-                    self.rewrite_one(target, offset, source, &blocks, report)
+                    let what = what_is_wrong(copies, member, at, mend);
+                    self.rewrite_one(target, offset, source, (&blocks, what), report)
                         .await;
                 }
             }
@@ -371,7 +372,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         target: &Receiver<D>,
         offset: u64,
         source: &Span<H::Buffer>,
-        blocks: &Range<u64>,
+        (blocks, what): (&Range<u64>, What),
         report: &mut Report,
     ) {
         let (slot, count) = (target.slot, blocks.end - blocks.start);
@@ -388,7 +389,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.maps.borrow_mut().miss(slot, blocks.clone());
             Done::MemberFailed
         };
-        report.add(Some(slot), blocks.clone(), What::Unreadable, done);
+        report.add(Some(slot), blocks.clone(), what, done);
     }
 
     /// Writes `source` to one member and reads it back; one that fails is lost.
@@ -487,19 +488,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let block = copies.range.start / BLOCK_BYTES + at as u64;
         let blocks = block..block + 1;
         let (before, repair) = (report.checked.findings, report.look.repair);
+        let mut mended = repair;
         let done = |done| if repair { done } else { Done::CheckOnly };
         for member in mend.rewrite.iter() {
             let Some(receiver) = copies.members.get(member) else {
                 continue;
             };
             if report.has_failed(receiver.slot, block) {
+                mended = false;
                 continue;
             }
-            let what = match copies.readable_at(member, at) {
-                false => What::Unreadable,
-                true if mend.proof == Proof::Checksum => What::ChecksumFailed,
-                true => What::CopiesDiffer,
-            };
+            let what = what_is_wrong(copies, member, at, mend);
             let slot = Some(receiver.slot);
             report.add(slot, blocks.clone(), what, done(Done::Rewritten));
         }
@@ -511,9 +510,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if repair && report.checked.findings > before {
             report.checked.repaired += 1;
         }
-        let mut maps = self.maps.borrow_mut();
-        maps.log.cleared(&blocks);
-        maps.damaged.clear(blocks);
+        if mended {
+            let mut maps = self.maps.borrow_mut();
+            maps.log.cleared(&blocks);
+            maps.damaged.clear(blocks);
+        }
     }
 
     /// A page of checksums could not be read: it is made anew when its extent cools.
@@ -526,5 +527,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             Done::CheckOnly
         };
         report.add(Some(slot), blocks.clone(), What::PageUnreadable, done);
+    }
+}
+
+/// What a member's copy of a block has that is to be rewritten.
+fn what_is_wrong<D: Disk>(copies: &Copies<D>, member: usize, at: usize, mend: &Mend) -> What {
+    match copies.readable_at(member, at) {
+        false => What::Unreadable,
+        true if mend.proof == Proof::Checksum => What::ChecksumFailed,
+        true => What::CopiesDiffer,
     }
 }

@@ -191,6 +191,17 @@ impl Default for Findings {
 }
 
 impl Findings {
+    /// Whether something was done later about blocks of what had only been seen.
+    fn is_mended(&self, seen: &Kept) -> bool {
+        let own = &seen.finding;
+        let since = |later: &Kept| {
+            let its = &later.finding;
+            let over = own.blocks.start < its.blocks.end && its.blocks.start < own.blocks.end;
+            later.number > seen.number && !its.done.stands() && its.slot == own.slot && over
+        };
+        own.done == Done::CheckOnly && self.kept().any(since)
+    }
+
     /// Adds a finding.
     pub(super) fn add(&mut self, finding: &Finding) -> Changes {
         let mut changes = Changes::default();
@@ -202,7 +213,8 @@ impl Findings {
                 ..finding.clone()
             };
             start = part.blocks.end;
-            if !self.kept().any(|kept| kept.finding.says(&part)) {
+            let says = |kept: &Kept| kept.finding.says(&part) && !self.is_mended(kept);
+            if !self.kept().any(says) {
                 let newest = self.kept().map(|kept| kept.number).max().unwrap_or(0);
                 self.put(newest.saturating_add(1).min(NUMBER_MAX), part, &mut changes);
             }

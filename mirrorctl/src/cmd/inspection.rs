@@ -194,7 +194,21 @@ fn summary(mode: Mode, inspection: &Inspection) -> String {
     let total: u64 = findings.counts.values().sum();
     let expected = findings.count(Kind::HotDiffers);
     if total == expected {
-        return "nothing is wrong".to_owned();
+        let verdicts = inspection.assembly.iter().flat_map(|it| &it.verdicts);
+        let unused =
+            |verdict: &Option<Verdict>| verdict.as_ref().is_some_and(|it| *it != Verdict::InSync);
+        let given = inspection.members.iter().zip(verdicts);
+        let unchecked: Vec<&str> = given
+            .filter(|(_, verdict)| unused(verdict))
+            .map(|((path, _), _)| path.as_str())
+            .collect();
+        if unchecked.is_empty() {
+            return "nothing is wrong".to_owned();
+        }
+        return format!(
+            "nothing is wrong with the members in-sync; not checked: {}",
+            unchecked.join(", ")
+        );
     }
     let each = findings
         .counts

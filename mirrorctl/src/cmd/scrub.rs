@@ -50,7 +50,7 @@ pub(crate) struct StartArgs {
     /// Repair nothing; only say what is wrong
     #[arg(long)]
     check_only: bool,
-    /// This pass only: from now on none begins by itself
+    /// This pass only: from now on none begins by itself, until --days is given again
     #[arg(long, conflicts_with = "days")]
     once: bool,
     /// From now on, days from the begin of one pass to that of the next; 0: only by command
@@ -268,7 +268,7 @@ fn passes(passes: &[ScrubPass]) -> String {
             notes.push("only checked".to_owned());
         }
         if pass.left_out_extents > 0 {
-            notes.push(format!("{} hot extents left out", pass.left_out_extents));
+            notes.push(could_not(pass.left_out_extents));
         }
         rows.push(vec![
             pass.number.to_string(),
@@ -312,11 +312,20 @@ fn ended(pass: &ScrubPass) -> String {
         Some(ScrubEnding::Cancelled) => "was cancelled",
         _ => "ended",
     };
-    format!(
+    let mut text = format!(
         "pass {how} {}, {}",
         moment(pass.ended_secs.unwrap_or(0)),
         counted(pass.findings, "finding")
-    )
+    );
+    if pass.left_out_extents > 0 {
+        text.push_str(&format!(", {}", could_not(pass.left_out_extents)));
+    }
+    text
+}
+
+/// What a pass has left out.
+fn could_not(extents: u64) -> String {
+    format!("{} COULD NOT BE CHECKED", counted(extents, "extent"))
 }
 
 fn plural_passes(count: u64) -> String {

@@ -74,8 +74,8 @@ fn a_pass_under_way_says_how_far_it_is() {
         "  since creation: 7 passes, 140.0 GiB read from members, 99 blocks checked\n",
         "    found, in blocks: 5 that failed their checksum\n",
         "    done, in blocks: 4 rewritten from a good copy, 1 damaged\n",
-        "2026-11-27 09:21:20 UTC  1 h 1 min  20.0 GiB  3         2         1        4 hot extents \
-         left out\n",
+        "2026-11-27 09:21:20 UTC  1 h 1 min  20.0 GiB  3         2         1        4 extents \
+         COULD NOT BE CHECKED\n",
     ] {
         assert!(text.contains(want), "{want:?} is not in:\n{text}");
     }
@@ -94,7 +94,7 @@ fn what_goes_on_is_one_line() {
     status.state = ScrubState::Idle;
     assert_eq!(
         line(&status),
-        "last pass ended 2026-11-27 10:23:00 UTC, 3 findings"
+        "last pass ended 2026-11-27 10:23:00 UTC, 3 findings, 4 extents COULD NOT BE CHECKED"
     );
     status.passes[0].ending = Some(ScrubEnding::Cancelled);
     assert!(line(&status).contains("was cancelled"));

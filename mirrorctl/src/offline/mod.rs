@@ -145,6 +145,7 @@ pub(crate) fn inspect(
     };
     if let Some(assembly) = &assembly {
         inspection.not_given = not_given(assembly, &members, request.mode, &mut findings);
+        not_used(assembly, &members, request.mode, &mut findings);
         refuse_incomplete(request, assembly)?;
     }
     if request.mode == Mode::Repair {
@@ -311,6 +312,35 @@ fn not_given(
         }
     }
     absent
+}
+
+/// Members that are here, that the mirror calls in-sync, and that a start would not use as such: an
+/// image from a backup, above all.
+fn not_used(assembly: &Assembly, members: &[Member], mode: Mode, findings: &mut Findings) {
+    for (member, verdict) in members.iter().zip(&assembly.verdicts) {
+        let (Some(superblock), Some(verdict)) = (&member.superblock, verdict) else {
+            continue;
+        };
+        let mut records = assembly.config.slots.iter();
+        let named = records.any(|record| {
+            record.state == SlotState::InSync && record.member == Some(superblock.member)
+        });
+        let Some(why) = verdict.refusal().filter(|_| named) else {
+            continue;
+        };
+        findings.add(Finding {
+            class: Class::Incomplete,
+            kind: Kind::NotGiven,
+            member: Some(member.name()),
+            bytes: None,
+            what: format!("in-sync, but what is here cannot be used, and is not checked: {why}"),
+            outcome: if mode == Mode::Check {
+                Outcome::Found
+            } else {
+                Outcome::Left("a start brings it back".to_owned())
+            },
+        });
+    }
 }
 
 fn refuse_incomplete(request: &Request<'_>, assembly: &Assembly) -> Result<(), Failure> {
