@@ -15,6 +15,7 @@ mod checksums;
 mod crashes;
 mod double_faults;
 mod histories;
+mod hot_extents;
 mod invariants;
 mod machine;
 mod older_images;

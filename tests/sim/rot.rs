@@ -160,7 +160,7 @@ pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn()
     while !ended() {
         // Errors are legal while disks are faulty.
         let how = CheckOptions {
-            hot_too: host.random() % 2 == 0,
+            hot_too: host.random().is_multiple_of(2),
             ..repairing(extent.0 % 2 == 1)
         };
         let _ = mirror.check_extent(extent, how).await;
