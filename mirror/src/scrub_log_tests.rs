@@ -430,3 +430,19 @@ proptest! {
         prop_assert_eq!(in_runs, damaged);
     }
 }
+
+/// What was only seen, then mended, and is there again is news; what is only seen again is not.
+#[test]
+fn damage_after_a_repair_is_news() {
+    let mut log = ScrubLog::new();
+    for (done, count) in [
+        (Done::CheckOnly, 1),
+        (Done::CheckOnly, 1),
+        (Done::Rewritten, 2),
+        (Done::CheckOnly, 3),
+        (Done::CheckOnly, 3),
+    ] {
+        log.add(&finding(7..8, done));
+        assert_eq!(log.findings().len(), count, "{done:?}");
+    }
+}

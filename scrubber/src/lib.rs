@@ -390,13 +390,15 @@ impl<S: Subject> Scrubber<S> {
     }
 
     async fn check_extents(&self) {
+        let mut left_hot = 0_u32;
         while !self.is_interrupted() {
             let next = self.with_sweep(|sweep| sweep.next(|from| self.subject.next_written(from)));
             match next {
                 Some(Next::Extent(extent)) if self.is_left_hot(extent) => {
                     // Costs nothing, so it is no measure of the pace; but others want to run.
                     self.with_sweep(|sweep| sweep.left(extent));
-                    if extent.0.is_multiple_of(HOT_AT_A_TIME) {
+                    left_hot = left_hot.wrapping_add(1);
+                    if left_hot.is_multiple_of(HOT_AT_A_TIME) {
                         self.wait(LANE_RECHECK).await;
                     }
                 }

@@ -202,6 +202,8 @@ def a_restored_backup_is_an_older_copy(area):
             model.load(client, area.random, writes=50)
     area.stop()
     shutil.copyfile(area.file("backup"), paths[1])
+    said = area.ctl("check", *paths, code=11)
+    check("cannot be used" in said and "older copy" in said, f"check says: {said}")
     area.start(paths)
     with area.client() as client:
         model.check(client)

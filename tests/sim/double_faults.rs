@@ -312,3 +312,48 @@ fn blocks_bad_on_both_members_are_put_together_in_a_whole_extent() {
         assert_eq!((checked.repaired, checked.damaged), (11, 0), "{checked:?}");
     }
 }
+
+/// A part of an extent that no member can read does not hide what is wrong in the others.
+#[test]
+fn a_part_that_cannot_be_read_does_not_hide_the_rest() {
+    for at_once in [false, true] {
+        let mut machine = Machine::with_checksums(1, 2, SIZE);
+        machine.start();
+        wr(&machine, 0, 4 << 20);
+        seconds(&machine, COOL);
+        // The second MiB of both, and a block of the third one of the first.
+        for disk in &machine.disks {
+            for sector in 2048..4096 {
+                disk.spoil(machine.data_offset + sector * 512);
+            }
+        }
+        crate::checksums::rot(&machine, 0, 600);
+        let mirror = machine.mirror();
+        let check = async move { mirror.check_extent(Extent(0), repairing(at_once)).await };
+        let checked = machine.world.block_on(check).unwrap();
+        assert!(checked.failed.is_some(), "{checked:?}");
+        assert_eq!(checked.repaired, 1, "{checked:?}");
+    }
+}
+
+/// A look that repairs nothing does not end damage either, though one copy has become right.
+#[test]
+fn only_a_repair_ends_damage() {
+    let mut machine = Machine::with_checksums(1, 2, SIZE);
+    machine.start();
+    wr(&machine, 0, 65536);
+    seconds(&machine, COOL);
+    let right = crate::checksums::content(&machine, 0, 3);
+    crate::checksums::rot(&machine, 0, 3);
+    // In another way: of two that agree it would be the checksum that is wrong.
+    crate::checksums::spoil(&machine, 1, 3 * 4096, |sector| sector[7] ^= 1);
+    let check = |repair| crate::checksums::check(&machine, 0, repair);
+    assert_eq!(check(true).damaged, 1);
+    machine.disks[0].write_now(machine.data_offset + 3 * 4096, &right);
+    check(false);
+    let damaged = || machine.mirror().scrub_log().damaged_runs().len();
+    assert_eq!(damaged(), 1);
+    seconds(&machine, COOL);
+    check(true);
+    assert_eq!(damaged(), 0);
+}

@@ -87,6 +87,16 @@ fn a_member_that_fails_at_the_end_of_a_full_resync_returns_by_delta() {
     }
 }
 
+/// One step, in which copy B of the first member's superblock fails if it is being written: it
+/// arrives, whole or in part, with an error.
+fn step_with_failing_second_copies(machine: &Machine) {
+    machine.disks[0].set_faults(Faults {
+        writes: machine.disks[0].is_under_way(8192, 4096),
+        ..none()
+    });
+    machine.world.step();
+}
+
 /// For a minute and a half no round succeeds on the last survivor, for a loss and for the end of
 /// a resync by turns. Every epoch that was tried would be one of the history.
 #[test]
@@ -106,13 +116,7 @@ fn rounds_that_fail_by_turns_leave_the_history_alone() {
         let host = SimHost(machine.world.clone());
         let until = host.now() + Duration::from_secs(90);
         while host.now() < until {
-            // The second copy of each superblock fails.
-            let second = machine.disks[0].is_under_way(8192, 4096);
-            machine.disks[0].set_faults(Faults {
-                writes: second,
-                ..none()
-            });
-            machine.world.step();
+            step_with_failing_second_copies(&machine);
         }
         let ordinal = superblock_on(&machine.disks[0]).unwrap().epoch.ordinal;
         assert!(ordinal < 20, "seed {seed}: {ordinal} epochs");
@@ -186,13 +190,7 @@ fn rounds_tried_again_are_newer_than_what_arrived_of_them() {
         let until = host.now() + Duration::from_secs(20);
         let mut counts = Vec::new();
         while host.now() < until {
-            // Copy A is written well; copy B arrives, whole or in part, with an error.
-            let second = machine.disks[0].is_under_way(8192, 4096);
-            machine.disks[0].set_faults(Faults {
-                writes: second,
-                ..none()
-            });
-            machine.world.step();
+            step_with_failing_second_copies(&machine);
             let count = superblock_on(&machine.disks[0]).map(|s| s.write_count);
             if counts.last() != count.as_ref() {
                 counts.extend(count);

@@ -31,6 +31,7 @@
 //! | `maps.rs` | the maps in memory and their pages on the members |
 //! | `member_io.rs` | superblocks and map pages of one member |
 //! | `fan_out.rs`, `wait.rs` | one request on several members; waiting |
+//! | `stall.rs` | one request on one member: whether it alone has stalled |
 //!
 //! # States of a slot while the mirror runs
 //!

@@ -337,7 +337,7 @@ fn not_used(assembly: &Assembly, members: &[Member], mode: Mode, findings: &mut 
             outcome: if mode == Mode::Check {
                 Outcome::Found
             } else {
-                Outcome::Left("a start brings it back".to_owned())
+                Outcome::Left("a running mirror takes it back with 'mirrorctl re-add'".to_owned())
             },
         });
     }

@@ -8,9 +8,19 @@ use mirror::control::ErrorKind;
 use mirror::host::{Buffer as _, Disk as _, DiskRequest, Errno, Span};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
-use super::{LocalDisk, OpenError, open};
+use super::{LocalDisk, OpenError, open, said_by_the_disk};
 use crate::ring::tests::on_ring;
 use crate::sys::IoBuffer;
+
+/// R9: to the engine "timed out" means that nothing was said, and it would ask again for an answer
+/// that it has had.
+#[test]
+fn a_disk_never_says_that_it_has_said_nothing() {
+    assert_eq!(said_by_the_disk(110), Errno::IO);
+    for errno in [5, 28, 84, 95] {
+        assert_eq!(said_by_the_disk(errno), Errno(errno));
+    }
+}
 
 /// A directory that goes with the test.
 struct Dir(PathBuf);
