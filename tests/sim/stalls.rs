@@ -3,7 +3,7 @@
 use crate::checksums::COOL;
 use crate::machine::Machine;
 use crate::older_images::{seconds, states, write_and_flush};
-use crate::races::{flushes, none, seeds, wr};
+use crate::races::{none, seeds, wr};
 use mirror::Host as _;
 use mirror::control::MemberState;
 use mirror::sim::{Faults, SimHost};
@@ -168,39 +168,5 @@ fn errors_do_not_condemn_a_disk_that_hangs() {
         hang(&machine, 0..2, false);
         seconds(&machine, 1);
         assert_eq!(ended.get().0, 8, "seed {seed}");
-    }
-}
-
-/// Blocks that a failed flush may have lost are written to all members when they are read. One hangs
-/// over that, and the other takes no writes: nothing is sent to the first one again while that is on
-/// its way (R13; the rules watch).
-#[test]
-fn a_write_that_hangs_while_copies_are_made_equal_is_not_sent_again() {
-    for seed in seeds(20) {
-        let mut machine = Machine::new(seed, 2, SIZE);
-        machine.start();
-        wr(&machine, 0, 16384);
-        machine
-            .disks
-            .iter()
-            .for_each(|disk| disk.set_faults(flushes()));
-        let client = machine.client();
-        let flushed = machine.world.block_on(async move { client.flush().await });
-        assert!(flushed.is_err());
-        hang(&machine, 0..1, true);
-        machine.disks[1].set_faults(Faults {
-            writes: true,
-            ..none()
-        });
-        let client = machine.client();
-        machine.world.spawn_task(async move {
-            // Which of its contents a block has is not known until it is the same everywhere.
-            _ = client.read_raw(0, 16384).await;
-        });
-        seconds(&machine, 30);
-        assert_eq!(states(&machine)[1], MemberState::InSync, "seed {seed}");
-        hang(&machine, 0..2, false);
-        seconds(&machine, 5);
-        machine.check_all(&format!("seed {seed}"));
     }
 }

@@ -264,7 +264,7 @@ impl Findings {
     fn put(&mut self, number: u64, finding: Finding, changes: &mut Changes) {
         let joined = self.places.iter().position(|kept| {
             kept.as_ref()
-                .is_some_and(|kept| kept.finding.goes_on_with(&finding))
+                .is_some_and(|kept| kept.finding.goes_on_with(&finding) && !self.is_mended(kept))
         });
         if let Some(place) = joined
             && let Some(kept) = self.places[place].take()
