@@ -121,6 +121,11 @@ fn many(arguments: &Arguments) -> Option<Failure> {
             "no violation"
         }
     );
+    let rot = played.rot;
+    println!(
+        "{} blocks scrubbed; of {} copies that rotted silently {} were mended or written over, and {} put right by the harness where nothing could tell",
+        rot.scrubbed, rot.rotted, rot.gone, rot.undone
+    );
     failure
 }
 

@@ -46,6 +46,7 @@ pub(crate) struct Machine {
     check_reads: bool,
     pub(crate) resync_limits: Limits,
     /// Whether a silent change of a copy is told, where there is a checksum.
+    pub(crate) error_budget: ErrorBudget,
     tells_rot: bool,
     /// Copies that have changed behind the mirror's back.
     pub(crate) rotten: Rc<Rotten>,
@@ -112,6 +113,7 @@ impl Machine {
             hot_memory_bytes: if seed % 4 == 3 { 1400 } else { HOT_CAP_BYTES },
             check_reads: seed % 16 != 6,
             resync_limits: Limits::RESYNC,
+            error_budget: ErrorBudget::Unlimited,
             tells_rot: checksums && seed % 16 != 6 && seed % 4 != 3,
             rotten: Rc::default(),
         };
@@ -130,7 +132,7 @@ impl Machine {
             check_reads: self.check_reads,
             sum_cache_bytes: 10_000,
             resync_limits: self.resync_limits,
-            error_budget: ErrorBudget::Unlimited,
+            error_budget: self.error_budget,
         }
     }
 
@@ -148,6 +150,7 @@ impl Machine {
             check_reads: self.check_reads,
             tells_rot: self.tells_rot,
             resync_limits: self.resync_limits,
+            error_budget: self.error_budget,
             rotten: self.rotten.clone(),
         };
         fork.disks

@@ -10,6 +10,7 @@
 // `cargo sim` (cli.rs) is made of the same files: each of the two leaves something unused.
 #![allow(dead_code)]
 
+mod budgets;
 mod cases;
 mod checksums;
 mod crashes;
@@ -23,6 +24,7 @@ mod oracle;
 mod others;
 mod play;
 mod races;
+mod refused_writes;
 mod rot;
 mod rounds;
 mod runner;

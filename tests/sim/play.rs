@@ -21,6 +21,7 @@ pub(crate) struct Played {
     pub(crate) actions: u64,
     pub(crate) crashes: u64,
     pub(crate) steps: u64,
+    pub(crate) rot: rot::Counts,
 }
 
 /// What the operator's task shares with the player.
@@ -139,10 +140,12 @@ fn play_life(machine: &mut Machine, life: &Life, played: &mut Played) {
     });
     if life.scrub {
         let (mirror, bench) = (machine.mirror(), bench.clone());
-        let host = SimHost(machine.world.clone());
-        machine.world.spawn_task(rot::scrub(mirror, host, move || {
-            bench.ended.get() == bench.all.get()
-        }));
+        let (host, rotten) = (SimHost(machine.world.clone()), machine.rotten.clone());
+        machine
+            .world
+            .spawn_task(rot::scrub(mirror, rotten, host, move || {
+                bench.ended.get() == bench.all.get()
+            }));
     }
     let all = life.clients.len() + 1;
     bench.all.set(all);
@@ -182,6 +185,7 @@ fn start(machine: &mut Machine, without: Option<u8>) {
 }
 
 fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
+    machine.rotten.no_false_finding(&machine.mirror());
     machine.disks = bench.all_disks();
     if end != End::Stop || !finished {
         let members = machine.mirror().status().members;
@@ -280,7 +284,7 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
                 bench.outages.borrow_mut().insert(slot);
             }
         }
-        Action::Rot(slot, block) => rot::rot(client, bench, slot, block),
+        Action::Rot(slot, block) => rot::rot(client, bench, slot, block).await,
         Action::Replace(slot) => replace(client, bench, slot).await,
         Action::OlderImage(slot, seconds) => {
             bench.rotten.put_right();
@@ -398,10 +402,13 @@ fn finish(machine: &mut Machine, played: &mut Played) {
     let equal = || mirror.status().extents.unequalised_blocks == 0;
     assert!(machine.run_coarsely(equal), "R5: never all equal");
     rot::check_all_extents(machine);
+    machine.rotten.all_healed(&machine.mirror());
+    machine.rotten.no_false_finding(&machine.mirror());
     machine.compare_members();
     if machine.stop().is_ok() {
         sums::check(machine, "in the end");
     }
+    played.rot = machine.rotten.counts();
     played.steps += machine.world.steps();
 }
 

@@ -9,13 +9,16 @@
 
 use crate::machine::{Client, Machine, SimMirror, superblock_on};
 use crate::play::Bench;
+use crate::script::SIZE;
 use crate::sums;
-use dirty_map::{BLOCK_BYTES, Block, Extent, ExtentState};
+use dirty_map::{BLOCK_BYTES, Block, EXTENT_BYTES, Extent, ExtentState, StateMap};
 use mirror::Host as _;
 use mirror::control::MemberState;
 use mirror::engine::CheckOptions;
+use mirror::scrub_log::What;
 use mirror::sim::{SimDisk, SimHost};
-use std::cell::RefCell;
+use mirror::superblock::Superblock;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
@@ -23,9 +26,22 @@ use std::time::Duration;
 /// What has rotted in a history.
 #[derive(Default)]
 pub(crate) struct Rotten {
-    sectors: RefCell<Vec<Rot>>,
+    copies: RefCell<Vec<Rot>>,
     /// Blocks that ever did: with another fault at the same time they may be lost.
     blocks: RefCell<BTreeSet<u64>>,
+    counts: Cell<Counts>,
+}
+
+/// How often copies rotted, and what became of them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    /// Blocks that scrubs have checked.
+    pub(crate) scrubbed: u64,
+    pub(crate) rotted: u64,
+    /// Mended by the mirror, or written over.
+    pub(crate) gone: u64,
+    /// Put right by the harness, because nothing could tell any more.
+    pub(crate) undone: u64,
 }
 
 struct Rot {
@@ -33,33 +49,52 @@ struct Rot {
     block: u64,
     /// On the disk.
     offset: u64,
-    good: [u8; 512],
-    bad: [u8; 512],
+    good: Copy,
+    bad: Copy,
 }
+
+/// What a disk holds of a block.
+type Copy = [u8; BLOCK_BYTES as usize];
 
 impl Rot {
     fn is_there(&self) -> bool {
-        let mut now = [0; 512];
-        self.disk.read_now(self.offset, &mut now);
-        now == self.bad
+        copy_at(&self.disk, self.offset) == self.bad
     }
 }
 
-/// Lets a sector of a block rot on one disk, if it can be told there.
-pub(crate) fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
-    if !client.tells_rot || !is_decidable(client, bench, block) {
+fn copy_at(disk: &SimDisk, offset: u64) -> Copy {
+    let mut copy = [0; BLOCK_BYTES as usize];
+    disk.read_now(offset, &mut copy);
+    copy
+}
+
+/// Lets a block rot on one disk, if it can be told there: a bit flips, or another block's content
+/// was written here, or what was written here never was.
+pub(crate) async fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
+    if !client.tells_rot {
         return;
     }
+    let mut found = decidable(client, bench, slot, block);
+    if found.is_none() {
+        // Perhaps when they have cooled.
+        let host = SimHost(client.world.clone());
+        host.sleep(Duration::from_secs(12)).await;
+        found = decidable(client, bench, slot, block);
+    }
+    let Some(block) = found else { return };
     let disk = bench.disk(slot);
-    let offset = client.data_offset + block * BLOCK_BYTES + 512;
-    if disk.settled(offset - 512, BLOCK_BYTES).is_none() {
-        // A write is on its way, or in the disk's cache.
-        return;
+    let offset_of = |block: u64| client.data_offset + block * BLOCK_BYTES;
+    let offset = offset_of(block);
+    let good = copy_at(&disk, offset);
+    let mut bad = match block % 4 {
+        0 => copy_at(&disk, offset_of(block ^ 1)),
+        1 => [0; BLOCK_BYTES as usize],
+        _ => good,
+    };
+    if bad == good || bad == [0; BLOCK_BYTES as usize] {
+        // Never what a discard leaves there.
+        bad[589] ^= 1;
     }
-    let mut good = [0; 512];
-    disk.read_now(offset, &mut good);
-    let mut bad = good;
-    bad[77] ^= 1;
     tracing::trace!("block {block} rots in slot {slot}");
     disk.write_now(offset, &bad);
     let rot = Rot {
@@ -69,29 +104,55 @@ pub(crate) fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
         good,
         bad,
     };
+    bench.rotten.count(|counts| counts.rotted += 1);
     bench.rotten.blocks.borrow_mut().insert(block);
-    bench.rotten.sectors.borrow_mut().push(rot);
+    bench.rotten.copies.borrow_mut().push(rot);
 }
 
-fn is_decidable(client: &Client, bench: &Bench, block: u64) -> bool {
+/// `block`, or the same of another extent, if what it rots to can be told in `slot`.
+fn decidable(client: &Client, bench: &Bench, slot: u8, block: u64) -> Option<u64> {
     let members = client.mirror.status().members;
-    let extent = Block(block).extent();
-    let knows = |slot: usize| {
-        let disk = bench.disk(slot as u8);
-        let Some(superblock) = superblock_on(&disk) else {
-            return false;
+    let in_sync = members.iter().all(|m| m.state == MemberState::InSync);
+    if !in_sync || !bench.no_outages() {
+        return None;
+    }
+    let disks: Vec<_> = (0..members.len())
+        .map(|slot| bench.disk(slot as u8))
+        .collect();
+    let superblocks: Option<Vec<_>> = disks.iter().map(superblock_on).collect();
+    let known: Vec<_> = disks.iter().zip(superblocks?).collect();
+    let states: Vec<_> = known
+        .iter()
+        .map(|(disk, superblock)| sums::states_on(disk, superblock))
+        .collect();
+    let others = bench.rotten.copies.borrow();
+    let is_decidable = |block: &u64| {
+        let (number, extent) = (Block(*block), Block(*block).extent());
+        let at = client.data_offset + block * BLOCK_BYTES;
+        let cool = |states: &StateMap| states.get(extent) == ExtentState::Cool;
+        let has_sum = |(disk, superblock): &(&SimDisk, Superblock)| {
+            sums::page_on(disk, superblock, extent)
+                .get(number)
+                .is_some()
         };
-        let cool = sums::states_on(&disk, &superblock).get(extent) == ExtentState::Cool;
-        cool && sums::page_on(&disk, &superblock, extent)
-            .get(Block(block))
-            .is_some()
+        states.iter().all(cool)
+            // No write of it is on its way, or in the disk's cache.
+            && disks[usize::from(slot)].settled(at, BLOCK_BYTES).is_some()
+            && !others.iter().any(|rot| rot.block == *block && rot.is_there())
+            && known.iter().all(has_sum)
     };
-    let others = bench.rotten.sectors.borrow();
-    let twice = |rot: &Rot| rot.block == block && rot.is_there();
-    members.iter().all(|m| m.state == MemberState::InSync)
-        && bench.no_outages()
-        && (0..members.len()).all(knows)
-        && !others.iter().any(twice)
+    let (step, blocks) = (EXTENT_BYTES / BLOCK_BYTES, SIZE / BLOCK_BYTES);
+    let mut candidates = (0..blocks.div_ceil(step)).map(|n| (block + n * step) % blocks);
+    candidates.find(is_decidable)
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.scrubbed += other.scrubbed;
+        self.rotted += other.rotted;
+        self.gone += other.gone;
+        self.undone += other.undone;
+    }
 }
 
 impl Rotten {
@@ -113,16 +174,59 @@ impl Rotten {
     }
 
     fn put_right_unless(&self, stays: impl Fn(&Rot) -> bool) {
-        let mut sectors = self.sectors.borrow_mut();
-        sectors.retain(|rot| rot.is_there());
-        for rot in sectors.extract_if(.., |rot| !stays(rot)) {
+        let mut copies = self.copies.borrow_mut();
+        self.forget_what_is_gone(&mut copies);
+        for rot in copies.extract_if(.., |rot| !stays(rot)) {
             rot.disk.write_now(rot.offset, &rot.good);
+            self.count(|counts| counts.undone += 1);
         }
     }
 
-    /// Nothing of it is left.
-    pub(crate) fn is_healed(&self) -> bool {
-        !self.sectors.borrow().iter().any(Rot::is_there)
+    fn forget_what_is_gone(&self, copies: &mut Vec<Rot>) {
+        let before = copies.len();
+        copies.retain(Rot::is_there);
+        let gone = (before - copies.len()) as u64;
+        self.count(|counts| counts.gone += gone);
+    }
+
+    fn count(&self, change: impl FnOnce(&mut Counts)) {
+        let mut counts = self.counts.get();
+        change(&mut counts);
+        self.counts.set(counts);
+    }
+
+    /// How often copies have rotted so far, and what became of them.
+    pub(crate) fn counts(&self) -> Counts {
+        self.forget_what_is_gone(&mut self.copies.borrow_mut());
+        self.counts.get()
+    }
+
+    /// Nothing of it is left, where anything is written.
+    pub(crate) fn all_healed(&self, mirror: &SimMirror) {
+        let is_written = |extent| mirror.next_written(extent) == Some(extent);
+        for rot in self.copies.borrow().iter().filter(|rot| rot.is_there()) {
+            let extent = Block(rot.block).extent();
+            assert!(
+                !is_written(extent),
+                "block {} is rotten after a scrub: {:?}",
+                rot.block,
+                mirror.scrub_log().findings()
+            );
+        }
+    }
+
+    /// Nothing is called wrong that never was.
+    pub(crate) fn no_false_finding(&self, mirror: &SimMirror) {
+        for finding in mirror.scrub_log().findings() {
+            // A disk may say at any time that it cannot read.
+            let refused = matches!(finding.what, What::Unreadable | What::PageUnreadable);
+            let mut blocks = finding.blocks.clone();
+            let rotten = self.blocks.borrow();
+            assert!(
+                refused || blocks.all(|block| rotten.contains(&block)),
+                "nothing was wrong there: {finding:?}"
+            );
+        }
     }
 
     /// Whether a block of these sectors has ever rotted.
@@ -141,21 +245,27 @@ pub(crate) fn repairing(at_once: bool) -> CheckOptions {
     }
 }
 
-/// Checks every extent once: what is wrong is repaired.
+/// Checks every extent once, hot or not: what is wrong is repaired.
 pub(crate) fn check_all_extents(machine: &Machine) {
     let mirror = machine.mirror();
     machine.world.block_on(async move {
         for extent in (0..mirror.extents()).map(Extent) {
-            mirror
-                .check_extent(extent, repairing(extent.0 % 2 == 1))
-                .await
-                .unwrap();
+            let how = CheckOptions {
+                hot_too: true,
+                ..repairing(extent.0 % 2 == 1)
+            };
+            mirror.check_extent(extent, how).await.unwrap();
         }
     });
 }
 
 /// One pass after the other over all extents, until the clients have ended.
-pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn() -> bool) {
+pub(crate) async fn scrub(
+    mirror: Rc<SimMirror>,
+    rotten: Rc<Rotten>,
+    host: SimHost,
+    ended: impl Fn() -> bool,
+) {
     let mut extent = Extent(0);
     while !ended() {
         // Errors are legal while disks are faulty.
@@ -163,7 +273,9 @@ pub(crate) async fn scrub(mirror: Rc<SimMirror>, host: SimHost, ended: impl Fn()
             hot_too: host.random().is_multiple_of(2),
             ..repairing(extent.0 % 2 == 1)
         };
-        let _ = mirror.check_extent(extent, how).await;
+        if let Ok(checked) = mirror.check_extent(extent, how).await {
+            rotten.count(|counts| counts.scrubbed += checked.blocks);
+        }
         extent = Extent((extent.0 + 1) % mirror.extents());
         if extent.0 == 0 {
             let pause = 1 + (host.random() % 16) as u64;

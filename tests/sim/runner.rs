@@ -37,6 +37,7 @@ impl Totals {
         self.played.actions += one.actions;
         self.played.crashes += one.crashes;
         self.played.steps += one.steps;
+        self.played.rot.add(one.rot);
     }
 }
 

@@ -97,7 +97,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let maps = self.maps.borrow();
             extents
                 .into_iter()
-                .filter(|&extent| maps.hot.is_coolable(extent) && maps.is_hot(extent))
+                .filter(|&extent| maps.hot.is_coolable(extent))
+                // One that a write is recording as hot, after an attempt that failed (R1).
+                .filter(|extent| !maps.preparing.contains(extent))
                 .collect()
         };
         if extents.is_empty() {
@@ -128,6 +130,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     maps.hot.insert(extent, self.coarse_now.get());
                     continue;
                 }
+                maps.unrecorded.remove(&extent);
                 maps.set_state(extent, ExtentState::Cool);
                 maps.sums.end(extent);
                 if let Some(cooled) = &mut maps.cooled {

@@ -13,7 +13,6 @@ use crate::host::{Disk, DiskRequest, Errno, Host, Span};
 use crate::scrub_log::{Done, Finding, FoundBy, What};
 use crate::verdict::BlockVerdict;
 use dirty_map::{BLOCK_BYTES, Block, Sum};
-use std::ops::Range;
 use std::rc::Rc;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -63,7 +62,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let fits =
             |span: &Span<H::Buffer>| span.read(|content| known.contains(&Sum::of(block, content)));
         if let Some(own) = own.as_ref().filter(|own| fits(own)) {
-            return self.copy_back(&range, own).await;
+            return self.copy_back(&copies, own).await;
         }
         if copies.nothing_readable() {
             // The disk may read it yet.
@@ -75,9 +74,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// The resyncing member alone has the right copy: it goes to the in-sync ones, as a repair.
     async fn copy_back(
         self: &Rc<Self>,
-        range: &Range<u64>,
+        copies: &Copies<D>,
         right: &Span<H::Buffer>,
     ) -> Result<(), Errno> {
+        let range = &copies.range;
         let block = range.start / BLOCK_BYTES;
         self.heat(range).await?;
         self.begin_repair(range);
@@ -91,7 +91,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 false => Done::MemberFailed,
             };
             all &= done != Done::Damaged;
-            self.note_resync(Some(receiver.slot), block, done);
+            let members = &mut copies.members.iter().enumerate();
+            let readable =
+                members.any(|(at, m)| m.slot == receiver.slot && copies.readable_at(at, 0));
+            let what = match readable {
+                true => What::ChecksumFailed,
+                false => What::Unreadable,
+            };
+            self.note_resync(Some(receiver.slot), block, what, done);
         }
         self.end_repair(range);
         if !all {
@@ -140,16 +147,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return Err(errno);
             }
         }
-        self.note_resync(None, block, Done::Damaged);
+        self.note_resync(None, block, What::ChecksumFailed, Done::Damaged);
         Ok(())
     }
 
-    fn note_resync(&self, slot: Option<u8>, block: u64, done: Done) {
+    fn note_resync(&self, slot: Option<u8>, block: u64, what: What, done: Done) {
         let finding = Finding {
             when_secs: self.host.wall_clock_secs(),
             slot,
             blocks: block..block + 1,
-            what: What::ChecksumFailed,
+            what,
             done,
             by: FoundBy::Resync,
         };

@@ -175,7 +175,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             lacking[usize::from(receiver.slot)] = written.err();
         }
-        self.judge_lacking(&view, &lacking, "equalising after an unclean stop")?;
+        let judged = self.judge_lacking(&view, &lacking, "equalising after an unclean stop");
+        if judged.is_err() {
+            // Caches may have what the disks refused. Once all of them do the copies look equal,
+            // and nothing is written that would make them durable: a flush has to (R3).
+            self.begin_repair(range);
+            self.end_repair(range);
+        }
+        judged?;
         self.record_equal(choices.iter().map(|choice| (choice.block, choice.sum)));
         self.losses_effective().await
     }

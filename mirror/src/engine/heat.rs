@@ -63,6 +63,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 for extent in &cold {
                     maps.preparing.remove(extent);
                     if result.is_err() {
+                        maps.keep_unrecorded(*extent, self.coarse_now.get());
                         continue;
                     }
                     maps.unrecorded.remove(extent);
@@ -121,13 +122,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
                 let before = maps.states.get(extent);
                 let base = match before {
-                    ExtentState::Unwritten | ExtentState::Discarded => Base::Zeroes,
-                    ExtentState::Cool => Base::Stored,
+                    ExtentState::Unwritten | ExtentState::Discarded => Some(Base::Zeroes),
+                    ExtentState::Cool => Some(Base::Stored),
                     // It has begun before a commit that failed.
-                    ExtentState::Hot => Base::Doubtful,
+                    ExtentState::Hot if maps.hot.contains(extent) => None,
+                    // And there was no memory to remember that.
+                    ExtentState::Hot => Some(Base::Doubtful),
                 };
-                maps.sums
-                    .begin(extent, base, self.coarse_now.get() + STORED_EVERY);
+                if let Some(base) = base {
+                    let due = self.coarse_now.get() + STORED_EVERY;
+                    maps.sums.begin(extent, base, due);
+                }
                 match before {
                     // A commit that failed may have left it hot in memory only.
                     _ if intent => maps.set_state(extent, ExtentState::Hot),

@@ -20,6 +20,7 @@ use dirty_map::{
 };
 use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
+use std::time::Duration;
 
 /// Where the payload of a position sector names an epoch (byte table: dirty-map/src/lib.rs).
 pub(super) const EFFECTIVE_AT: usize = 0;
@@ -292,6 +293,16 @@ impl Maps {
     pub(super) fn is_hot(&self, extent: Extent) -> bool {
         self.hot.contains(extent)
             && (self.unrecorded.is_empty() || !self.unrecorded.contains(&extent))
+    }
+
+    /// An extent of which the commit that was to make it hot failed, if it came so far. It cools
+    /// like others, or its checksums would not be believed after the next start.
+    pub(super) fn keep_unrecorded(&mut self, extent: Extent, now: Duration) {
+        let begun = self.states.get(extent) == ExtentState::Hot && !self.hot.contains(extent);
+        if begun && !self.hot.is_full() {
+            self.hot.insert(extent, now);
+            self.unrecorded.insert(extent);
+        }
     }
 
     /// Whether every extent in `extents` is durably hot.
