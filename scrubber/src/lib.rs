@@ -19,7 +19,7 @@
 //! ```
 //!
 //! The first pass over a member starts anywhere: members of one make and age are not read in the
-//! same order, and what is pulled and added again and again is scrubbed everywhere. Four lanes
+//! same order, and what is pulled and added again and again is scrubbed everywhere. Eight lanes
 //! check one extent each, so that disks read while another lane computes. How far the pass has
 //! come is kept in the mirror itself ([`mirror::scrub_log::ScrubLog`]), every few seconds or GiB; a
 //! restart goes on from there.
@@ -49,8 +49,9 @@ use std::time::Duration;
 use sweep::{Next, Sweep};
 use wait::News;
 
-/// Extents checked at once.
-const LANES: usize = 4;
+/// Extents checked at once: while some compute or wait for their page of checksums, the others keep
+/// the disks busy. Each takes its size in memory for every member.
+const LANES: usize = 8;
 /// How far a pass has come is kept this often,
 const NOTED_EVERY: Duration = Duration::from_secs(5);
 /// or after so many bytes of the device.

@@ -32,7 +32,8 @@ pub struct ScrubStatus {
     /// Blocks that may have to be rewritten on a member within so many hours before it is failed:
     /// BLOCKS/HOURS, or `unlimited`.
     pub error_budget: String,
-    /// Blocks that read as errors, because no copy is good.
+    /// Blocks of which no copy is known to be right: they read as errors, or, in a mirror without
+    /// checksums, as one of the copies.
     pub damaged_blocks: u64,
     /// Since the mirror was made.
     pub totals: ScrubTotals,

@@ -137,7 +137,7 @@ pub(crate) fn line(status: &ScrubStatus) -> String {
     }
     if status.damaged_blocks > 0 {
         text.push_str(&format!(
-            "; DAMAGED BLOCKS: {}, which read as errors; see 'mirrorctl scrub report'",
+            "; DAMAGED BLOCKS: {}, of which no copy is known to be right; see 'mirrorctl scrub report'",
             status.damaged_blocks
         ));
     }

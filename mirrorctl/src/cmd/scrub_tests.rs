@@ -65,7 +65,8 @@ fn a_pass_under_way_says_how_far_it_is() {
     let text = text("m", &sample());
     for want in [
         "mirror m, scrub: pass 8: 25.0 % of 40.0 GiB, about 2 h 1 min to go; 4 blocks repaired \
-         since creation; DAMAGED BLOCKS: 1, which read as errors; see 'mirrorctl scrub report'\n",
+         since creation; DAMAGED BLOCKS: 1, of which no copy is known to be right; see 'mirrorctl \
+         scrub report'\n",
         "  pass 8 began 2026-11-27 09:21:20 UTC: 3 findings, 2 blocks repaired, 1 damaged\n",
         "  goes at up to 90.0 MiB/s of each member, at least 1.0 MiB/s to end in time; p99 of \
          requests with / without: 1.04\n",
@@ -161,6 +162,10 @@ fn a_report_says_where_the_damage_is() {
     );
     assert!(text.contains("-c \"daddr 9872\""), "{text}");
     assert!(text.contains("7 damaged blocks are not listed"), "{text}");
+    report.device = Some("nbd+unix:///m?socket=/run/m.nbd".to_owned());
+    let text = report::text("m", &report);
+    assert!(text.contains("icheck 1234\" /dev/nbd0,"), "{text}");
+    assert!(text.contains("attach it"), "{text}");
     report.findings.clear();
     assert_eq!(report::text("m", &report), "mirror m: nothing was found\n");
 }

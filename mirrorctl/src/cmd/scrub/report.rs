@@ -67,9 +67,19 @@ fn row(finding: &ScrubFinding) -> Vec<String> {
 /// How to get from a damaged block to its file.
 fn hint(device: &str, offset: u64) -> String {
     let (block, sector) = (offset / 4096, offset / 512);
+    let is_block_device = device.starts_with('/');
+    let (attach, device) = if is_block_device {
+        ("", device)
+    } else {
+        (
+            "    first: attach it as a block device, here /dev/nbd0 (nbd-client)\n",
+            "/dev/nbd0",
+        )
+    };
     format!(
-        "  Damaged blocks read as errors until they are written again. To find the file of the \
-         last one\n  (what begins elsewhere, in a partition or a volume: subtract where):\n    \
+        "  Damaged blocks read as errors (without checksums: as one of the copies) until they are \
+         written again.\n  To find the file of the last one (what begins elsewhere, in a partition \
+         or a volume: subtract where):\n{attach}    \
          ext4 with 4 KiB blocks: debugfs -R \"icheck {block}\" {device}, then debugfs -R \
          \"ncheck INODE\" {device}\n    \
          XFS, not mounted: xfs_db -r -c \"blockget -n\" -c \"daddr {sector}\" -c \"blockuse -n\" \
