@@ -199,8 +199,9 @@ bench_scrub() {
     local round where mib members sweep
     rm -f "$out/${place}__"{sweep,scrubbed}*
     for where in disk memory; do
-        area=$on_disk mib=2048
-        [ $where = memory ] && choose_area 6
+        # Long enough that starting the commands does not count.
+        area=$on_disk mib=4096
+        if [ $where = memory ]; then choose_area 6 && mib=2048; fi
         start_mirror bench $((mib + 64))M
         fill "$URI" $mib
         # All of it cool.
@@ -274,7 +275,7 @@ bench_budget() {
             start_mirror budget $((extents * 4))M "${options[@]}"
             touch_extents $extents 0
             measure $subject uniform-randwrite-4k-qd32 "$round" "$URI" --rw=randwrite --bs=4k \
-                --iodepth=32 --size=$((extents * 4))m --number_ios=1000000
+                --iodepth=32 --size=$((extents * 4))m --number_ios=500000
             result "$subject-state" hot "$(status_of budget extents.hot)" budget $budget \
                 map_commits "$(status_of budget io.map-commits)" \
                 writes "$(status_of budget io.writes)"

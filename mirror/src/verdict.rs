@@ -109,6 +109,9 @@ pub enum BlockVerdict {
 pub fn judge(block: Block, members: &[Held<'_>]) -> BlockVerdict {
     let count = members.len();
     assert!(count <= Members::MAX, "{count} members");
+    if is_fine(block, members) {
+        return BlockVerdict::Fine;
+    }
     let is_majority = |candidate: &Candidate| candidate.holders * 2 > count;
     let candidates = candidates(block, members);
     let any_known = members.iter().any(|member| member.sum.is_some());
@@ -140,6 +143,20 @@ pub fn judge(block: Block, members: &[Held<'_>]) -> BlockVerdict {
         }
     };
     verdict(members, right, proof)
+}
+
+/// Whether all is as it should be: so it is almost always, and this is the least that shows it.
+fn is_fine(block: Block, members: &[Held<'_>]) -> bool {
+    let Some((first, others)) = members.split_first() else {
+        return false;
+    };
+    let Some(content) = first.content else {
+        return false;
+    };
+    others.iter().all(|other| other.content == Some(content)) && {
+        let sum = Some(Sum::of(block, content));
+        members.iter().all(|member| member.sum == sum)
+    }
 }
 
 /// A content that some member holds.

@@ -1,14 +1,16 @@
-//! Disks that refuse writes, all of them for a while: what they may have in their caches all the
-//! same, and what must still be known of the blocks afterwards. Each failed once.
+//! Disks that refuse writes, or hang over them: what they may have in their caches all the same,
+//! what must still be known of the blocks afterwards, and who is lost.
 
-use crate::checksums::{COOL, machine, rd, rot};
+use crate::checksums::{COOL, check, content, machine, rd, rot};
 use crate::double_faults::faults;
 use crate::machine::Machine;
-use crate::older_images::seconds;
+use crate::older_images::{seconds, states};
+use crate::play::bring_all_back;
 use crate::races::{none, seeds, wr};
 use mirror::Errno;
-use mirror::control::MemberRef;
-use mirror::sim::Faults;
+use mirror::control::{MemberRef, MemberState};
+use mirror::scrub_log::{Done, What};
+use mirror::sim::{Faults, WriteFault};
 
 fn refuse_writes(machine: &Machine) {
     let writes = Faults {
@@ -72,6 +74,139 @@ fn what_equalising_left_in_caches_is_flushed() {
         seconds(&machine, 10);
         faults(&machine, none());
         seconds(&machine, 2 * COOL);
+        rd(&machine, 0, 65536).unwrap();
+    }
+}
+
+/// A copy that cannot be rewritten costs its member its place; the report says what was wrong.
+#[test]
+fn a_rewrite_that_fails_is_reported_with_what_was_wrong() {
+    for seed in seeds(16) {
+        let mut machine = machine(seed, 2 + (seed % 2) as usize);
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        let good = content(&machine, 1, 3);
+        let at = machine.data_offset + 3 * 4096;
+        let what = if seed % 4 < 2 {
+            machine.disks[0].spoil(at + 512);
+            What::Unreadable
+        } else {
+            rot(&machine, 0, 3);
+            What::ChecksumFailed
+        };
+        machine.disks[0].set_write_fault(Some(WriteFault {
+            offset: at,
+            len: 4096,
+            hangs: false,
+        }));
+        check(&machine, 0, true);
+        assert_ne!(states(&machine)[0], MemberState::InSync, "seed {seed}");
+        {
+            let mirror = machine.mirror();
+            let log = mirror.scrub_log();
+            let found: Vec<_> = log.findings();
+            assert_eq!(found.len(), 1, "seed {seed}: {found:?}");
+            let found = found[0];
+            assert_eq!(
+                (found.slot, found.what, found.done),
+                (Some(0), what, Done::MemberFailed),
+                "seed {seed}"
+            );
+            assert_eq!(found.blocks, 3..4);
+        }
+        rd(&machine, 0, 65536).unwrap();
+        assert_eq!(content(&machine, 1, 3), good);
+    }
+}
+
+/// A member that does not answer an equalising write is lost at the deadline (R13): nobody waits
+/// longer, and what it does late strikes nothing.
+#[test]
+fn a_member_that_hangs_over_an_equalising_write_is_lost() {
+    let mut lost = 0;
+    for seed in seeds(40) {
+        let mut machine = machine(seed, 2 + (seed % 2) as usize);
+        machine.start();
+        wr(&machine, 0, 65536);
+        machine.cut_power();
+        let fault = WriteFault {
+            offset: machine.data_offset,
+            len: 65536,
+            hangs: true,
+        };
+        machine.disks[1].set_write_fault(Some(fault));
+        machine.start();
+        rd(&machine, 0, 65536).unwrap();
+        let state = states(&machine)[1];
+        lost += u32::from(state != MemberState::InSync);
+        wr(&machine, 0, 65536);
+        machine.disks[1].set_write_fault(None);
+        seconds(&machine, 20);
+        rd(&machine, 0, 65536).unwrap();
+        assert_eq!(states(&machine)[0], MemberState::InSync, "seed {seed}");
+        machine.stop().unwrap();
+    }
+    assert!(lost > 0, "no copy differed");
+}
+
+/// Equalising is refused while somebody reads: an answer is durable on every member, or it could
+/// be another one after a crash (R5).
+#[test]
+fn a_read_is_not_answered_from_caches_alone() {
+    let mut answered = 0;
+    for seed in seeds(100) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 16384);
+        machine.cut_power();
+        machine.start();
+        refuse_writes(&machine);
+        for _ in 0..30 {
+            if rd(&machine, 0, 16384).is_err() {
+                continue;
+            }
+            answered += 1;
+            let members = machine.disks.iter().zip(states(&machine));
+            for (disk, _) in members.filter(|(_, state)| *state == MemberState::InSync) {
+                let durable = disk.settled(machine.data_offset, 16384);
+                assert!(durable.is_some(), "seed {seed}");
+            }
+        }
+    }
+    assert!(answered > 0, "no read was answered");
+}
+
+/// A discarded extent cannot be recorded as begun anew; a member is lost over something else, and
+/// the extent cools. The member lacks the checksums of zeroes when it returns, until it gets them.
+#[test]
+fn an_extent_that_could_not_begin_cools_without_a_member() {
+    for seed in seeds(24) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        let client = machine.client();
+        let discard = async move { client.discard_extent(0).await };
+        machine.world.block_on(discard).unwrap();
+        seconds(&machine, 3);
+        refuse_writes(&machine);
+        assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
+        faults(&machine, none());
+        let gone = (seed % 2) as usize;
+        let writes = Faults {
+            writes: true,
+            ..none()
+        };
+        machine.disks[gone].set_faults(writes);
+        wr(&machine, 5 << 22, 4096);
+        assert_ne!(states(&machine)[gone], MemberState::InSync, "seed {seed}");
+        machine.disks[gone].set_faults(none());
+        seconds(&machine, COOL);
+        bring_all_back(&mut machine);
+        let checked = check(&machine, 0, true);
+        assert_eq!(checked.findings, 0, "seed {seed}");
+        machine.fail((1 - gone) as u8).unwrap();
         rd(&machine, 0, 65536).unwrap();
     }
 }

@@ -14,7 +14,8 @@
 //!
 //! A block that a failed flush covered is *suspect*: its copies look equal, and at the next power
 //! cut one disk may have it and the other not. Such a block is written to every in-sync member,
-//! the source included, equal or not.
+//! the source included, equal or not. Where every disk refused what equalising wrote, caches may
+//! have it nevertheless: they are flushed before the copies are compared again.
 
 use super::Mirror;
 use super::copies::Copies;
@@ -157,6 +158,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.record_equal(blocks.map(|block| (Block(block), None)));
             return Ok(());
         }
+        if self.maps.borrow().refused.any_in(blocks.clone()) {
+            // What caches alone have looks equal, and would answer reads (R5).
+            self.flush_in_turn(false).await?;
+            self.maps.borrow_mut().refused.clear(blocks.clone());
+        }
         let copies = self.read_copies(range).await;
         let choices = self.choose(&copies).await.ok_or_else(|| {
             tracing::debug!("blocks {blocks:?} cannot be read on any in-sync member");
@@ -177,10 +183,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let judged = self.judge_lacking(&view, &lacking, "equalising after an unclean stop");
         if judged.is_err() {
-            // Caches may have what the disks refused. Once all of them do the copies look equal,
-            // and nothing is written that would make them durable: a flush has to (R3).
+            // It is not to be lost again with a cache, nor to cool with it (R3).
             self.begin_repair(range);
             self.end_repair(range);
+            self.maps.borrow_mut().refused.set(blocks);
         }
         judged?;
         self.record_equal(choices.iter().map(|choice| (choice.block, choice.sum)));

@@ -122,17 +122,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
                 let before = maps.states.get(extent);
                 let base = match before {
-                    ExtentState::Unwritten | ExtentState::Discarded => Some(Base::Zeroes),
-                    ExtentState::Cool => Some(Base::Stored),
-                    // It has begun before a commit that failed.
-                    ExtentState::Hot if maps.hot.contains(extent) => None,
-                    // And there was no memory to remember that.
-                    ExtentState::Hot => Some(Base::Doubtful),
+                    ExtentState::Unwritten | ExtentState::Discarded => Base::Zeroes,
+                    ExtentState::Cool => Base::Stored,
+                    // It has begun before a commit that failed: what is known stays.
+                    ExtentState::Hot => Base::Doubtful,
                 };
-                if let Some(base) = base {
-                    let due = self.coarse_now.get() + STORED_EVERY;
-                    maps.sums.begin(extent, base, due);
-                }
+                maps.sums
+                    .begin(extent, base, self.coarse_now.get() + STORED_EVERY);
                 match before {
                     // A commit that failed may have left it hot in memory only.
                     _ if intent => maps.set_state(extent, ExtentState::Hot),

@@ -33,7 +33,7 @@ use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use crate::records;
 use crate::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Loss, SlotState, Superblock};
-use dirty_map::blocks_covering;
+use dirty_map::{ExtentState, blocks_covering};
 use std::rc::Rc;
 use std::time::Duration;
 use uuid::Uuid;
@@ -74,6 +74,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         });
         let mut lacking = Vec::new();
         maps.hot.for_each_unsafe(|_, blocks| lacking.push(blocks));
+        if self.sums.are_kept() {
+            // Extents that begin, or could not be recorded as begun, and may cool without any
+            // write: its own map may not call them hot, and its pages of them be of another time.
+            let begun = maps.preparing.iter().chain(&maps.unrecorded);
+            let begun = begun.filter(|extent| maps.states.get(**extent) == ExtentState::Hot);
+            let anew = begun.filter(|extent| maps.sums.is_wanted(**extent));
+            lacking.extend(anew.map(|extent| extent.blocks()));
+        }
         for blocks in lacking {
             maps.miss(slot, blocks);
         }

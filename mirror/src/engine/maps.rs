@@ -91,6 +91,8 @@ pub(super) struct Maps {
     pub(super) cooled: Option<BTreeSet<Extent>>,
     /// Blocks whose flush failed everywhere and that were not written anew (R7).
     pub(super) suspect: MissedMap,
+    /// Blocks of which equalising was refused everywhere: caches may have it all the same.
+    pub(super) refused: MissedMap,
     /// Pages to commit.
     pub(super) dirty: BTreeSet<Page>,
     /// Stamp of the last commit begun.
@@ -133,6 +135,7 @@ impl Maps {
             log: ScrubLog::new(),
             cooled: None,
             suspect: MissedMap::new(blocks),
+            refused: MissedMap::new(blocks),
             dirty: BTreeSet::new(),
             stamp: Stamp {
                 ordinal: 0,

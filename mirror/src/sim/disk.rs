@@ -7,6 +7,7 @@
 //! range reads as arbitrary bytes.
 
 use super::content::{Content, Run, Sectors, sectors, some_of};
+use super::faults::{Faults, Observer, WriteFault};
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry};
 use std::cell::{Cell, RefCell};
@@ -16,29 +17,6 @@ use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
-
-/// What goes wrong from now on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Faults {
-    /// Every write fails, leaving arbitrary parts written.
-    pub writes: bool,
-    /// Every read fails.
-    pub reads: bool,
-    /// Every flush fails, and what was cached may be lost.
-    pub flushes: bool,
-    /// Nothing is answered.
-    pub hang: bool,
-    /// The device is gone: everything fails with ENODEV.
-    pub gone: bool,
-}
-
-/// Sees every operation of a disk.
-pub trait Observer {
-    /// The disk has been given `request`.
-    fn submitted(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>);
-    /// The disk has completed `request` well.
-    fn completed(&self, disk: &SimDisk, request: &DiskRequest<SimBuffer>);
-}
 
 struct Pending {
     request: DiskRequest<SimBuffer>,
@@ -66,6 +44,7 @@ struct Inner {
     cache: RefCell<Vec<(u64, Run)>>,
     pending: RefCell<Vec<Pending>>,
     faults: Cell<Faults>,
+    write_fault: Cell<Option<WriteFault>>,
     bad_sectors: RefCell<BTreeSet<u64>>,
     /// Sectors that a failed flush gave up and that were not written since.
     given_up: RefCell<Vec<(u64, Run)>>,
@@ -124,6 +103,7 @@ impl SimDisk {
                 cache: RefCell::default(),
                 pending: RefCell::default(),
                 faults: Cell::default(),
+                write_fault: Cell::default(),
                 bad_sectors: RefCell::default(),
                 given_up: RefCell::default(),
                 observer: RefCell::default(),
@@ -184,6 +164,11 @@ impl SimDisk {
     /// Sets what goes wrong from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.0.faults.set(faults);
+    }
+
+    /// Sets what goes wrong with some of the writes from now on.
+    pub fn set_write_fault(&self, fault: Option<WriteFault>) {
+        self.0.write_fault.set(fault);
     }
 
     /// From the next start on the disk cannot write zeroes by itself.
@@ -357,16 +342,27 @@ impl SimDisk {
 
     /// Operations that may complete now.
     pub(super) fn completable(&self) -> usize {
-        if self.0.faults.get().hang {
-            0
-        } else {
-            self.0.pending.borrow().len()
+        let pending = self.0.pending.borrow();
+        match self.0.write_fault.get().filter(|fault| fault.hangs) {
+            _ if self.0.faults.get().hang => 0,
+            None => pending.len(),
+            Some(fault) => pending
+                .iter()
+                .filter(|p| !fault.strikes(&p.request))
+                .count(),
         }
     }
 
-    /// Completes the `chosen`th pending operation.
+    /// Completes the `chosen`th pending operation of those that may.
     pub(super) fn complete(&self, chosen: usize, rng: &mut Rng) {
-        let pending = self.0.pending.borrow_mut().swap_remove(chosen);
+        let hangs = self.0.write_fault.get().filter(|fault| fault.hangs);
+        let at = {
+            let pending = self.0.pending.borrow();
+            let free = |at: &usize| hangs.is_none_or(|fault| !fault.strikes(&pending[*at].request));
+            (0..pending.len()).filter(free).nth(chosen)
+        };
+        let at = at.unwrap_or(chosen);
+        let pending = self.0.pending.borrow_mut().swap_remove(at);
         let result = self.apply(&pending, rng);
         self.answer(&pending, result);
     }
@@ -403,7 +399,12 @@ impl SimDisk {
                     .device_fill(span.start..span.start + span.len, read);
             }
             request @ DiskRequest::Write { fua, .. } => {
-                if faults.writes {
+                let struck = self
+                    .0
+                    .write_fault
+                    .get()
+                    .is_some_and(|fault| fault.strikes(request));
+                if faults.writes || struck {
                     self.write_some(request, rng);
                     return Err(Errno::IO);
                 }

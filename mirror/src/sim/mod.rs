@@ -10,8 +10,10 @@
 
 mod content;
 mod disk;
+mod faults;
 
-pub use disk::{Faults, Observer, SimDisk, SimOp};
+pub use disk::{SimDisk, SimOp};
+pub use faults::{Faults, Observer, WriteFault};
 
 use crate::host::{Buffer, Host};
 use std::cell::{Cell, RefCell};
