@@ -153,7 +153,8 @@ fn is_fine(block: Block, members: &[Held<'_>]) -> bool {
     let Some(content) = first.content else {
         return false;
     };
-    others.iter().all(|other| other.content == Some(content)) && {
+    let known = members.iter().all(|member| member.sum.is_some());
+    known && others.iter().all(|other| other.content == Some(content)) && {
         let sum = Some(Sum::of(block, content));
         members.iter().all(|member| member.sum == sum)
     }

@@ -97,8 +97,35 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // After a discard that could not be recorded (R1).
             self.heat(&range).await?;
         }
-        // Taken out of the mask all at once, when all is equal: it may stand for the extent as a
-        // whole.
+        let failures = self.flush_failures.get();
+        let (failed, mut done) = self.equalise_steps(&blocks).await?;
+        if self.flush_failures.get() != failures {
+            // A flush that failed everywhere meanwhile has made what was found equal suspect.
+            return Err(Errno::IO);
+        }
+        if failed.is_ok() {
+            // Taken out of the mask all at once, when all is equal: it may stand for the extent as
+            // a whole.
+            done = vec![blocks];
+        }
+        let mut maps = self.maps.borrow_mut();
+        for blocks in done {
+            maps.hot.clear_unequalised(blocks);
+        }
+        failed
+    }
+
+    /// Makes the copies of `blocks` equal, as far as that can be: the first error, and the blocks
+    /// that are equal.
+    ///
+    /// # Errors
+    ///
+    /// When caches that have to be flushed first cannot be.
+    async fn equalise_steps(
+        &self,
+        blocks: &Range<u64>,
+    ) -> Result<(Result<(), Errno>, Vec<Range<u64>>), Errno> {
+        self.flush_refused(blocks).await?;
         let (mut at, mut failed, mut done) = (blocks.start, Ok(()), Vec::new());
         while at < blocks.end {
             let step = at..(at + STEP_BLOCKS).min(blocks.end);
@@ -110,6 +137,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             if let Err(errno) = self.equalise_step(&range).await {
                 failed = failed.and(Err(errno));
+                self.flush_refused(&step).await?;
                 // Each block for itself: what cannot be read stays alone with it.
                 for block in step {
                     let range = self.block_bytes(&(block..block + 1));
@@ -121,14 +149,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 done.push(step);
             }
         }
-        if failed.is_ok() {
-            done = vec![blocks];
+        Ok((failed, done))
+    }
+
+    /// What caches alone have, of blocks whose equalising was refused, looks equal and would
+    /// answer reads (R5).
+    async fn flush_refused(&self, blocks: &Range<u64>) -> Result<(), Errno> {
+        if self.maps.borrow().refused.any_in(blocks.clone()) {
+            self.flush_in_turn(false).await?;
+            self.maps.borrow_mut().refused.clear(blocks.clone());
         }
-        let mut maps = self.maps.borrow_mut();
-        for blocks in done {
-            maps.hot.clear_unequalised(blocks);
-        }
-        failed
+        Ok(())
     }
 
     /// Writes every suspect block anew on all in-sync members.
@@ -157,11 +188,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // Nothing to compare with: which of its contents a block has is not known.
             self.record_equal(blocks.map(|block| (Block(block), None)));
             return Ok(());
-        }
-        if self.maps.borrow().refused.any_in(blocks.clone()) {
-            // What caches alone have looks equal, and would answer reads (R5).
-            self.flush_in_turn(false).await?;
-            self.maps.borrow_mut().refused.clear(blocks.clone());
         }
         let copies = self.read_copies(range).await;
         let choices = self.choose(&copies).await.ok_or_else(|| {

@@ -74,8 +74,8 @@ pub(super) struct Maps {
     pub(super) hot: HotExtents,
     /// Extents on their way from hot to cool: no longer in `hot`, still hot on disk.
     pub(super) cooling: HashSet<Extent>,
-    /// Extents in `hot` that the disks may call otherwise, after a commit that failed: they
-    /// are recorded before the next write (R1).
+    /// Extents in `hot`, or for which there was no room in it, that the disks may call otherwise
+    /// after a commit that failed: they are recorded before the next write (R1).
     pub(super) unrecorded: HashSet<Extent>,
     /// Extents being zeroed and made hot by some write.
     pub(super) preparing: HashSet<Extent>,
@@ -302,9 +302,11 @@ impl Maps {
     /// like others, or its checksums would not be believed after the next start.
     pub(super) fn keep_unrecorded(&mut self, extent: Extent, now: Duration) {
         let begun = self.states.get(extent) == ExtentState::Hot && !self.hot.contains(extent);
+        if begun {
+            self.unrecorded.insert(extent);
+        }
         if begun && !self.hot.is_full() {
             self.hot.insert(extent, now);
-            self.unrecorded.insert(extent);
         }
     }
 

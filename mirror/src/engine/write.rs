@@ -187,6 +187,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // Whole blocks that every in-sync member has just taken are equal again.
             maps.hot.clear_unequalised(blocks_within(range.start, len));
         }
+        if written && !maps.refused.is_clear() {
+            maps.refused.clear(blocks_within(range.start, len));
+        }
         if written && !maps.suspect.is_clear() {
             maps.suspect.clear(blocks_within(range.start, len));
         }
