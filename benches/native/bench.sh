@@ -2,7 +2,7 @@
 # Measurements on this machine's own kernel: the NBD front end beside qemu-storage-daemon's
 # quorum over files of the same kind, and the mirrors of 12 TiB.
 #
-# Usage: benches/native/bench.sh [quorum] [scrub] [budget] [big]       default: all of them
+# Usage: benches/native/bench.sh [quorum] [sums] [scrub] [budget] [big]      default: all of them
 #
 # Results go to benches/out/raw. The files lie in memory where it is big enough and takes direct
 # I/O, so that the programs are measured and not the disk below; where it is not, they lie under
@@ -26,7 +26,7 @@ mkdir -p "$out" "$area"
 stop_everything() {
     set +e
     local name
-    for name in bench big budget; do
+    for name in bench big budget sums no-sums; do
         [ -e "$UBLK_MIRROR_RUN_DIR/$name.sock" ] && timeout 30 mirrorctl stop $name --force
     done
     [ -n "$storage_daemon" ] && kill "$storage_daemon" 2>/dev/null
@@ -163,6 +163,41 @@ bench_quorum() {
         mirrorctl stop bench
     done
     rm -f "$area"/q? "$area"/m?
+}
+
+# What checksums cost: two mirrors, one with and one without, in turn and in short slices, so that
+# whatever else the machine does strikes both.
+bench_sums() {
+    local round subject side uris=() uri
+    local timed=(--time_based --runtime=2 --size=1g)
+    choose_area 6
+    rm -f "$out/${place}__"paired*
+    for subject in sums no-sums; do
+        CREATE=()
+        [ $subject = no-sums ] && CREATE=(--no-checksums)
+        for side in 0 1; do rm -f "$area/$subject$side"; done
+        mirrorctl create $subject "${CREATE[@]}" --member "$area/${subject}0" \
+            --member "$area/${subject}1" --size 1100M
+        mirrorctl start $subject "$area/${subject}0" "$area/${subject}1" --front nbd
+        uri=$(status_of $subject device)
+        fill "$uri" 1024
+        uris+=("$uri")
+    done
+    CREATE=()
+    for round in $(seq $((rounds * 5))); do
+        for side in 0 1; do
+            subject=paired-mirror
+            [ $side = 1 ] && subject=paired-mirror-no-sums
+            measure $subject randwrite-4k-qd32 "$round" "${uris[$side]}" --rw=randwrite --bs=4k \
+                --iodepth=32 "${timed[@]}"
+            measure $subject seqwrite-128k-qd8 "$round" "${uris[$side]}" --rw=write --bs=128k \
+                --iodepth=8 "${timed[@]}"
+        done
+    done
+    for subject in sums no-sums; do
+        mirrorctl stop $subject
+        rm -f "$area/$subject"?
+    done
 }
 
 scrub_is_over() {
@@ -342,7 +377,7 @@ bench_big() {
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(quorum scrub budget big)
+[ $# -gt 0 ] || parts=(quorum sums scrub budget big)
 for part in "${parts[@]}"; do
     "bench_$part"
 done

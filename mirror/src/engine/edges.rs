@@ -17,6 +17,12 @@ pub(super) struct Edges<B> {
     blocks: [Option<(u64, Edge<B>)>; 2],
 }
 
+/// Blocks of a write whose checksums are computed before it is sent: 128 KiB.
+const EARLY: usize = 32;
+
+/// Checksums of the first blocks of a write.
+pub(super) struct NewSums([Option<Sum>; EARLY]);
+
 enum Edge<B> {
     /// All of the block.
     Content(Span<B>),
@@ -99,6 +105,26 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
+    /// The checksums that blocks of `range` will have with `data`, as many as there is room for.
+    /// Before they are sent: the data has just come, and is in the processor's cache.
+    pub(super) fn new_sums(
+        &self,
+        range: &Range<u64>,
+        data: &Span<H::Buffer>,
+        edges: &Edges<H::Buffer>,
+    ) -> NewSums {
+        let mut sums = [None; EARLY];
+        if self.sums.are_kept() {
+            let blocks = blocks_covering(range.start, range.end - range.start);
+            data.read(|bytes| {
+                for (sum, number) in sums.iter_mut().zip(blocks) {
+                    *sum = self.sum_in(range, bytes, edges, number);
+                }
+            });
+        }
+        NewSums(sums)
+    }
+
     /// Records the checksums of the blocks of `range`, which every in-sync member has just taken
     /// from `data`.
     pub(super) fn record_sums(
@@ -106,6 +132,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         range: &Range<u64>,
         data: &Span<H::Buffer>,
         edges: &Edges<H::Buffer>,
+        early: &NewSums,
     ) {
         if !self.sums.are_kept() {
             return;
@@ -117,23 +144,38 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .expect(&blocks_covering(part.start, part.end - part.start));
         }
         data.read(|bytes| {
-            for number in blocks_covering(range.start, range.end - range.start) {
-                let (own, block) = (self.block_bytes(&(number..number + 1)), Block(number));
-                let start = own.start.max(range.start);
-                let end = own.end.min(range.end);
-                let new = &bytes[length(start - range.start)..length(end - range.start)];
-                let sum = match edges.of(number) {
-                    None => Some(Sum::of(block, new)),
-                    Some(Edge::Unreadable) => None,
-                    Some(Edge::Content(old)) => Some(old.read(|old| {
-                        let head = &old[..length(start - own.start)];
-                        let tail = &old[length(end - own.start)..];
-                        Sum::of_parts(block, [head, new, tail])
-                    })),
-                    Some(Edge::Damaged) => continue,
-                };
-                maps.sums.set(block, sum);
+            let blocks = blocks_covering(range.start, range.end - range.start);
+            for (at, number) in blocks.enumerate() {
+                if matches!(edges.of(number), Some(Edge::Damaged)) {
+                    continue;
+                }
+                let sum = early.0.get(at).copied();
+                let sum = sum.unwrap_or_else(|| self.sum_in(range, bytes, edges, number));
+                maps.sums.set(Block(number), sum);
             }
         });
+    }
+
+    /// The checksum that a block will have when `bytes` are written to `range`, if it is known
+    /// what else it holds.
+    fn sum_in(
+        &self,
+        range: &Range<u64>,
+        bytes: &[u8],
+        edges: &Edges<H::Buffer>,
+        number: u64,
+    ) -> Option<Sum> {
+        let (own, block) = (self.block_bytes(&(number..number + 1)), Block(number));
+        let (start, end) = (own.start.max(range.start), own.end.min(range.end));
+        let new = &bytes[length(start - range.start)..length(end - range.start)];
+        match edges.of(number) {
+            None => Some(Sum::of(block, new)),
+            Some(Edge::Content(old)) => Some(old.read(|old| {
+                let head = &old[..length(start - own.start)];
+                let tail = &old[length(end - own.start)..];
+                Sum::of_parts(block, [head, new, tail])
+            })),
+            Some(Edge::Unreadable | Edge::Damaged) => None,
+        }
     }
 }

@@ -6,7 +6,7 @@
 //!             extents hot? ─no─► zero, group commit ─┐            (R1, R11; heat.rs)
 //!                   │yes                             │
 //!                   ▼                                ▼
-//!  in flight; missed bits of absent slots ◄──────────┘            (R4)
+//!  checksums; in flight; missed bits of absent slots ◄──────────┘   (R4; edges.rs)
 //!                   ▼
 //!  every receiving member at once, from one buffer                  (R6)
 //!                   ▼
@@ -82,6 +82,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.is_hot(range) {
             self.heat(range).await?;
         }
+        let sums = self.new_sums(range, data, &edges);
         let (view, failures) = (self.view(), self.flush_failures.get());
         self.begin_write(&view, range);
         lock.set_issued(true);
@@ -94,7 +95,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let result = self.judge_write(range, &outcomes);
         self.end_write(range, result.is_ok(), failures);
         if result.is_ok() {
-            self.record_sums(range, data, &edges);
+            self.record_sums(range, data, &edges, &sums);
         }
         lock.set_issued(false);
         self.losses_effective().await?;
