@@ -264,6 +264,10 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
             disk(slot).set_faults(Faults::default());
         }
         Action::AllFaulty(fault, seconds) => {
+            if matches!(fault, Fault::Reads | Fault::Gone) {
+                // A part of a block is written, and nobody can read the rest for its checksum.
+                bench.rotten.put_right();
+            }
             let disks = bench.disks.borrow().clone();
             disks.iter().for_each(|disk| disk.set_faults(faults(fault)));
             sleep(client, seconds).await;
@@ -284,7 +288,7 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
                 bench.outages.borrow_mut().insert(slot);
             }
         }
-        Action::Rot(slot, block) => rot::rot(client, bench, slot, block).await,
+        Action::Rot(slot, block) => rot::rot(client, bench, slot, block),
         Action::Replace(slot) => replace(client, bench, slot).await,
         Action::OlderImage(slot, seconds) => {
             bench.rotten.put_right();

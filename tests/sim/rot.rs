@@ -9,9 +9,8 @@
 
 use crate::machine::{Client, Machine, SimMirror, superblock_on};
 use crate::play::Bench;
-use crate::script::SIZE;
 use crate::sums;
-use dirty_map::{BLOCK_BYTES, Block, EXTENT_BYTES, Extent, ExtentState, StateMap};
+use dirty_map::{BLOCK_BYTES, Block, Extent, ExtentState, StateMap};
 use mirror::Host as _;
 use mirror::control::MemberState;
 use mirror::engine::CheckOptions;
@@ -70,18 +69,13 @@ fn copy_at(disk: &SimDisk, offset: u64) -> Copy {
 
 /// Lets a block rot on one disk, if it can be told there: a bit flips, or another block's content
 /// was written here, or what was written here never was.
-pub(crate) async fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
+pub(crate) fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
     if !client.tells_rot {
         return;
     }
-    let mut found = decidable(client, bench, slot, block);
-    if found.is_none() {
-        // Perhaps when they have cooled.
-        let host = SimHost(client.world.clone());
-        host.sleep(Duration::from_secs(12)).await;
-        found = decidable(client, bench, slot, block);
-    }
-    let Some(block) = found else { return };
+    let Some(block) = decidable(client, bench, slot, block) else {
+        return;
+    };
     let disk = bench.disk(slot);
     let offset_of = |block: u64| client.data_offset + block * BLOCK_BYTES;
     let offset = offset_of(block);
@@ -109,7 +103,7 @@ pub(crate) async fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
     bench.rotten.copies.borrow_mut().push(rot);
 }
 
-/// `block`, or the same of another extent, if what it rots to can be told in `slot`.
+/// `block`, if what it rots to can be told in `slot`.
 fn decidable(client: &Client, bench: &Bench, slot: u8, block: u64) -> Option<u64> {
     let members = client.mirror.status().members;
     let in_sync = members.iter().all(|m| m.state == MemberState::InSync);
@@ -141,9 +135,7 @@ fn decidable(client: &Client, bench: &Bench, slot: u8, block: u64) -> Option<u64
             && !others.iter().any(|rot| rot.block == *block && rot.is_there())
             && known.iter().all(has_sum)
     };
-    let (step, blocks) = (EXTENT_BYTES / BLOCK_BYTES, SIZE / BLOCK_BYTES);
-    let mut candidates = (0..blocks.div_ceil(step)).map(|n| (block + n * step) % blocks);
-    candidates.find(is_decidable)
+    Some(block).filter(is_decidable)
 }
 
 impl Counts {

@@ -106,6 +106,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if written.is_empty() {
             return Ok(());
         }
+        // By extent, what is to be flushed or equalised still.
+        let unsettled: Vec<_> = {
+            let maps = self.maps.borrow();
+            let of = |&extent: &Extent| (extent, runs(extent, &maps.hot.unsettled(extent)));
+            written.iter().map(of).collect()
+        };
         {
             let mut maps = self.maps.borrow_mut();
             for &extent in &written {
@@ -119,7 +125,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         if let Err(errno) = self.commit().await {
-            self.take_back(&written);
+            self.take_back(&unsettled);
             return Err(errno);
         }
         self.forget_sums(&written);
@@ -142,13 +148,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// The discard is not durable: the extents hold their data still.
-    fn take_back(&self, written: &[Extent]) {
+    fn take_back(&self, unsettled: &[(Extent, Vec<Range<u64>>)]) {
         let view = self.view();
         let resyncing = view.receivers.iter().filter(|r| !r.in_sync).map(|r| r.slot);
         let lacking = view.absent.iter().copied().chain(resyncing);
         let mut maps = self.maps.borrow_mut();
         let now = self.coarse_now.get();
-        for &extent in written {
+        for (extent, unsettled) in unsettled {
+            let extent = *extent;
             maps.set_state(extent, ExtentState::Hot);
             for slot in lacking.clone() {
                 maps.miss(slot, extent.blocks());
@@ -156,10 +163,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.hot.insert(extent, now);
             maps.sums.begin(extent, Base::Stored, now + STORED_EVERY);
             maps.unrecorded.insert(extent);
-            // What was known of its unflushed blocks is gone: assume the worst.
-            maps.hot.set_unequalised_all(extent);
-            maps.hot.begin_write(extent, now);
-            maps.hot.end_write(extent, extent.blocks(), now);
+            // Which of these was unflushed and which unequal is not told apart: they are both. The
+            // others stay as they were, with the checksums that are known of them.
+            for blocks in unsettled {
+                maps.hot.set_unequalised(extent, blocks.clone());
+                maps.hot.begin_write(extent, now);
+                maps.hot.end_write(extent, blocks.clone(), now);
+            }
         }
     }
 
@@ -201,4 +211,22 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         Ok(())
     }
+}
+
+/// The runs of blocks of an extent whose bits are set in `mask`.
+fn runs(extent: Extent, mask: &[u64]) -> Vec<Range<u64>> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    let first = extent.blocks().start;
+    for (block, at) in extent.blocks().zip(0_u64..) {
+        let word = usize::try_from(at / 64).unwrap_or(usize::MAX);
+        let is_set = mask
+            .get(word)
+            .is_some_and(|word| word >> (at % 64) & 1 != 0);
+        match runs.last_mut().filter(|run| run.end == first + at) {
+            _ if !is_set => {}
+            Some(run) => run.end += 1,
+            None => runs.push(block..block + 1),
+        }
+    }
+    runs
 }
