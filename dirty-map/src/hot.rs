@@ -23,6 +23,9 @@ use std::time::Duration;
 pub const HOT_CAP_BYTES: usize = 256 << 20;
 
 const WORDS: usize = 16;
+
+/// A bit for each block of an extent, the first one lowest in the first word.
+pub type BlockMask = [u64; WORDS];
 const MASK_BYTES: usize = size_of::<[u64; WORDS]>();
 /// What a hot extent takes besides masks: its entry in a table that may have just doubled, and
 /// its places in a bucket and among the ripe.
@@ -400,7 +403,7 @@ impl HotExtents {
     /// The blocks of a hot extent, a bit each, that are unflushed, under a flush, or may differ
     /// between members.
     #[must_use]
-    pub fn unsettled(&self, extent: Extent) -> [u64; WORDS] {
+    pub fn unsettled(&self, extent: Extent) -> BlockMask {
         let Some(entry) = self.entries.get(&extent) else {
             return [0; WORDS];
         };
@@ -409,6 +412,21 @@ impl HotExtents {
             let words = masks.iter().map(|&mask| self.pool.word(mask, word));
             words.fold(0, |all, word| all | word)
         })
+    }
+
+    /// The blocks of `mask`, as [`HotExtents::unsettled`] gave it before the extent was taken out,
+    /// are unflushed, and may differ between members.
+    pub fn unsettle(&mut self, extent: Extent, mask: &BlockMask, now: Duration) {
+        let first = extent.blocks().start;
+        for_runs(
+            |word| mask[word],
+            |run| {
+                let blocks = first + run.start..first + run.end;
+                self.set_unequalised(extent, blocks.clone());
+                self.begin_write(extent, now);
+                self.end_write(extent, blocks, now);
+            },
+        );
     }
 
     /// The first run of blocks within one extent, at or after block `from`, that may differ.

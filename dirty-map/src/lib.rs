@@ -58,7 +58,7 @@ mod summary;
 mod sums;
 mod units;
 
-pub use hot::{HOT_CAP_BYTES, HotExtents};
+pub use hot::{BlockMask, HOT_CAP_BYTES, HotExtents};
 pub use hot_sums::{Base, HotSums, Known};
 pub use missed::{MISSED_PER_SECTOR, MissedMap};
 pub use sector::{Address, Kind, PAYLOAD_BYTES, SECTOR_BYTES, SectorError, Stamp, decode, encode};

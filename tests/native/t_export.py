@@ -156,6 +156,17 @@ def a_second_host_does_not_write_beside_the_first(area):
     area.stop()
 
 
+def a_stopped_mirror_has_let_go_of_its_exports(area):
+    """Who is told that it has stopped can start it on another host, at once."""
+    local, server, _ = _fenced_pair(area)
+    for _ in range(5):
+        area.stop()
+        after = area.examine(server.address)
+        with nbd.Client(server.where, "m", claim=nbd.claim(1, False, after)) as client:
+            check(not client.flags & nbd.FLAG_READ_ONLY, "who was granted may not write")
+        area.start([local, server.address])
+
+
 def an_older_epoch_is_refused(area):
     """Claims by hand, of what the disk said before and after a loss."""
     local, server, model = _fenced_pair(area)

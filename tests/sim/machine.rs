@@ -45,8 +45,8 @@ pub(crate) struct Machine {
     /// Whether reads are checked against checksums.
     check_reads: bool,
     pub(crate) resync_limits: Limits,
-    /// Whether a silent change of a copy is told, where there is a checksum.
     pub(crate) error_budget: ErrorBudget,
+    /// Whether a silent change of a copy is told, where there is a checksum.
     tells_rot: bool,
     /// Copies that have changed behind the mirror's back.
     pub(crate) rotten: Rc<Rotten>,

@@ -211,6 +211,7 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
         End::Stop | End::KillDaemon => machine.kill_daemon(),
         End::PowerCut => machine.cut_power(),
     }
+    machine.rotten.after_a_crash();
     if caches_lost && end != End::PowerCut {
         machine.oracle.borrow_mut().crash(Caches::SomeLost);
     }

@@ -6,18 +6,23 @@ use crate::double_faults::faults;
 use crate::machine::Machine;
 use crate::older_images::{seconds, states};
 use crate::play::bring_all_back;
-use crate::races::{none, seeds, wr};
-use mirror::Errno;
+use crate::races::{flushes, none, seeds, wr};
 use mirror::control::{MemberRef, MemberState};
 use mirror::scrub_log::{Done, What};
-use mirror::sim::{Faults, WriteFault};
+use mirror::sim::{Faults, SimHost, WriteFault};
+use mirror::{Errno, Host as _};
+use std::time::Duration;
+
+const WRITES: Faults = Faults {
+    writes: true,
+    reads: false,
+    flushes: false,
+    hang: false,
+    gone: false,
+};
 
 fn refuse_writes(machine: &Machine) {
-    let writes = Faults {
-        writes: true,
-        ..none()
-    };
-    faults(machine, writes);
+    faults(machine, WRITES);
 }
 
 fn write(machine: &Machine, offset: u64) -> Result<(), Errno> {
@@ -194,11 +199,7 @@ fn an_extent_that_could_not_begin_cools_without_a_member() {
         assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
         faults(&machine, none());
         let gone = (seed % 2) as usize;
-        let writes = Faults {
-            writes: true,
-            ..none()
-        };
-        machine.disks[gone].set_faults(writes);
+        machine.disks[gone].set_faults(WRITES);
         wr(&machine, 5 << 22, 4096);
         assert_ne!(states(&machine)[gone], MemberState::InSync, "seed {seed}");
         machine.disks[gone].set_faults(none());
@@ -208,5 +209,131 @@ fn an_extent_that_could_not_begin_cools_without_a_member() {
         assert_eq!(checked.findings, 0, "seed {seed}");
         machine.fail((1 - gone) as u8).unwrap();
         rd(&machine, 0, 65536).unwrap();
+    }
+}
+
+/// The same where there was no memory to call the extent hot, the first time.
+#[test]
+fn an_extent_without_room_is_remembered() {
+    for seed in seeds(24) {
+        // Every fourth seed has memory for three extents.
+        let mut machine = machine(seed * 4 + 3, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        let client = machine.client();
+        let discard = async move { client.discard_extent(0).await };
+        machine.world.block_on(discard).unwrap();
+        seconds(&machine, 3);
+        for extent in 1..4 {
+            wr(&machine, extent << 22, 4096);
+        }
+        refuse_writes(&machine);
+        assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
+        faults(&machine, none());
+        let gone = (seed % 2) as usize;
+        machine.disks[gone].set_faults(WRITES);
+        wr(&machine, 5 << 22, 4096);
+        assert_ne!(states(&machine)[gone], MemberState::InSync, "seed {seed}");
+        machine.disks[gone].set_faults(none());
+        seconds(&machine, COOL);
+        refuse_writes(&machine);
+        assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
+        faults(&machine, none());
+        seconds(&machine, COOL);
+        bring_all_back(&mut machine);
+        let checked = check(&machine, 0, true);
+        assert_eq!(checked.findings, 0, "seed {seed}");
+        machine.fail((1 - gone) as u8).unwrap();
+        rd(&machine, 0, 65536).unwrap();
+    }
+}
+
+/// An extent whose begin was refused cools in the very moment in which it is written: it is hot
+/// on every disk before the data is there (R1, which the rules of the machine watch).
+#[test]
+fn an_extent_cools_while_it_is_recorded_as_hot() {
+    for seed in seeds(120) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        for extent in 0..3 {
+            wr(&machine, extent << 22, 4096);
+        }
+        seconds(&machine, COOL);
+        refuse_writes(&machine);
+        for extent in 0..3 {
+            assert!(write(&machine, extent << 22).is_err(), "seed {seed}");
+        }
+        faults(&machine, none());
+        for second in 8..14 {
+            for extent in 0..3_u64 {
+                let client = machine.client();
+                let host = SimHost(machine.world.clone());
+                machine.world.spawn_task(async move {
+                    host.sleep(Duration::from_secs(second)).await;
+                    client.write(extent << 22, 4096, false).await.unwrap();
+                });
+            }
+        }
+        seconds(&machine, 2 * COOL);
+        machine.compare_members();
+    }
+}
+
+/// A discard that was refused: what is known of the blocks is as before.
+#[test]
+fn a_discard_that_was_refused_takes_no_checksums_along() {
+    for seed in seeds(24) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        if seed % 3 == 1 {
+            wr(&machine, 9 * 4096, 4096);
+        }
+        refuse_writes(&machine);
+        let client = machine.client();
+        let discard = async move { client.discard_extent(0).await };
+        assert!(machine.world.block_on(discard).is_err(), "seed {seed}");
+        faults(&machine, none());
+        machine.fail(1).unwrap();
+        seconds(&machine, COOL);
+        machine.stop().unwrap();
+        rot(&machine, 0, 3);
+        machine.start();
+        let read = rd(&machine, 3 * 4096, 4096);
+        assert_eq!(read, Err(Errno::IO), "seed {seed}");
+    }
+}
+
+/// A flush fails everywhere while blocks are equalised whose equalising was refused before: they
+/// are not equal for having been found so (R7; R3 is watched by the rules of the machine).
+#[test]
+fn a_flush_that_fails_while_blocks_are_equalised() {
+    for seed in seeds(400) {
+        let mut machine = machine(seed, 2 + (seed % 2) as usize);
+        machine.start();
+        wr(&machine, 0, 65536);
+        machine.cut_power();
+        machine.start();
+        refuse_writes(&machine);
+        let mirror = machine.mirror();
+        if seed % 2 == 1 {
+            machine
+                .world
+                .spawn_task(async move { drop(mirror.fail(&MemberRef::Slot(0)).await) });
+        }
+        machine.world.run(20 + seed * 7, || false);
+        faults(&machine, flushes());
+        machine.world.run(200 + seed * 5, || false);
+        faults(&machine, none());
+        seconds(&machine, 2 * COOL);
+        let client = machine.client();
+        machine
+            .world
+            .block_on(async move { client.clear_flush_error().await });
+        seconds(&machine, 2 * COOL);
+        rd(&machine, 0, 65536).unwrap();
+        machine.stop().unwrap();
     }
 }

@@ -10,13 +10,12 @@
 use crate::machine::{Client, Machine, SimMirror, superblock_on};
 use crate::play::Bench;
 use crate::sums;
-use dirty_map::{BLOCK_BYTES, Block, Extent, ExtentState, StateMap};
+use dirty_map::{BLOCK_BYTES, Block, Extent, ExtentState};
 use mirror::Host as _;
 use mirror::control::MemberState;
 use mirror::engine::CheckOptions;
 use mirror::scrub_log::What;
 use mirror::sim::{SimDisk, SimHost};
-use mirror::superblock::Superblock;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -48,20 +47,48 @@ struct Rot {
     block: u64,
     /// On the disk.
     offset: u64,
-    good: Copy,
-    bad: Copy,
+    good: Held,
+    /// Of each sector the same, or something that is never written there.
+    bad: Held,
+    /// Covered by a write that the crash to come may take away.
+    doomed: Cell<bool>,
 }
 
+const SECTOR: usize = 512;
+
 /// What a disk holds of a block.
-type Copy = [u8; BLOCK_BYTES as usize];
+type Held = [u8; BLOCK_BYTES as usize];
 
 impl Rot {
+    /// Where a sector of it is still rotten, in bytes from its begin.
+    fn rotten(&self) -> impl Iterator<Item = usize> {
+        let now = copy_at(&self.disk, self.offset);
+        let at = move |start: &usize| {
+            let sector = *start..start + SECTOR;
+            self.bad[sector.clone()] != self.good[sector.clone()]
+                && now[sector.clone()] == self.bad[sector]
+        };
+        (0..now.len()).step_by(SECTOR).filter(at)
+    }
+
     fn is_there(&self) -> bool {
-        copy_at(&self.disk, self.offset) == self.bad
+        self.rotten().next().is_some()
+    }
+
+    /// Something is written over it that is not durable.
+    fn is_covered(&self) -> bool {
+        self.disk.settled(self.offset, BLOCK_BYTES).is_none()
+    }
+
+    fn undo(&self) {
+        for start in self.rotten() {
+            let good = &self.good[start..start + SECTOR];
+            self.disk.write_now(self.offset + start as u64, good);
+        }
     }
 }
 
-fn copy_at(disk: &SimDisk, offset: u64) -> Copy {
+fn copy_at(disk: &SimDisk, offset: u64) -> Held {
     let mut copy = [0; BLOCK_BYTES as usize];
     disk.read_now(offset, &mut copy);
     copy
@@ -70,12 +97,9 @@ fn copy_at(disk: &SimDisk, offset: u64) -> Copy {
 /// Lets a block rot on one disk, if it can be told there: a bit flips, or another block's content
 /// was written here, or what was written here never was.
 pub(crate) fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
-    if !client.tells_rot {
+    if !client.tells_rot || !is_decidable(client, bench, slot, block) {
         return;
     }
-    let Some(block) = decidable(client, bench, slot, block) else {
-        return;
-    };
     let disk = bench.disk(slot);
     let offset_of = |block: u64| client.data_offset + block * BLOCK_BYTES;
     let offset = offset_of(block);
@@ -85,9 +109,14 @@ pub(crate) fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
         1 => [0; BLOCK_BYTES as usize],
         _ => good,
     };
-    if bad == good || bad == [0; BLOCK_BYTES as usize] {
-        // Never what a discard leaves there.
+    if bad == good {
         bad[589] ^= 1;
+    }
+    for (bad, good) in bad.chunks_mut(SECTOR).zip(good.chunks(SECTOR)) {
+        if bad != good && bad.iter().all(|byte| *byte == 0) {
+            // Never what a discard leaves there.
+            bad[77] = 1;
+        }
     }
     tracing::trace!("block {block} rots in slot {slot}");
     disk.write_now(offset, &bad);
@@ -97,45 +126,36 @@ pub(crate) fn rot(client: &Client, bench: &Bench, slot: u8, block: u64) {
         offset,
         good,
         bad,
+        doomed: Cell::new(false),
     };
     bench.rotten.count(|counts| counts.rotted += 1);
     bench.rotten.blocks.borrow_mut().insert(block);
     bench.rotten.copies.borrow_mut().push(rot);
 }
 
-/// `block`, if what it rots to can be told in `slot`.
-fn decidable(client: &Client, bench: &Bench, slot: u8, block: u64) -> Option<u64> {
+/// Whether rot of a block in `slot` can be told.
+fn is_decidable(client: &Client, bench: &Bench, slot: u8, block: u64) -> bool {
     let members = client.mirror.status().members;
-    let in_sync = members.iter().all(|m| m.state == MemberState::InSync);
-    if !in_sync || !bench.no_outages() {
-        return None;
-    }
-    let disks: Vec<_> = (0..members.len())
-        .map(|slot| bench.disk(slot as u8))
-        .collect();
-    let superblocks: Option<Vec<_>> = disks.iter().map(superblock_on).collect();
-    let known: Vec<_> = disks.iter().zip(superblocks?).collect();
-    let states: Vec<_> = known
-        .iter()
-        .map(|(disk, superblock)| sums::states_on(disk, superblock))
-        .collect();
-    let others = bench.rotten.copies.borrow();
-    let is_decidable = |block: &u64| {
-        let (number, extent) = (Block(*block), Block(*block).extent());
-        let at = client.data_offset + block * BLOCK_BYTES;
-        let cool = |states: &StateMap| states.get(extent) == ExtentState::Cool;
-        let has_sum = |(disk, superblock): &(&SimDisk, Superblock)| {
-            sums::page_on(disk, superblock, extent)
-                .get(number)
-                .is_some()
+    let extent = Block(block).extent();
+    let knows = |slot: usize| {
+        let disk = bench.disk(slot as u8);
+        let Some(superblock) = superblock_on(&disk) else {
+            return false;
         };
-        states.iter().all(cool)
-            // No write of it is on its way, or in the disk's cache.
-            && disks[usize::from(slot)].settled(at, BLOCK_BYTES).is_some()
-            && !others.iter().any(|rot| rot.block == *block && rot.is_there())
-            && known.iter().all(has_sum)
+        let cool = sums::states_on(&disk, &superblock).get(extent) == ExtentState::Cool;
+        cool && sums::page_on(&disk, &superblock, extent)
+            .get(Block(block))
+            .is_some()
     };
-    Some(block).filter(is_decidable)
+    let others = bench.rotten.copies.borrow();
+    let twice = |rot: &Rot| rot.block == block && rot.is_there();
+    let at = client.data_offset + block * BLOCK_BYTES;
+    members.iter().all(|m| m.state == MemberState::InSync)
+        && bench.no_outages()
+        // No write of it is on its way, or in the disk's cache.
+        && bench.disk(slot).settled(at, BLOCK_BYTES).is_some()
+        && (0..members.len()).all(knows)
+        && !others.iter().any(twice)
 }
 
 impl Counts {
@@ -155,6 +175,7 @@ impl Rotten {
 
     /// The machine stops without a word. What can be told afterwards stays as it is: with every
     /// member in-sync, and nothing of the block on its way to any disk or in a cache.
+    /// [`Rotten::after_a_crash`] has to follow.
     pub(crate) fn before_a_crash(&self, disks: &[SimDisk], data_offset: u64, all_in_sync: bool) {
         self.put_right_unless(|rot| {
             let at = data_offset + rot.block * BLOCK_BYTES;
@@ -163,20 +184,36 @@ impl Rotten {
                     .iter()
                     .all(|disk| disk.settled(at, BLOCK_BYTES).is_some())
         });
+        for rot in self.copies.borrow().iter() {
+            rot.doomed.set(rot.is_covered());
+        }
+    }
+
+    /// What was written over some of it may be gone.
+    pub(crate) fn after_a_crash(&self) {
+        self.copies.borrow_mut().retain(|rot| {
+            let back = rot.doomed.take() && rot.is_there();
+            if back {
+                rot.undo();
+                self.count(|counts| counts.undone += 1);
+            }
+            !back
+        });
     }
 
     fn put_right_unless(&self, stays: impl Fn(&Rot) -> bool) {
         let mut copies = self.copies.borrow_mut();
         self.forget_what_is_gone(&mut copies);
-        for rot in copies.extract_if(.., |rot| !stays(rot)) {
-            rot.disk.write_now(rot.offset, &rot.good);
+        for rot in copies.iter().filter(|rot| rot.is_there() && !stays(rot)) {
+            rot.undo();
             self.count(|counts| counts.undone += 1);
         }
+        copies.retain(|rot| rot.is_there() || rot.is_covered());
     }
 
     fn forget_what_is_gone(&self, copies: &mut Vec<Rot>) {
         let before = copies.len();
-        copies.retain(Rot::is_there);
+        copies.retain(|rot| rot.is_there() || rot.is_covered());
         let gone = (before - copies.len()) as u64;
         self.count(|counts| counts.gone += gone);
     }

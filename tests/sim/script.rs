@@ -122,7 +122,10 @@ impl Author {
         let clients = (0..2 + self.0.below(3))
             .map(|_| (0..10 + self.0.below(50)).map(|_| self.request()).collect())
             .collect();
-        let operator = (0..self.0.below(6)).map(|_| self.action()).collect();
+        // In the beginning most of it is cool, and in-sync.
+        let first = (self.0.one_in(2)).then(|| self.rot());
+        let others = (0..self.0.below(6)).map(|_| self.action());
+        let operator = first.into_iter().chain(others).collect();
         let steps = (self.0.one_in(2)).then(|| 200 + self.0.below(8000));
         let end = match self.0.below(4) {
             0 | 1 => End::PowerCut,
@@ -171,6 +174,11 @@ impl Author {
         }
     }
 
+    fn rot(&mut self) -> Action {
+        let (slot, extent) = (self.slot(), self.0.below(EXTENTS));
+        Action::Rot(slot, (extent << 10) + self.0.below(70))
+    }
+
     fn action(&mut self) -> Action {
         let (slot, seconds) = (self.slot(), self.0.below(12));
         match self.0.below(16) {
@@ -184,10 +192,7 @@ impl Author {
             10 => Action::Replace(slot),
             11 => Action::OlderImage(slot, 3 + seconds),
             12 => Action::Seconds(seconds),
-            14 => {
-                let extent = self.0.below(EXTENTS);
-                Action::Rot(slot, (extent << 10) + self.0.below(70))
-            }
+            14 => self.rot(),
             13 => Action::ClearFlushError,
             _ => Action::ReturnAll,
         }

@@ -257,7 +257,8 @@ fn run_with_sockets(
         Ok(daemon) => daemon,
         Err(failure) => {
             // The front end did not come up: leave the members as a clean stop does.
-            if let Err(error) = ring.block_on(stop_engine(&engine)).map_err(broken)? {
+            let stopping = stop_engine(&engine, &ring, &peers);
+            if let Err(error) = ring.block_on(stopping).map_err(broken)? {
                 tracing::error!("the mirror did not stop cleanly: {}", error.message);
             }
             return Err(failure);
@@ -266,7 +267,8 @@ fn run_with_sockets(
     let scrubber = Rc::clone(&daemon.scrubber);
     ring.block_on(async move { scrubber.stop().await })
         .map_err(broken)?;
-    let outcome = ring.block_on(stop_engine(&engine)).map_err(broken)?;
+    let stopping = stop_engine(&engine, &ring, &peers);
+    let outcome = ring.block_on(stopping).map_err(broken)?;
     daemon.finish(outcome.clone());
     ring.block_on(farewell(Rc::clone(&daemon)))
         .map_err(broken)?;
@@ -467,9 +469,19 @@ async fn open_member(ring: &Rc<Ring>, path: &str, claimant: Claimant) -> Result<
     }
 }
 
-fn stop_engine(engine: &Rc<Engine>) -> impl Future<Output = Result<(), ControlError>> + use<> {
-    let engine = Rc::clone(engine);
-    async move { engine.stop().await }
+/// Stops the engine, and lets go of its peers: who is told that the mirror has stopped can start it
+/// on another host.
+fn stop_engine(
+    engine: &Rc<Engine>,
+    ring: &Rc<Ring>,
+    peers: &Rc<Peers>,
+) -> impl Future<Output = Result<(), ControlError>> + use<> {
+    let (engine, ring, peers) = (Rc::clone(engine), Rc::clone(ring), Rc::clone(peers));
+    async move {
+        let outcome = engine.stop().await;
+        peers.leave(&ring).await;
+        outcome
+    }
 }
 
 /// Lets the control clients read their answers.

@@ -246,6 +246,15 @@ impl Link {
         }
     }
 
+    /// Tells the server that nothing follows. Only a courtesy, but one that it answers by closing:
+    /// it notices the end of the stream as well.
+    fn say_farewell(&self) {
+        if !self.state.borrow().ended && self.in_flight.get() == 0 {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let _ = rustix::net::send(self.fd.as_fd(), &peer::session::farewell(), flags);
+        }
+    }
+
     /// Ends the connection. Outstanding operations fail when both tasks have seen it.
     fn end(&self, why: &str) {
         if std::mem::replace(&mut self.state.borrow_mut().ended, true) {
@@ -395,13 +404,8 @@ impl PeerDisk {
 
 impl Drop for PeerDisk {
     fn drop(&mut self) {
-        let link = &self.0;
-        if !link.state.borrow().ended && link.in_flight.get() == 0 {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            // Only a courtesy: a server notices the end of the stream as well.
-            let _ = rustix::net::send(link.fd.as_fd(), &peer::session::farewell(), flags);
-        }
-        link.end("it is not needed any more");
+        self.0.say_farewell();
+        self.0.end("it is not needed any more");
     }
 }
 

@@ -13,7 +13,7 @@ use super::sums::STORED_EVERY;
 use super::write::intersect;
 use super::{Mirror, PIECE_BYTES, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
-use dirty_map::{Base, Extent, ExtentState};
+use dirty_map::{Base, BlockMask, Extent, ExtentState};
 use std::future::Future;
 use std::ops::Range;
 use std::pin::Pin;
@@ -106,15 +106,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if written.is_empty() {
             return Ok(());
         }
-        // By extent, what is to be flushed or equalised still.
-        let unsettled: Vec<_> = {
-            let maps = self.maps.borrow();
-            let of = |&extent: &Extent| (extent, runs(extent, &maps.hot.unsettled(extent)));
-            written.iter().map(of).collect()
-        };
+        // Of each what is to be flushed or equalised still.
+        let mut unsettled = Vec::with_capacity(written.len());
+        let failures = self.flush_failures.get();
         {
             let mut maps = self.maps.borrow_mut();
             for &extent in &written {
+                unsettled.push(maps.hot.unsettled(extent));
                 // Nothing of it is in flight: the range lock covers whole extents.
                 if maps.hot.contains(extent) {
                     maps.hot.remove(extent);
@@ -125,7 +123,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         if let Err(errno) = self.commit().await {
-            self.take_back(&unsettled);
+            let dropped = self.flush_failures.get() != failures;
+            for (extent, unsettled) in written.iter().zip(&unsettled) {
+                self.take_back(*extent, unsettled, dropped);
+            }
             return Err(errno);
         }
         self.forget_sums(&written);
@@ -147,29 +148,27 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// The discard is not durable: the extents hold their data still.
-    fn take_back(&self, unsettled: &[(Extent, Vec<Range<u64>>)]) {
+    /// The discard of an extent is not durable: it holds its data still. Which blocks of
+    /// `unsettled` were unflushed and which unequal is not told apart: they are both, and suspect
+    /// if a flush has `dropped` what was in caches. The others stay as they were, with the
+    /// checksums that are known of them.
+    fn take_back(&self, extent: Extent, unsettled: &BlockMask, dropped: bool) {
         let view = self.view();
         let resyncing = view.receivers.iter().filter(|r| !r.in_sync).map(|r| r.slot);
         let lacking = view.absent.iter().copied().chain(resyncing);
         let mut maps = self.maps.borrow_mut();
         let now = self.coarse_now.get();
-        for (extent, unsettled) in unsettled {
-            let extent = *extent;
-            maps.set_state(extent, ExtentState::Hot);
-            for slot in lacking.clone() {
-                maps.miss(slot, extent.blocks());
-            }
-            maps.hot.insert(extent, now);
-            maps.sums.begin(extent, Base::Stored, now + STORED_EVERY);
-            maps.unrecorded.insert(extent);
-            // Which of these was unflushed and which unequal is not told apart: they are both. The
-            // others stay as they were, with the checksums that are known of them.
-            for blocks in unsettled {
-                maps.hot.set_unequalised(extent, blocks.clone());
-                maps.hot.begin_write(extent, now);
-                maps.hot.end_write(extent, blocks.clone(), now);
-            }
+        maps.set_state(extent, ExtentState::Hot);
+        for slot in lacking {
+            maps.miss(slot, extent.blocks());
+        }
+        maps.hot.insert(extent, now);
+        maps.sums.begin(extent, Base::Stored, now + STORED_EVERY);
+        maps.unrecorded.insert(extent);
+        maps.hot.unsettle(extent, unsettled, now);
+        if dropped {
+            maps.hot.set_unequalised_all(extent);
+            maps.suspect.set(extent.blocks());
         }
     }
 
@@ -211,22 +210,4 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         Ok(())
     }
-}
-
-/// The runs of blocks of an extent whose bits are set in `mask`.
-fn runs(extent: Extent, mask: &[u64]) -> Vec<Range<u64>> {
-    let mut runs: Vec<Range<u64>> = Vec::new();
-    let first = extent.blocks().start;
-    for (block, at) in extent.blocks().zip(0_u64..) {
-        let word = usize::try_from(at / 64).unwrap_or(usize::MAX);
-        let is_set = mask
-            .get(word)
-            .is_some_and(|word| word >> (at % 64) & 1 != 0);
-        match runs.last_mut().filter(|run| run.end == first + at) {
-            _ if !is_set => {}
-            Some(run) => run.end += 1,
-            None => runs.push(block..block + 1),
-        }
-    }
-    runs
 }

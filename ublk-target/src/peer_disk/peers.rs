@@ -14,6 +14,9 @@ use crate::ring::{self, Ring};
 /// How long a connection that was cut may take to be over.
 const SEVER_PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a server may take to close what a daemon that ends has no use for any more.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
 /// What is known of an address.
 struct Known {
     /// In whose name this daemon claims it, at each of its connections.
@@ -79,24 +82,43 @@ impl Peers {
     /// Cuts the connections to `address` that are waiting for answers, and says whether nothing
     /// is outstanding on any now. Only for members that are out of service.
     pub(crate) async fn sever(&self, ring: &Rc<Ring>, address: &str) -> bool {
-        let links: Vec<_> = self
-            .links
-            .borrow()
-            .iter()
-            .filter_map(Weak::upgrade)
-            .collect();
-        let address = one_form(address);
+        let (links, address) = (self.alive(), one_form(address));
         let links: Vec<_> = links.iter().filter(|it| it.address == address).collect();
         let owing = || links.iter().any(|link| link.in_flight.get() > 0);
         for link in links.iter().filter(|link| link.in_flight.get() > 0) {
             link.end("the operator lets go of it");
         }
-        let give_up = ring::now() + SEVER_PATIENCE;
-        while owing() && ring::now() < give_up {
-            ring.sleep_until(ring::now() + Duration::from_millis(10))
-                .await;
-        }
+        until(ring, SEVER_PATIENCE, || !owing()).await;
         !links.is_empty() && !owing()
+    }
+
+    /// Ends all sessions; returns when the servers have closed them. The kernel would close the
+    /// sockets of a daemon that ends only some time after it, and who starts the mirror elsewhere
+    /// then would be told that it is in use.
+    pub(crate) async fn leave(&self, ring: &Rc<Ring>) {
+        let links = self.alive();
+        for link in &links {
+            link.say_farewell();
+            if link.in_flight.get() > 0 {
+                link.end("the daemon ends");
+            }
+        }
+        let closed = || links.iter().all(|link| link.tasks.get() == 0);
+        until(ring, LEAVE_PATIENCE, closed).await;
+    }
+
+    fn alive(&self) -> Vec<Rc<Link>> {
+        let links = self.links.borrow();
+        links.iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+/// Waits until something is so, or for `patience`.
+async fn until(ring: &Rc<Ring>, patience: Duration, is_so: impl Fn() -> bool) {
+    let give_up = ring::now() + patience;
+    while !is_so() && ring::now() < give_up {
+        let soon = ring::now() + Duration::from_millis(1);
+        ring.sleep_until(soon).await;
     }
 }
 
