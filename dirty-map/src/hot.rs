@@ -13,7 +13,8 @@
 //! bucket, and only extents in buckets that have become old enough are looked at.
 
 use crate::hash::NumberHasher;
-use crate::units::{BLOCKS_PER_EXTENT, Block, Extent};
+use crate::masks::{BlockMask, Mask, NONE, Pool, WORDS, for_runs};
+use crate::units::{Block, Extent};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::BuildHasherDefault;
 use std::ops::Range;
@@ -22,155 +23,9 @@ use std::time::Duration;
 /// Bytes that the state of hot extents may take, unless told otherwise.
 pub const HOT_CAP_BYTES: usize = 256 << 20;
 
-const WORDS: usize = 16;
-
-/// A bit for each block of an extent, the first one lowest in the first word.
-pub type BlockMask = [u64; WORDS];
-const MASK_BYTES: usize = size_of::<[u64; WORDS]>();
 /// What a hot extent takes besides masks: its entry in a table that may have just doubled, and
 /// its places in a bucket and among the ripe.
 const ENTRY_BYTES: usize = 104;
-
-/// A set of blocks of one extent: none, all, or a mask in the pool.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mask(u32);
-
-const NONE: Mask = Mask(u32::MAX);
-const ALL: Mask = Mask(u32::MAX - 1);
-
-/// The masks of single blocks.
-#[derive(Debug)]
-struct Pool {
-    masks: Vec<[u64; WORDS]>,
-    free: Vec<u32>,
-    /// How many masks there may be.
-    cap: usize,
-}
-
-impl Pool {
-    /// A mask with every word `word`, unless memory is short.
-    fn take(&mut self, word: u64) -> Option<Mask> {
-        if let Some(index) = self.free.pop() {
-            self.masks[at(index)] = [word; WORDS];
-            return Some(Mask(index));
-        }
-        if self.masks.len() >= self.cap {
-            return None;
-        }
-        self.masks.push([word; WORDS]);
-        u32::try_from(self.masks.len() - 1).ok().map(Mask)
-    }
-
-    fn give(&mut self, mask: Mask) {
-        if mask != NONE && mask != ALL {
-            self.free.push(mask.0);
-        }
-    }
-
-    fn words(&self, mask: Mask) -> [u64; WORDS] {
-        match mask {
-            NONE => [0; WORDS],
-            ALL => [u64::MAX; WORDS],
-            Mask(index) => self.masks[at(index)],
-        }
-    }
-
-    fn word(&self, mask: Mask, index: usize) -> u64 {
-        match mask {
-            NONE => 0,
-            ALL => u64::MAX,
-            Mask(at_index) => self.masks[at(at_index)][index],
-        }
-    }
-
-    fn count(&self, mask: Mask) -> u64 {
-        self.words(mask)
-            .iter()
-            .map(|word| u64::from(word.count_ones()))
-            .sum()
-    }
-
-    fn add(&mut self, mask: &mut Mask, range: &Range<u64>) {
-        if range.is_empty() || *mask == ALL {
-            return;
-        }
-        if range.end - range.start == BLOCKS_PER_EXTENT {
-            self.give(std::mem::replace(mask, ALL));
-            return;
-        }
-        if *mask == NONE {
-            *mask = self.take(0).unwrap_or(ALL);
-        }
-        if *mask != ALL {
-            let words = &mut self.masks[at(mask.0)];
-            for_words(range, |index, bits| words[index] |= bits);
-        }
-    }
-
-    /// Takes blocks out; a mask that stands for its extent as a whole keeps them when there is
-    /// no memory to be exact.
-    fn take_out(&mut self, mask: &mut Mask, range: &Range<u64>) {
-        if range.end - range.start == BLOCKS_PER_EXTENT {
-            self.give(std::mem::replace(mask, NONE));
-            return;
-        }
-        if *mask == ALL {
-            *mask = self.take(u64::MAX).unwrap_or(ALL);
-        }
-        if *mask != ALL && *mask != NONE {
-            let words = &mut self.masks[at(mask.0)];
-            for_words(range, |index, bits| words[index] &= !bits);
-            if words.iter().all(|&word| word == 0) {
-                self.give(std::mem::replace(mask, NONE));
-            }
-        }
-    }
-
-    /// Moves everything from `other` into `mask`.
-    fn absorb(&mut self, mask: &mut Mask, other: &mut Mask) {
-        let other = std::mem::replace(other, NONE);
-        if *mask == NONE || other == ALL {
-            self.give(std::mem::replace(mask, other));
-            return;
-        }
-        if *mask != ALL && other != NONE {
-            let more = self.words(other);
-            for (word, more) in self.masks[at(mask.0)].iter_mut().zip(more) {
-                *word |= more;
-            }
-        }
-        self.give(other);
-    }
-
-    fn touches(&self, mask: Mask, range: &Range<u64>) -> bool {
-        let mut found = false;
-        match mask {
-            NONE => {}
-            ALL => found = !range.is_empty(),
-            Mask(index) => {
-                let words = &self.masks[at(index)];
-                for_words(range, |index, bits| found |= words[index] & bits != 0);
-            }
-        }
-        found
-    }
-}
-
-/// Masks are counted in 32 bits.
-fn at(index: u32) -> usize {
-    usize::try_from(index).unwrap_or(usize::MAX)
-}
-
-/// Calls `visit` with each word that `range` (bits of one extent) touches and its mask.
-fn for_words(range: &Range<u64>, mut visit: impl FnMut(usize, u64)) {
-    let mut at = range.start;
-    while at < range.end {
-        let stop = range.end.min((at / 64 + 1) * 64);
-        let mask = (u64::MAX >> (64 - (stop - at))) << (at % 64);
-        visit(usize::try_from(at / 64).unwrap_or(0), mask);
-        at = stop;
-    }
-}
 
 #[derive(Debug)]
 struct Entry {
@@ -220,11 +75,7 @@ impl HotExtents {
     pub fn new(cap_bytes: usize) -> Self {
         Self {
             entries: HashMap::default(),
-            pool: Pool {
-                masks: Vec::new(),
-                free: Vec::new(),
-                cap: cap_bytes / 2 / MASK_BYTES,
-            },
+            pool: Pool::new(cap_bytes / 2),
             written: Vec::new(),
             flushing: Vec::new(),
             unequalised: BTreeSet::new(),
@@ -521,7 +372,7 @@ impl HotExtents {
     /// Bytes in use, rounded up; at most the cap while [`HotExtents::is_full`] is heeded.
     #[must_use]
     pub fn memory_bytes(&self) -> usize {
-        self.pool.masks.len() * MASK_BYTES + self.entries.len() * ENTRY_BYTES
+        self.pool.bytes() + self.entries.len() * ENTRY_BYTES
     }
 
     /// Whether extents must cool before more become hot, or the cap will not hold.
@@ -570,32 +421,6 @@ fn within(extent: Extent, blocks: &Range<u64>) -> Range<u64> {
     let start = blocks.start.max(own.start);
     let end = blocks.end.min(own.end).max(start);
     start - own.start..end - own.start
-}
-
-/// Calls `visit` with each run of set bits in the sixteen words.
-fn for_runs(word: impl Fn(usize) -> u64, mut visit: impl FnMut(Range<u64>)) {
-    let mut open: Option<u64> = None;
-    for (at, base) in (0..WORDS).zip((0_u64..).step_by(64)) {
-        let bits = word(at);
-        let uniform = if open.is_some() { u64::MAX } else { 0 };
-        if bits == uniform {
-            continue;
-        }
-        for bit in 0..64 {
-            let set = bits >> bit & 1 != 0;
-            match open {
-                None if set => open = Some(base + bit),
-                Some(start) if !set => {
-                    visit(start..base + bit);
-                    open = None;
-                }
-                _ => {}
-            }
-        }
-    }
-    if let Some(start) = open {
-        visit(start..BLOCKS_PER_EXTENT);
-    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::masks::MASK_BYTES;
 use proptest::prelude::*;
 
 const NOW: Duration = Duration::from_secs(100);

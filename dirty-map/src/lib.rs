@@ -50,6 +50,7 @@
 mod hash;
 mod hot;
 mod hot_sums;
+mod masks;
 mod missed;
 mod sector;
 mod state;
@@ -58,8 +59,9 @@ mod summary;
 mod sums;
 mod units;
 
-pub use hot::{BlockMask, HOT_CAP_BYTES, HotExtents};
+pub use hot::{HOT_CAP_BYTES, HotExtents};
 pub use hot_sums::{Base, HotSums, Known};
+pub use masks::BlockMask;
 pub use missed::{MISSED_PER_SECTOR, MissedMap};
 pub use sector::{Address, Kind, PAYLOAD_BYTES, SECTOR_BYTES, SectorError, Stamp, decode, encode};
 pub use state::{ExtentState, STATES_PER_SECTOR, StateMap};
