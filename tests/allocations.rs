@@ -72,6 +72,8 @@ impl Disk for MemoryDisk {
 
     fn geometry(&self) -> Geometry {
         Geometry {
+            behind_network: false,
+            server_instance: None,
             size_bytes: self.0.len() as u64,
             logical_block_bytes: 512,
             cheap_zeroes: true,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use mirror::host::Errno;
 use mirror::superblock::{COPY_A_OFFSET, COPY_BYTES};
-use peer::claim::{self, Claim};
+use peer::claim::{self, Claim, Fence};
 use peer::server::admission::{Admission, Answer, SessionId};
 use peer::server::{Export, Verdict};
 use peer::wire::EXPORT_READ_ONLY;
@@ -90,6 +90,10 @@ pub(crate) struct Server<D, S> {
     export: Export,
     unclaimed: Unclaimed,
     instance: u128,
+    /// See [`Fence::turn`].
+    turn: Cell<u64>,
+    /// Whose turn it is, or was last; none when it was a client without a claim.
+    owner: Cell<Option<u128>>,
     admission: RefCell<Admission>,
     sessions: RefCell<BTreeMap<SessionId, Rc<Session<S>>>>,
     last_session: Cell<SessionId>,
@@ -115,6 +119,8 @@ impl<D: Store, S: Stream> Server<D, S> {
             export,
             unclaimed,
             instance,
+            turn: Cell::new(0),
+            owner: Cell::new(None),
             admission: RefCell::default(),
             sessions: RefCell::default(),
             last_session: Cell::new(0),
@@ -139,9 +145,12 @@ impl<D: Store, S: Stream> Server<D, S> {
         self.export.clone()
     }
 
-    /// Random at each start.
-    pub(crate) fn instance(&self) -> u128 {
-        self.instance
+    /// What clients are told of it.
+    pub(crate) fn fence(&self) -> Fence {
+        Fence {
+            instance: self.instance,
+            turn: self.turn.get(),
+        }
     }
 
     /// Serves a client until it leaves, in a task of its own. When all places are taken, the
@@ -224,6 +233,11 @@ impl<D: Store, S: Stream> Server<D, S> {
         let taken = self.try_to_take(session, claim, may_cut).await;
         if taken.is_err() {
             self.leave(session.id());
+            return taken;
+        }
+        let owner = claim.map(|claim| claim.owner);
+        if owner.is_none() || self.owner.replace(owner) != owner {
+            self.turn.set(self.turn.get() + 1);
         }
         taken
     }
@@ -267,6 +281,7 @@ impl<D: Store, S: Stream> Server<D, S> {
         let flushed = self.store.flush().await;
         if flushed.is_err() {
             self.flush_failures.set(self.flush_failures.get() + 1);
+            self.turn.set(self.turn.get() + 1);
         }
         flushed
     }

@@ -366,7 +366,7 @@ impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
         let (server, session) = (self.server, self.session);
         let Some(claim) = claim else {
-            return Verdict::Granted(server.instance());
+            return Verdict::Granted(server.fence());
         };
         session.owner.set(Some(claim.owner));
         match server.claim(session, &claim).await {
@@ -374,7 +374,7 @@ impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
                 session.becomes_writer(server);
                 self.export = server.writers_export();
                 server.say(&format!("{session} writes now"));
-                Verdict::Granted(server.instance())
+                Verdict::Granted(server.fence())
             }
             Err(why) => {
                 // A claim before this one, of the same session, is gone with it.

@@ -13,7 +13,7 @@ use mirror::layout::Layout;
 use mirror::superblock::{
     COPY_A_OFFSET, COPY_B_OFFSET, Epoch, LastStop, SlotRecord, SlotState, Superblock,
 };
-use peer::claim::{Claim, Seen, encode};
+use peer::claim::{Claim, Fence, Seen, encode};
 use peer::server::{EPERM, EVERYTHING, Export, MAX_PAYLOAD_BYTES};
 use peer::wire::{
     EXPORT_MULTI_CONN, EXPORT_READ_ONLY, INFO_FENCE, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC,
@@ -75,6 +75,7 @@ fn superblock(epoch: u128, history: &[u128]) -> Vec<u8> {
         epoch: numbered(&epoch),
         history: history.iter().map(numbered).collect(),
         own_slot: 0,
+        server_instance: None,
         slots,
         last_stop: LastStop::Clean,
         flush_failed: false,
@@ -153,6 +154,12 @@ impl Client {
 
     /// The server's refusal, or its instance; none when the connection ends.
     async fn claim(&self, claim: Option<&Claim>) -> Option<Result<u128, String>> {
+        let answer = self.fence(claim).await?;
+        Some(answer.map(|fence| fence.instance))
+    }
+
+    /// The server's refusal, or its fence; none when the connection ends.
+    async fn fence(&self, claim: Option<&Claim>) -> Option<Result<Fence, String>> {
         self.option(OPTION_CLAIM, &encode("m", claim)).await;
         let (kind, data) = self.option_reply().await?;
         if matches!(kind, REP_ERR_POLICY | REP_ERR_IN_USE) {
@@ -160,7 +167,7 @@ impl Client {
         }
         assert_eq!((kind, be16(&data, 0)), (REP_INFO, Some(INFO_FENCE)));
         assert_eq!(self.option_reply().await?, (REP_ACK, Vec::new()));
-        Some(Ok(u128::from_be_bytes(data[2..].try_into().unwrap())))
+        Some(Ok(Fence::decode(data[2..].try_into().unwrap())))
     }
 
     /// The transmission flags.

@@ -16,7 +16,7 @@ use mirror::layout::Layout;
 use mirror::superblock::{
     DECODED_BYTES_MAX, Epoch, HISTORY_MAX, LastStop, SlotRecord, SlotState, Superblock,
 };
-use peer::claim::{Claim, judge};
+use peer::claim::{Claim, Fence, judge};
 use peer::server::{
     Desk, EVERYTHING, Export, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES, Peer, ProtocolError, Verdict,
     negotiate,
@@ -49,6 +49,7 @@ static DISK: LazyLock<Vec<u8>> = LazyLock::new(|| {
         epoch: epoch(EPOCH),
         history: vec![epoch(20), epoch(10)],
         own_slot: 0,
+        server_instance: None,
         slots,
         last_stop: LastStop::Clean,
         flush_failed: false,
@@ -62,6 +63,11 @@ static DISK: LazyLock<Vec<u8>> = LazyLock::new(|| {
     .encode()
 });
 
+const FENCE: Fence = Fence {
+    instance: 1,
+    turn: 1,
+};
+
 /// Decides on claims as the export server does, by the disk.
 struct Judge(Export);
 
@@ -72,7 +78,7 @@ impl Desk for Judge {
 
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
         let Some(claim) = claim else {
-            return Verdict::Granted(1);
+            return Verdict::Granted(FENCE);
         };
         match judge(&claim, &DISK, &DISK) {
             Ok(()) => {
@@ -80,7 +86,7 @@ impl Desk for Judge {
                     .seen
                     .unwrap_or_else(|| unreachable!("a member is there"));
                 assert!(seen.epoch == EPOCH || seen.history.contains(&EPOCH));
-                Verdict::Granted(1)
+                Verdict::Granted(FENCE)
             }
             Err(refusal) => Verdict::Refused(refusal.to_string()),
         }

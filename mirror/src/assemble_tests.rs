@@ -43,6 +43,7 @@ fn superblock(own: u8, epochs: &[u128], states: &[SlotState], event_count: u64) 
         epoch,
         history,
         own_slot: own,
+        server_instance: None,
         slots: slots.collect(),
         last_stop: LastStop::Unclean,
         flush_failed: false,

@@ -169,6 +169,7 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         epoch,
         history: Vec::new(),
         own_slot: 0,
+        server_instance: None,
         slots: first_slots(request, &members),
         last_stop: LastStop::Clean,
         flush_failed: false,

@@ -175,6 +175,10 @@ pub struct Geometry {
     pub cheap_zeroes: bool,
     /// Whether [`DiskRequest::Discard`] does anything.
     pub discard: bool,
+    /// Whether each operation travels: reads go to members of this machine while there are any.
+    pub behind_network: bool,
+    /// Of a disk behind an export server that admits one writer: the server's instance.
+    pub server_instance: Option<u128>,
 }
 
 /// One member's device.

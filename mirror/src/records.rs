@@ -86,6 +86,7 @@ pub(crate) fn disown(seen: &[Seen], plan: &Plan) -> Vec<(usize, Superblock)> {
         let mut superblock = Superblock {
             member: own.member,
             own_slot: own.own_slot,
+            server_instance: own.server_instance,
             write_count: own.write_count,
             event_count: own.event_count,
             updated_secs: own.updated_secs,

@@ -33,6 +33,7 @@ fn superblock(own: u8) -> Superblock {
         epoch: epoch(9),
         history: vec![epoch(8), epoch(7)],
         own_slot: own,
+        server_instance: None,
         slots: slots.collect(),
         last_stop: LastStop::Unclean,
         flush_failed: false,

@@ -5,8 +5,8 @@
 //! whole. Each update raises `write count`; the valid copy with the higher count is the
 //! member's superblock, and a start makes unequal copies equal before it relies on anything.
 //!
-//! The configuration part is the same on all members and kept in step by rounds; `member` and
-//! `own slot` differ. All numbers are little-endian.
+//! The configuration part is the same on all members and kept in step by rounds; `member`, `own
+//! slot` and `server instance` differ. All numbers are little-endian.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
@@ -39,7 +39,8 @@
 //! | 224 | 9 x 192 | slot records (`superblock/slot.rs`) |
 //! | 1952 | 24 x 40 | region table |
 //! | 2912 | 48 x 20 | epoch history, newest first: epoch (16), ordinal (4) |
-//! | 3872 | 224 | zero |
+//! | 3872 | 16 | server instance: that of the export server which this copy was written through; zero when none is known |
+//! | 3888 | 208 | zero |
 //!
 //! A region record: kind (1: position, 2: state, 3: summary, 4: missed, 5: checksums, 6: scrub), slot
 //! (1), zero (6), copy A (8), copy B (8), length (8), extents (8).
@@ -83,8 +84,9 @@ const REGIONS_AT: usize = SLOTS_AT + SLOTS_MAX * SLOT_BYTES;
 const REGION_BYTES: usize = 40;
 const HISTORY_AT: usize = REGIONS_AT + REGIONS_MAX * REGION_BYTES;
 const HISTORY_BYTES: usize = 20;
-const END: usize = HISTORY_AT + HISTORY_MAX * HISTORY_BYTES;
-const _: () = assert!(REGIONS_AT == 1952 && HISTORY_AT == 2912 && END == 3872);
+const INSTANCE_AT: usize = HISTORY_AT + HISTORY_MAX * HISTORY_BYTES;
+const END: usize = INSTANCE_AT + 16;
+const _: () = assert!(REGIONS_AT == 1952 && HISTORY_AT == 2912 && INSTANCE_AT == 3872);
 const _: () = assert!(END <= COPY_BYTES);
 
 /// Identity of a set of members that receive writes, while degraded also of a run.
@@ -203,6 +205,9 @@ pub struct Superblock {
     pub history: Vec<Epoch>,
     /// The member's own slot.
     pub own_slot: u8,
+    /// The export server through which the member's copy was written: whether what its last
+    /// session has sent is over, only that server knows (R13).
+    pub server_instance: Option<u128>,
     /// All slots.
     pub slots: Vec<SlotRecord>,
     /// What the last stop was.
@@ -315,11 +320,16 @@ impl Superblock {
             put(chunk, 24, region.len.to_le_bytes());
             put(chunk, 32, region.extents.to_le_bytes());
         }
-        let epochs = out[HISTORY_AT..END].chunks_mut(HISTORY_BYTES);
+        let epochs = out[HISTORY_AT..INSTANCE_AT].chunks_mut(HISTORY_BYTES);
         for (epoch, chunk) in self.history[..history].iter().zip(epochs) {
             put(chunk, 0, epoch.id.to_le_bytes());
             put(chunk, 16, epoch.ordinal.to_le_bytes());
         }
+        put(
+            &mut out,
+            INSTANCE_AT,
+            self.server_instance.unwrap_or(0).to_le_bytes(),
+        );
         let crc = crc32fast::hash(&out);
         put(&mut out, CRC_AT, crc.to_le_bytes());
         out
@@ -376,6 +386,7 @@ impl Superblock {
             },
             history: decode_history(&read)?,
             own_slot,
+            server_instance: Some(read.u128(INSTANCE_AT)).filter(|&it| it != 0),
             slots: (0..slots)
                 .map(|slot| {
                     decode_slot(&Reader(

@@ -33,6 +33,7 @@ pub(crate) fn sample() -> Superblock {
         epoch: Epoch { id: 78, ordinal: 4 },
         history: vec![Epoch { id: 77, ordinal: 3 }, Epoch { id: 1, ordinal: 0 }],
         own_slot: 0,
+        server_instance: None,
         slots,
         last_stop: LastStop::Unclean,
         flush_failed: true,
@@ -53,11 +54,16 @@ fn reseal(bytes: &mut [u8]) {
 
 #[test]
 fn round_trip() {
-    let superblock = sample();
-    assert_eq!(
-        Superblock::decode(&superblock.encode()).unwrap(),
-        superblock
-    );
+    let mut superblock = sample();
+    for instance in [None, Some(u128::MAX - 1)] {
+        superblock.server_instance = instance;
+        let bytes = superblock.encode();
+        assert_eq!(Superblock::decode(&bytes).unwrap(), superblock);
+        assert_eq!(
+            bytes[INSTANCE_AT..INSTANCE_AT + 16],
+            instance.unwrap_or(0).to_le_bytes()
+        );
+    }
 }
 
 #[test]

@@ -16,7 +16,7 @@ use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use crate::address::{Address, Place};
-use crate::claim::{Claim, Seen};
+use crate::claim::{Claim, Fence, Seen};
 use crate::export::{Export, Unusable};
 use crate::handshake::{Handshake, HandshakeError, REPLY_BYTES_MAX};
 use crate::session::{Ask, Kind, Session, farewell};
@@ -77,6 +77,20 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
+    /// Whether the server may be there all the same, and only the network in its way.
+    #[must_use]
+    pub fn is_the_networks(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
+        match self {
+            Self::Unreachable { source, .. } => !matches!(
+                source.kind(),
+                ConnectionRefused | NotFound | PermissionDenied
+            ),
+            Self::NoAnswer { .. } => true,
+            Self::Handshake { .. } | Self::Unusable { .. } => false,
+        }
+    }
+
     /// Class of the failure.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -271,7 +285,7 @@ pub struct Client {
     stream: Stream,
     address: Address,
     export: Export,
-    fence: Option<u128>,
+    fence: Option<Fence>,
     session: Session<()>,
     /// The stream is out of step: nothing more is asked.
     broken: bool,
@@ -386,10 +400,10 @@ impl Client {
         })
     }
 
-    /// The instance of a server that has ended all older sessions and admits no other writer;
+    /// What a server says of itself that has ended all older sessions and admits no other writer;
     /// none where that is not known.
     #[must_use]
-    pub fn fence(&self) -> Option<u128> {
+    pub fn fence(&self) -> Option<Fence> {
         self.fence
     }
 

@@ -162,9 +162,14 @@ impl Desk for Claims {
             return self.refusals.pop().unwrap();
         }
         self.grants -= usize::from(claim.is_some());
-        Verdict::Granted(77)
+        Verdict::Granted(FENCE)
     }
 }
+
+const FENCE: Fence = Fence {
+    instance: 77,
+    turn: 1,
+};
 
 /// Serves so many connections with a member on the disk; what was claimed.
 fn serve_claims(listener: UnixListener, count: usize, grants: usize) -> JoinHandle<Claims> {
@@ -211,7 +216,7 @@ fn a_claim_names_what_lies_on_the_disk() {
         take_over: true,
     };
     let mut client = Client::claim(&socket.address(), claimant).unwrap();
-    assert_eq!(client.fence(), Some(77));
+    assert_eq!(client.fence(), Some(FENCE));
     client.flush().unwrap();
     drop(client);
     // Somebody else has it now; and then it is there, but not to be used.

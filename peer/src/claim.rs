@@ -25,11 +25,20 @@
 //! | 1 | number of earlier epochs, at most [`HISTORY_MAX`] |
 //! | 16 each | earlier epochs, newest first |
 //!
-//! The answer to both kinds is an information ([`INFO_FENCE`](crate::wire::INFO_FENCE), two bytes; then 16 bytes: the
-//! server's instance, random at each of its starts, by which a client knows whether the disk's
-//! cache has lived on, R14) and an acknowledgement; or an error with a sentence. One error is of our own
-//! ([`REP_ERR_IN_USE`](crate::wire::REP_ERR_IN_USE)): another session, which lives, may write. Trying again may help then,
-//! because the server may not have noticed yet that it is a dead daemon's.
+//! The answer to both kinds is an information ([`INFO_FENCE`](crate::wire::INFO_FENCE)) and an acknowledgement; or an error with a
+//! sentence. One error is of our own ([`REP_ERR_IN_USE`](crate::wire::REP_ERR_IN_USE)): another session, which lives, may
+//! write. Trying again may help then, because the server may not have noticed yet that it is a dead
+//! daemon's. The information:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 2 | its kind |
+//! | 16 | the server's instance, random at each of its starts: by it a client knows whether the disk's cache has lived on (R14) |
+//! | 8 | the turn: grows whenever the right to write goes to another owner or to a client without a claim, and whenever a flush of the disk fails |
+//!
+//! An owner who finds instance and turn as they were knows that nobody else has written, and that
+//! whatever it was answered is still what a flush will make durable: it may go on in the new
+//! session where the old one broke off, asking again for all that was not answered (R13).
 //!
 //! # Who is let in
 //!
@@ -108,6 +117,39 @@ impl Seen {
             epoch: superblock.epoch.id,
             history: superblock.history.iter().map(|past| past.id).collect(),
         })
+    }
+}
+
+/// Length of a [`Fence`] in bytes.
+pub const FENCE_BYTES: usize = 24;
+
+/// What a server that knows claims says of itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fence {
+    /// Random at each of its starts.
+    pub instance: u128,
+    /// Grows whenever the right to write goes to another owner or to a client without a claim, and
+    /// whenever a flush of the disk fails.
+    pub turn: u64,
+}
+
+impl Fence {
+    /// Its bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; FENCE_BYTES] {
+        let mut out = [0; FENCE_BYTES];
+        out[..16].copy_from_slice(&self.instance.to_be_bytes());
+        out[16..].copy_from_slice(&self.turn.to_be_bytes());
+        out
+    }
+
+    /// The fence of these bytes; all bytes are one.
+    #[must_use]
+    pub fn decode(bytes: &[u8; FENCE_BYTES]) -> Self {
+        Self {
+            instance: u128::from_be_bytes(std::array::from_fn(|at| bytes[at])),
+            turn: u64::from_be_bytes(std::array::from_fn(|at| bytes[16 + at])),
+        }
     }
 }
 

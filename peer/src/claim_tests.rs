@@ -28,6 +28,7 @@ pub(crate) fn disk(mirror: u128, epoch: u128, history: &[u128]) -> Vec<u8> {
         },
         history: past.collect(),
         own_slot: 0,
+        server_instance: None,
         slots,
         last_stop: LastStop::Clean,
         flush_failed: false,

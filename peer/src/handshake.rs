@@ -14,7 +14,7 @@
 //! Structured replies, TLS and metadata contexts are not asked for. A server is asked whether it
 //! knows claims, or sent one ([`crate::claim`]), only in a handshake made for that.
 
-use crate::claim::{self, Claim};
+use crate::claim::{self, Claim, Fence};
 use crate::export::{BlockSizes, Export};
 use crate::wire::{
     FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, GREETING_BYTES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE,
@@ -111,7 +111,7 @@ pub struct Handshake {
     ask: Option<Option<Claim>>,
     /// A claim was made: it must not go unanswered.
     claimed: bool,
-    fence: Option<u128>,
+    fence: Option<Fence>,
     replies: u32,
     described: Option<(u64, u16)>,
     blocks: BlockSizes,
@@ -143,9 +143,9 @@ impl Handshake {
         }
     }
 
-    /// The instance of a server that knows claims; it has granted the one that was made.
+    /// What a server that knows claims says of itself; it has granted the one that was made.
     #[must_use]
-    pub fn fence(&self) -> Option<u128> {
+    pub fn fence(&self) -> Option<Fence> {
         self.fence
     }
 
@@ -267,7 +267,7 @@ impl Handshake {
             }
             REP_ACK if of_claim => return Ok(self.go()),
             REP_ACK => self.stage = Stage::Done,
-            REP_INFO if of_claim => self.fence = Some(instance(data)?),
+            REP_INFO if of_claim => self.fence = Some(fence(data)?),
             REP_INFO => self.information(data)?,
             // Whatever else is wrong with a server that knows no claims, GO brings it to light.
             error if error & REP_ERROR_BIT != 0 && of_claim => {
@@ -336,12 +336,12 @@ fn put_option(out: &mut Vec<u8>, option: u32, data: &[u8]) {
     put_string(out, data);
 }
 
-/// The instance in the answer to a claim.
-fn instance(data: &[u8]) -> Result<u128, HandshakeError> {
+/// The information in the answer to a claim.
+fn fence(data: &[u8]) -> Result<Fence, HandshakeError> {
     let wrong = HandshakeError::Nonsense("what it says of its instance has a wrong form");
-    let (kind, instance) = data.split_at_checked(2).ok_or(wrong.clone())?;
-    match (be16(kind, 0), instance.try_into()) {
-        (Some(INFO_FENCE), Ok(instance)) => Ok(u128::from_be_bytes(instance)),
+    let (kind, fence) = data.split_at_checked(2).ok_or(wrong.clone())?;
+    match (be16(kind, 0), fence.try_into()) {
+        (Some(INFO_FENCE), Ok(fence)) => Ok(Fence::decode(fence)),
         _ => Err(wrong),
     }
 }

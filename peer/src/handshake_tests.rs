@@ -57,8 +57,13 @@ fn claim_reply(kind: u32, data: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn granted(instance: u128) -> Vec<u8> {
-    let data = [&INFO_FENCE.to_be_bytes()[..], &instance.to_be_bytes()].concat();
+const FENCE: Fence = Fence {
+    instance: 77,
+    turn: 3,
+};
+
+fn granted() -> Vec<u8> {
+    let data = [&INFO_FENCE.to_be_bytes()[..], &FENCE.encode()].concat();
     [claim_reply(REP_INFO, &data), claim_reply(REP_ACK, &[])].concat()
 }
 
@@ -68,7 +73,7 @@ fn play_claim(
     stream: &[u8],
 ) -> (
     Vec<u8>,
-    Option<u128>,
+    Option<Fence>,
     Result<Option<Export>, HandshakeError>,
 ) {
     let mut handshake = Handshake::asking("m", claim);
@@ -93,9 +98,9 @@ fn claims_are_asked_about_before_the_export() {
         reply(REP_ACK, &[]),
     ]
     .concat();
-    let stream = [greeting(3), granted(77), rest.clone()].concat();
+    let stream = [greeting(3), granted(), rest.clone()].concat();
     let (sent, fence, export) = play_claim(None, &stream);
-    assert_eq!((fence, export.unwrap().is_some()), (Some(77), true));
+    assert_eq!((fence, export.unwrap().is_some()), (Some(FENCE), true));
     let asked = claim::encode("m", None);
     assert_eq!(sent[4..12], *b"IHAVEOPT");
     assert_eq!(sent[12..16], OPTION_CLAIM.to_be_bytes());
@@ -119,9 +124,12 @@ fn a_claim_is_granted_or_the_handshake_ends() {
             seen: None,
         })
     };
-    let (sent, fence, _) = play_claim(claim(), &[greeting(3), granted(77)].concat());
+    let (sent, fence, _) = play_claim(claim(), &[greeting(3), granted()].concat());
     let data = claim::encode("m", claim().as_ref());
-    assert_eq!((&sent[20..20 + data.len()], fence), (&data[..], Some(77)));
+    assert_eq!(
+        (&sent[20..20 + data.len()], fence),
+        (&data[..], Some(FENCE))
+    );
     for error in [REP_ERR_UNSUP, REP_ERR_POLICY] {
         let refused = claim_reply(error, b"it is in use");
         let (_, _, ended) = play_claim(claim(), &[greeting(3), refused].concat());

@@ -14,7 +14,7 @@
 
 pub mod admission;
 
-use crate::claim::{self, Claim};
+use crate::claim::{self, Claim, Fence};
 pub use crate::wire::REQUEST_BYTES;
 use crate::wire::{
     COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS,
@@ -141,8 +141,8 @@ pub trait Peer {
 pub enum Verdict {
     /// The server knows no claims.
     Unknown,
-    /// Granted, or only asked for, by this instance of the server.
-    Granted(u128),
+    /// Granted, or only asked for.
+    Granted(Fence),
     /// Another session, which lives, may write; a sentence.
     InUse(String),
     /// Refused; a sentence.
@@ -300,9 +300,9 @@ async fn answer_claim(data: &[u8], desk: &mut impl Desk, reply: &mut Vec<u8>) ->
         Verdict::Unknown => option_reply(reply, option, REP_ERR_UNSUP, &[]),
         Verdict::InUse(why) => option_reply(reply, option, REP_ERR_IN_USE, why.as_bytes()),
         Verdict::Refused(why) => option_reply(reply, option, REP_ERR_POLICY, why.as_bytes()),
-        Verdict::Granted(instance) => {
+        Verdict::Granted(fence) => {
             let mut info = INFO_FENCE.to_be_bytes().to_vec();
-            info.extend_from_slice(&instance.to_be_bytes());
+            info.extend_from_slice(&fence.encode());
             option_reply(reply, option, REP_INFO, &info);
             option_reply(reply, option, REP_ACK, &[]);
         }

@@ -126,7 +126,7 @@ pub const INFO_EXPORT: u16 = 0;
 /// Information: limits of requests.
 pub const INFO_BLOCK_SIZE: u16 = 3;
 
-/// Information of our own, in the answer to [`OPTION_CLAIM`]: the server's instance.
+/// Information of our own, in the answer to [`OPTION_CLAIM`]: a [`Fence`](crate::claim::Fence).
 pub const INFO_FENCE: u16 = u16::from_be_bytes(*b"UM");
 
 /// Transmission flag: the flags mean something.

@@ -22,12 +22,13 @@ import t_damage
 import t_export
 import t_input
 import t_life
+import t_links
 import t_offline
 import t_peer
 import t_scrub
 import t_space
 
-MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export]
+MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export, t_links]
 
 
 def tests():

@@ -210,6 +210,88 @@ class Exported(Server):
         self.group = None
 
 
+class Between:
+    """The network before a server of a unix socket: passes on what it gets until it is told not to.
+
+    `cut()` closes what there is, and what comes is refused until `mend()` unless `at_once`;
+    `hold()` passes nothing on any more and closes nothing, and `let_go()` ends that.
+    """
+
+    def __init__(self, area, server):
+        self.socket = area.file("between.socket")
+        self.address = f"nbd+unix:///{server.export}?socket={self.socket}"
+        self.server, self.lock, self.ends = server, threading.Lock(), []
+        self.open, self.flows, self.connections = True, threading.Event(), 0
+        self.flows.set()
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(self.socket)
+        self.listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+        area.children.append(self)
+
+    def cut(self, at_once=False):
+        """Every connection is closed."""
+        with self.lock:
+            self.open = at_once
+            for end in self.ends:
+                _close(end)
+            self.ends.clear()
+
+    def mend(self):
+        """Connections are passed on again."""
+        self.open = True
+
+    def hold(self):
+        """Nothing arrives any more."""
+        self.flows.clear()
+
+    def let_go(self):
+        """What was held arrives."""
+        self.flows.set()
+
+    def kill(self):
+        """Closes everything."""
+        self.let_go()
+        _close(self.listener)
+        self.cut()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            server = socket.socket(socket.AF_UNIX)
+            with self.lock:
+                # Closed in the handshake, as by a network that is down a moment later.
+                if not self.open:
+                    _close(client)
+                    continue
+                server.connect(self.server.socket)
+                self.ends += [client, server]
+                self.connections += 1
+            for ends in ((client, server), (server, client)):
+                threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source, target):
+        try:
+            while data := source.recv(1 << 16):
+                self.flows.wait()
+                target.sendall(data)
+        except OSError:
+            pass
+        _close(source)
+        _close(target)
+
+
+def _close(end):
+    try:
+        end.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+    end.close()
+
+
 class Scripted:
     """A server in this process that keeps the disk in memory and misbehaves when it is told to.
 

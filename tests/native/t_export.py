@@ -10,7 +10,7 @@ import nbd
 from harness import (
     BLOCK, BUSY, FAILED, MIB, NOT_FOUND, REFUSED, USAGE, CannotRun, Failed, Model, check,
 )
-from servers import Exported, free_port
+from servers import Exported, Nbdkit, free_port
 
 BLOCKS = 64 * MIB // BLOCK
 
@@ -97,8 +97,8 @@ def who_does_not_claim_may_look(area):
     area.compare([local, server.backing])
 
 
-def a_crash_needs_the_operators_word(area):
-    """The daemon dies under load: which server had its session nothing says any more (R13)."""
+def a_crash_needs_nobody_while_the_server_lives(area):
+    """The daemon dies under load: the server that had its session has ended it, and says so (R13)."""
     local, server, model = _fenced_pair(area, tcp=True)
     check(not area.status()["members"][1]["unfenced"], "it is called unfenced")
     lines = area.ctl("status", "m").splitlines()
@@ -107,9 +107,7 @@ def a_crash_needs_the_operators_word(area):
     for _ in range(3):
         with area.client() as client:
             model.load(client, area.random, writes=1500, depth=32, meanwhile=area.kill_daemons)
-        said = area.start([local, server.address], code=REFUSED)
-        check("--peer-sessions-over" in said, f"the option is not named: {said}")
-        area.start([local, server.address], options=("--peer-sessions-over",))
+        area.start([local, server.address])
         check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
         with area.client() as client:
             area.wait_equal()
@@ -122,13 +120,54 @@ def a_crash_needs_the_operators_word(area):
     area.compare([local, server.backing])
 
 
+def another_server_needs_the_operators_word(area):
+    """One that was started since, or is none of ours, does not know what became of the writes."""
+    local, server, model = _fenced_pair(area)
+    stock = Nbdkit(area, "stock")
+    os.unlink(stock.backing)
+    os.symlink(server.backing, stock.backing)
+
+    def crashed_then(meets):
+        with area.client() as client:
+            model.load(client, area.random, writes=500, depth=32, meanwhile=area.kill_daemons)
+        if server.group:
+            server.stop()
+        meets.start()
+        said = area.start([local, meets.address], code=REFUSED)
+        check("--peer-sessions-over" in said, f"the option is not named: {said}")
+        area.start([local, meets.address], options=("--peer-sessions-over",))
+        check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
+        with area.client() as client:
+            area.wait_equal()
+            model.check(client)
+
+    crashed_then(server)
+    crashed_then(stock)
+    with area.client() as client:
+        model.load(client, area.random, writes=500, depth=32, meanwhile=area.kill_daemons)
+    stock.kill()
+    server.start()
+    said = area.start([local, server.address], code=REFUSED)
+    check("still be writing" in said, f"not said what it is about: {said}")
+    area.start([local, server.address], options=("--peer-sessions-over",))
+    with area.client() as client:
+        model.check(client)
+    area.stop()
+    # After a clean stop any server will do.
+    server.stop()
+    server.start()
+    area.start([local, server.address])
+    area.stop()
+    area.compare([local, server.backing])
+
+
 def a_second_host_does_not_write_beside_the_first(area):
     """By mistake it is refused; told to take over it does, and the first host loses the member."""
     local, server, model = _fenced_pair(area)
     with area.client() as client:
         model.load(client, area.random, writes=500)
         with _second_host(area):
-            options = ("--force", "--peer-sessions-over")
+            options = ("--force",)
             said = area.start([server.address], options=options, code=BUSY)
             check("in use by session" in said, f"not said that it is in use: {said}")
             check("--take-over" in said, f"the way out is not named: {said}")

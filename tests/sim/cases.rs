@@ -430,7 +430,7 @@ fn discarded_extents_read_as_zeroes_before_and_after_crashes() {
 fn a_sequential_writer_finds_extents_zeroed() {
     let mut machine = Machine::new(1, 2, SIZE);
     for disk in &machine.disks {
-        disk.without_cheap_zeroes();
+        disk.alter(|it| it.cheap_zeroes = false);
     }
     machine.start();
     for extent in 0..12 {
@@ -481,7 +481,7 @@ fn a_new_disk_is_not_zeroed_ahead_like_the_old_one() {
     for seed in 0..4 {
         let mut machine = Machine::new(seed, 2, SIZE);
         for disk in &machine.disks {
-            disk.without_cheap_zeroes();
+            disk.alter(|it| it.cheap_zeroes = false);
         }
         machine.start();
         write(&machine, 0, 4096);
@@ -490,7 +490,7 @@ fn a_new_disk_is_not_zeroed_ahead_like_the_old_one() {
         assert!(machine.world.run(10_000_000, zeroed), "nothing is ahead");
         machine.fail(1).unwrap();
         machine.add_new("new").unwrap();
-        machine.disks[1].without_cheap_zeroes();
+        machine.disks[1].alter(|it| it.cheap_zeroes = false);
         machine.wait_in_sync();
         write(&machine, 7 << 22, 4096);
         // Only the new disk is left to be read from.
@@ -507,7 +507,7 @@ fn extents_are_zeroed_in_idle_time() {
     for seed in 0..3 {
         let mut machine = Machine::new(seed, 2, SIZE);
         for disk in &machine.disks {
-            disk.without_cheap_zeroes();
+            disk.alter(|it| it.cheap_zeroes = false);
         }
         machine.start();
         for extent in [0, 5, 10] {

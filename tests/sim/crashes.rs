@@ -401,7 +401,10 @@ fn enumerate(script: &Script, schedule: u64, samples: usize) -> HashSet<u64> {
     };
     let mut machine = Machine::new(schedule, script.members, SIZE);
     if script.plain {
-        machine.disks.iter().for_each(SimDisk::without_cheap_zeroes);
+        machine
+            .disks
+            .iter()
+            .for_each(|disk| disk.alter(|it| it.cheap_zeroes = false));
     }
     machine.start();
     let bench = Rc::new(Bench::of(&machine));

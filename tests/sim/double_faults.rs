@@ -20,7 +20,7 @@ const SIZE: u64 = 64 << 20;
 fn plain_machine(seed: u64) -> Machine {
     let mut m = Machine::new(seed, 2, SIZE);
     for disk in &m.disks {
-        disk.without_cheap_zeroes();
+        disk.alter(|it| it.cheap_zeroes = false);
     }
     m.start();
     m

@@ -107,7 +107,7 @@ pub(crate) fn play_script(script: &Script) -> Played {
 fn build(script: &Script) -> Machine {
     let machine = Machine::new(script.schedule, script.members, SIZE);
     for &slot in &script.plain {
-        machine.disks[usize::from(slot)].without_cheap_zeroes();
+        machine.disks[usize::from(slot)].alter(|it| it.cheap_zeroes = false);
     }
     machine
 }

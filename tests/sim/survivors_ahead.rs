@@ -15,7 +15,7 @@ const EXTENT: u64 = 4 << 20;
 fn plain(seed: u64, extents: u64) -> Machine {
     let mut machine = Machine::new(seed, 2, extents * EXTENT);
     for disk in &machine.disks {
-        disk.without_cheap_zeroes();
+        disk.alter(|it| it.cheap_zeroes = false);
     }
     machine.start();
     machine
@@ -39,7 +39,7 @@ fn zeroed(seed: u64, cheap: bool) -> Machine {
             new.write_now(offset, &superblock.encode());
         }
         if !cheap {
-            new.without_cheap_zeroes();
+            new.alter(|it| it.cheap_zeroes = false);
         }
         machine.replace_disk(slot, new);
     }
@@ -85,7 +85,7 @@ fn eight_extents_are_zeroed_ahead_of_a_sequential_writer() {
 #[test]
 fn the_stock_of_zeroed_extents_is_bounded() {
     let mut machine = Machine::new(1, 2, 1100 * EXTENT);
-    machine.disks[1].without_cheap_zeroes();
+    machine.disks[1].alter(|it| it.cheap_zeroes = false);
     machine.start();
     wr(&machine, 3 * EXTENT, 4096);
     let mirror = machine.mirror();
@@ -153,7 +153,7 @@ fn what_is_known_to_be_zero_is_not_zeroed() {
 #[test]
 fn each_member_is_zeroed_as_it_can_be() {
     let mut machine = Machine::new(1, 2, 16 * EXTENT);
-    machine.disks[1].without_cheap_zeroes();
+    machine.disks[1].alter(|it| it.cheap_zeroes = false);
     machine.start();
     wr(&machine, EXTENT, 4096);
     seconds(&machine, 10);

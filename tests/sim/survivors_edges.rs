@@ -94,9 +94,9 @@ fn a_disk_that_cannot_zero_after_all_is_written_to() {
     for both in [false, true] {
         let mut machine = Machine::new(1, 2, ODD);
         machine.start();
-        machine.disks[0].without_cheap_zeroes();
+        machine.disks[0].alter(|it| it.cheap_zeroes = false);
         if both {
-            machine.disks[1].without_cheap_zeroes();
+            machine.disks[1].alter(|it| it.cheap_zeroes = false);
         }
         for place in [0, 3 * EXTENT, ODD - 512] {
             wr(&machine, place, 512);
@@ -122,7 +122,10 @@ fn nothing_is_written_behind_the_end() {
     for cheap in [false, true] {
         let mut machine = Machine::new(1, 2, ODD);
         if !cheap {
-            machine.disks.iter().for_each(SimDisk::without_cheap_zeroes);
+            machine
+                .disks
+                .iter()
+                .for_each(|disk| disk.alter(|it| it.cheap_zeroes = false));
         }
         machine.start();
         wr(&machine, ODD - 512, 512);

@@ -251,6 +251,42 @@ fn what_is_bad_here_is_read_there() {
     }
 }
 
+/// However busy it is, the member of this machine is asked, and the one behind the network only
+/// for what that one cannot say.
+#[test]
+fn reads_do_not_travel() {
+    for far in [0, 1] {
+        let mut machine = Machine::new(0, 2, SIZE);
+        machine.disks[far].alter(|it| it.behind_network = true);
+        machine.start();
+        (0..4).for_each(|at| wr(&machine, at * MIB, MIB as usize));
+        fl(&machine);
+        seconds(&machine, 30);
+        let before = machine.disks[far].operations();
+        for at in 0..64 {
+            let client = machine.client();
+            let read = async move { client.read(at * 65536, 65536).await.unwrap() };
+            machine.world.spawn_task(read);
+        }
+        seconds(&machine, 1);
+        assert_eq!(
+            machine.disks[far].operations(),
+            before,
+            "slot {far} was asked"
+        );
+        machine.disks[1 - far].spoil(machine.data_offset + MIB);
+        let client = machine.client();
+        let read = machine
+            .world
+            .block_on(async move { client.read(MIB, 4096).await });
+        assert_eq!(read, Ok(()));
+        assert!(
+            machine.disks[far].operations() > before,
+            "slot {far} was not asked"
+        );
+    }
+}
+
 /// A repair of more than one piece, that ends in the short block at the end of the device.
 #[test]
 fn one_bad_sector_of_a_large_read_is_one_block() {

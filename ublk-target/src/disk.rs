@@ -177,6 +177,8 @@ pub(crate) fn open(path: &str) -> Result<OpenedDisk, OpenError> {
         (false, DiscardWay::None, punch)
     };
     let geometry = Geometry {
+        behind_network: false,
+        server_instance: None,
         size_bytes,
         logical_block_bytes: block.max(512),
         cheap_zeroes,

@@ -281,6 +281,12 @@ impl Lend {
         self.len as usize
     }
 
+    /// Another hold on memory lent for reading.
+    pub(crate) fn again(&self) -> Self {
+        assert!(!self.to_writer, "memory that is written goes to one alone");
+        self.buffer.lend_to_reader(self.start, self.len())
+    }
+
     /// Another hold on the part from byte `skip` on.
     pub(crate) fn rest(&self, skip: usize) -> Self {
         assert!(

@@ -233,3 +233,52 @@ fn a_panic_ends_the_process() {
     let output = child.args(["--exact", test]).env(CHILD, "1").output();
     assert_eq!(output.unwrap().status.signal(), Some(6), "SIGABRT");
 }
+
+/// An owner whose turn it still is may go on where it was; anybody else's write in between, and a
+/// flush that failed, end the turn.
+#[test]
+fn the_turn_is_over_when_another_has_written_or_a_flush_has_failed() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Write);
+        let turn = async |claim: Option<Claim>| {
+            let client = Client::new(&server, WIDE).await;
+            let fence = client.fence(claim.as_ref()).await.unwrap().unwrap();
+            assert_eq!(fence.instance, 77);
+            (fence.turn, client)
+        };
+        let (first, client) = turn(Some(blank(1))).await;
+        assert_eq!(turn(None).await.0, first, "asking changes nothing");
+        // While the older session lives, and when it has left.
+        let (again, newer) = turn(Some(blank(1))).await;
+        assert_eq!(again, first);
+        client.0.close();
+        newer.0.close();
+        idle().await;
+        assert_eq!(turn(Some(blank(1))).await.0, first);
+        let refused = Client::new(&server, WIDE).await;
+        assert!(refused.fence(Some(&blank(2))).await.unwrap().is_err());
+        assert_eq!(
+            turn(Some(blank(1))).await.0,
+            first,
+            "who is refused had none"
+        );
+        let (other, _client) = turn(Some(taking(blank(2)))).await;
+        assert!(other > first);
+        let (back, client) = turn(Some(taking(blank(1)))).await;
+        assert!(back > other);
+        client.0.close();
+        idle().await;
+        let stranger = Client::stranger(&server, WIDE).await;
+        assert_eq!(stranger.write(100, 1).await, Some(0));
+        stranger.0.close();
+        idle().await;
+        let (after, client) = turn(Some(blank(1))).await;
+        assert!(after > back, "a client without a claim wrote in between");
+        client.go().await;
+        store.fail_one_flush();
+        assert!(client.ask(&Ask::FLUSH).await);
+        assert_ne!(client.answer().await, Some(0));
+        assert!(turn(Some(blank(1))).await.0 > after, "a flush has failed");
+    });
+}

@@ -309,10 +309,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// The shared configuration as the member in `slot` carries it, for one attempt to write it.
     /// Counts the attempt: what a failed one has left on the disk is not what the next one says.
     fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
-        let write_count = {
+        let (write_count, server_instance) = {
             let state = &mut self.slots.borrow_mut()[usize::from(slot)];
             state.write_count += 1;
-            state.write_count
+            let disk = state.disk.as_ref();
+            let instance = disk.and_then(|disk| disk.geometry().server_instance);
+            (state.write_count, instance)
         };
         let member = config.slots[usize::from(slot)]
             .member
@@ -320,6 +322,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Superblock {
             member,
             own_slot: slot,
+            server_instance,
             write_count,
             ..config.clone()
         }

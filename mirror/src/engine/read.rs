@@ -1,8 +1,8 @@
 //! The read path.
 //!
 //! Unwritten and discarded extents read as zeroes (R11). Everything else is read from one
-//! in-sync member: the one with the least in flight. Blocks that may differ between members are
-//! equalised first (R5). When a member cannot read, another one answers, and the bad copy gets a
+//! in-sync member: one of this machine if there is one, and of those the one with the least in
+//! flight. Blocks that may differ between members are equalised first (R5). When a member cannot read, another one answers, and the bad copy gets a
 //! second look (`settle.rs`). When none of them can read all of a range, its halves are read each
 //! for itself, down to single sectors: what is bad on one member is good on another.
 //!
@@ -242,7 +242,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.view().receivers.iter().filter(|r| r.in_sync).count()
     }
 
-    /// Reads a range from the best member; from another one when that fails. `None` when the bytes are in `span`; else the span they are in.
+    /// Reads a range from the best member; from another one when that fails. `None` when the bytes
+    /// are in `span`; else the span they are in.
     async fn read_whole(
         self: &Rc<Self>,
         range: &Range<u64>,
@@ -257,7 +258,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .receivers
                 .iter()
                 .filter(|r| r.in_sync && !failed.contains(&r.slot));
-            let Some(member) = candidates.min_by_key(|r| r.disk.in_flight()) else {
+            let Some(member) =
+                candidates.min_by_key(|r| (r.geometry.behind_network, r.disk.in_flight()))
+            else {
                 return Err(last_error);
             };
             let offset = self.data_offset + range.start;

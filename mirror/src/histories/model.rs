@@ -111,6 +111,7 @@ impl World {
             },
             history: Vec::new(),
             own_slot: 0,
+            server_instance: None,
             slots: slots.collect(),
             last_stop: LastStop::Clean,
             flush_failed: false,

@@ -34,7 +34,6 @@ struct Answer {
 }
 
 struct Inner {
-    size_bytes: u64,
     /// What a reader sees.
     visible: RefCell<Sectors>,
     /// What a power cut leaves in any case.
@@ -51,7 +50,7 @@ struct Inner {
     observer: RefCell<Option<Rc<dyn Observer>>>,
     next_number: Cell<u64>,
     /// Whether write-zeroes is one operation.
-    cheap_zeroes: Cell<bool>,
+    geometry: RefCell<Geometry>,
     operations: Cell<u64>,
     /// How often it has lost its power alone: openings from before are dead.
     outages: Cell<u32>,
@@ -97,7 +96,6 @@ impl SimDisk {
     fn holding(size_bytes: u64, content: Sectors) -> Self {
         Self(
             Rc::new(Inner {
-                size_bytes,
                 visible: RefCell::new(content.clone()),
                 durable: RefCell::new(content),
                 cache: RefCell::default(),
@@ -108,7 +106,14 @@ impl SimDisk {
                 given_up: RefCell::default(),
                 observer: RefCell::default(),
                 next_number: Cell::new(0),
-                cheap_zeroes: Cell::new(true),
+                geometry: RefCell::new(Geometry {
+                    size_bytes,
+                    logical_block_bytes: 512,
+                    cheap_zeroes: true,
+                    discard: true,
+                    behind_network: false,
+                    server_instance: None,
+                }),
                 operations: Cell::new(0),
                 outages: Cell::new(0),
             }),
@@ -133,7 +138,7 @@ impl SimDisk {
     /// A copy of the disk as it is now, cache included: an older image for later.
     #[must_use]
     pub fn image(&self) -> Self {
-        Self::holding(self.0.size_bytes, self.0.visible.borrow().clone())
+        Self::holding(self.geometry().size_bytes, self.0.visible.borrow().clone())
     }
 
     /// The same disk in another course of events: with its cache, and with the operations
@@ -141,7 +146,7 @@ impl SimDisk {
     /// nothing may go on here: they share their buffers.
     #[must_use]
     pub fn fork(&self) -> Self {
-        let fork = Self::holding(self.0.size_bytes, self.0.durable.borrow().clone());
+        let fork = Self::holding(self.geometry().size_bytes, self.0.durable.borrow().clone());
         fork.0.visible.replace(self.0.visible.borrow().clone());
         fork.0.cache.replace(self.0.cache.borrow().clone());
         fork.0
@@ -150,7 +155,7 @@ impl SimDisk {
         let given_up = self.0.given_up.borrow().clone();
         fork.0.given_up.replace(given_up);
         fork.0.next_number.set(self.0.next_number.get());
-        fork.0.cheap_zeroes.set(self.0.cheap_zeroes.get());
+        fork.0.geometry.replace(self.geometry());
         fork.0.faults.set(self.0.faults.get());
         for pending in self.0.pending.borrow().iter() {
             let reads = matches!(pending.request, DiskRequest::Read { .. });
@@ -171,9 +176,9 @@ impl SimDisk {
         self.0.write_fault.set(fault);
     }
 
-    /// From the next start on the disk cannot write zeroes by itself.
-    pub fn without_cheap_zeroes(&self) {
-        self.0.cheap_zeroes.set(false);
+    /// Changes what it says of itself, to those who open it from now on.
+    pub fn alter(&self, change: impl FnOnce(&mut Geometry)) {
+        change(&mut self.0.geometry.borrow_mut());
     }
 
     /// What goes wrong at present.
@@ -425,7 +430,7 @@ impl SimDisk {
                 self.write_back(covers);
             }
             request @ DiskRequest::WriteZeroes { .. } => {
-                if !self.0.cheap_zeroes.get() {
+                if !self.geometry().cheap_zeroes {
                     return Err(Errno::NOT_SUPPORTED);
                 }
                 if faults.writes {
@@ -563,7 +568,7 @@ impl Disk for SimDisk {
             DiskRequest::Flush => 0,
         };
         assert!(
-            end <= self.0.size_bytes,
+            end <= self.geometry().size_bytes,
             "a request beyond the end of the disk"
         );
         if let Some(observer) = self.observer() {
@@ -589,11 +594,6 @@ impl Disk for SimDisk {
     }
 
     fn geometry(&self) -> Geometry {
-        Geometry {
-            size_bytes: self.0.size_bytes,
-            logical_block_bytes: 512,
-            cheap_zeroes: self.0.cheap_zeroes.get(),
-            discard: true,
-        }
+        *self.0.geometry.borrow()
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use peer::{Address, Claimant};
 
-use super::Link;
+use super::link::Link;
 use crate::host::random_bytes;
 use crate::ring::{self, Ring};
 
@@ -63,9 +63,9 @@ impl Peers {
     }
 
     /// Remembers a new connection.
-    pub(super) fn add(&self, link: &Rc<Link>, fenced: bool) {
+    pub(super) fn add(&self, link: &Rc<Link>) {
         if let Some(known) = self.known.borrow_mut().get_mut(&link.address) {
-            known.fenced = fenced;
+            known.fenced = link.fence.is_some();
         }
         let mut links = self.links.borrow_mut();
         links.retain(|link| link.strong_count() > 0);
@@ -98,10 +98,7 @@ impl Peers {
     pub(crate) async fn leave(&self, ring: &Rc<Ring>) {
         let links = self.alive();
         for link in &links {
-            link.say_farewell();
-            if link.in_flight.get() > 0 {
-                link.end("the daemon ends");
-            }
+            link.leave();
         }
         let closed = || links.iter().all(|link| link.tasks.get() == 0);
         until(ring, LEAVE_PATIENCE, closed).await;

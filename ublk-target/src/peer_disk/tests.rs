@@ -1,20 +1,28 @@
 //! Tests of peer disks against servers that are scripted: no server of others answers twice.
 #![allow(clippy::unwrap_used)]
 
+use std::cell::Cell;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use mirror::host::Buffer as _;
 use peer::export::BlockSizes;
 use peer::wire::{
-    EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS, EXPORT_TRIM, EXPORT_WRITE_ZEROES, be16, be32, be64,
+    EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS, EXPORT_TRIM, EXPORT_WRITE_ZEROES, REPLY_BYTES,
+    REQUEST_BYTES, be16, be32, be64,
 };
 
+use super::opened::Reopen;
 use super::*;
 use crate::ring::reap_all;
 use crate::ring::tests::on_ring;
+use peer::Export;
+use std::os::fd::OwnedFd;
+
+#[path = "reconnect_tests.rs"]
+mod reconnect;
 
 const ALL: u16 = EXPORT_HAS_FLAGS | EXPORT_FLUSH | EXPORT_FUA | EXPORT_TRIM | EXPORT_WRITE_ZEROES;
 const READ: u16 = 0;
@@ -86,8 +94,9 @@ fn disk<T: Send + 'static>(
             blocks,
         },
         address: "nbd://test/".to_owned(),
-        unclean: false,
-        fenced: false,
+        unfinished: None,
+        fence: None,
+        reopen: Reopen(Arc::new(|| unreachable!("it is not fenced"))),
     };
     let server = std::thread::spawn(move || script(Server(theirs)));
     let peers = Rc::new(Peers::default());

@@ -1,0 +1,137 @@
+"""Connections to our own server that break, hang, and are taken up again."""
+
+import nbd
+from harness import BLOCK, MIB, Model, check
+from servers import Between, Exported, Nbdkit
+
+BLOCKS = 64 * MIB // BLOCK
+
+
+def _mirror(area, server, options=()):
+    """A local member and one behind a network that can be cut; the mirror runs."""
+    local, between = area.file("local.img"), Between(area, server)
+    server.start()
+    area.ctl("create", "m", "--member", local, "--member", between.address, "--size", "64M")
+    area.start([local, between.address], options=options)
+    return local, between, Model(BLOCKS)
+
+
+def a_connection_that_breaks_is_taken_up_again(area):
+    """Twenty times under load: nothing is lost, nobody notices, the member stays in-sync."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server)
+    with area.client() as client:
+        for number in range(20):
+            before = between.connections
+
+            def breaks():
+                between.cut(at_once=number % 3 != 0)
+                between.mend()
+
+            acked = model.load(client, area.random, writes=300, depth=32, meanwhile=breaks)
+            check(acked == 300, f"{acked} of 300 writes were acknowledged")
+            check(between.connections > before, "nothing was connected anew")
+            check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
+        client.flush()
+        model.check(client)
+        area.pull(0)
+        model.check(client)
+        area.put_back(local)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def a_connection_is_not_taken_up_beside_another_writer(area):
+    """Who has written in between is not written over: the member is lost instead."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server)
+    with area.client() as client:
+        model.load(client, area.random, writes=200)
+        seen = area.examine(server.address)
+
+        def other_writes():
+            between.cut()
+            with nbd.Client(server.where, "m", claim=nbd.claim(7, True, seen)) as other:
+                other.write(99 * MIB, b"x" * BLOCK)
+            between.mend()
+
+        acked = model.load(client, area.random, writes=600, depth=32, meanwhile=other_writes)
+        check(acked == 600, f"{acked} of 600 writes were acknowledged")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        model.check(client)
+        area.put_back(between.address)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def a_server_that_was_started_anew_has_lost_its_cache(area):
+    """The same, when it is back before the connection is."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server)
+    with area.client() as client:
+        def restart():
+            between.cut()
+            server.kill()
+            server.start()
+            between.mend()
+
+        acked = model.load(client, area.random, writes=600, depth=32, meanwhile=restart)
+        check(acked == 600, f"{acked} of 600 writes were acknowledged")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        area.put_back(between.address)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def a_connection_that_hangs_costs_the_deadline(area):
+    """What was given up is not asked again when the network is back (R13)."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server, options=("--deadline", "2"))
+    with area.client() as client:
+        acked = model.load(client, area.random, writes=600, depth=32, meanwhile=between.hold)
+        check(acked == 600, f"{acked} of 600 writes were acknowledged")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        area.ctl("remove", "m", "1")
+        between.cut(at_once=True)
+        between.let_go()
+        area.put_back(between.address)
+        check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
+        model.load(client, area.random, writes=300)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def a_network_that_is_down_for_longer_costs_the_member(area):
+    """Connecting goes on for the deadline, and no longer."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server, options=("--deadline", "2"))
+    with area.client() as client:
+        acked = model.load(client, area.random, writes=300, depth=32, meanwhile=between.cut)
+        check(acked == 300, f"{acked} of 300 writes were acknowledged")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        between.mend()
+        area.ctl("remove", "m", "1")
+        area.put_back(between.address)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def an_unfenced_connection_is_not_taken_up_again(area):
+    """A server of others cannot say what became of the old one."""
+    server = Nbdkit(area, "peer")
+    local, between, model = _mirror(area, server)
+    with area.client() as client:
+        def breaks():
+            between.cut(at_once=True)
+
+        acked = model.load(client, area.random, writes=300, depth=32, meanwhile=breaks)
+        check(acked == 300, f"{acked} of 300 writes were acknowledged")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        area.put_back(between.address)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])

@@ -1,0 +1,510 @@
+//! One connection to a peer after another: what is outstanding, and the two tasks that send and
+//! receive. What it promises stands in the parent module.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use mirror::host::Errno;
+use peer::claim::Fence;
+use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
+use peer::{Ask, Export, Session};
+use rustix::net::{SendFlags, Shutdown, sockopt};
+
+use super::GONE;
+use super::opened::{OpenedPeer, Reopen};
+use crate::batch::Batch;
+use crate::ring::{self, Ring};
+use crate::signal::Signal;
+use crate::stream::{Inbox, StreamError, send_all};
+use crate::sys::Lend;
+
+/// Between attempts to connect again: at first, and at last.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// Bytes that one receive may bring.
+const INBOX_BYTES: usize = 64 << 10;
+
+/// A part of an operation that waits for a reply.
+struct Part {
+    op: u32,
+    ask: Ask,
+    /// Where a read's data go.
+    into: Option<Lend>,
+    /// A write's data, which may have to be sent again.
+    data: Option<Lend>,
+}
+
+/// A request that waits to be sent.
+struct Outgoing {
+    header: [u8; REQUEST_BYTES],
+    data: Option<Lend>,
+}
+
+enum Op {
+    Free,
+    Running {
+        /// Requests without a reply.
+        left: u32,
+        result: Result<(), Errno>,
+        /// A flush follows the last reply.
+        then_flush: bool,
+        orphaned: bool,
+        waker: Option<Waker>,
+    },
+    Done(Result<(), Errno>),
+}
+
+#[derive(Default)]
+struct State {
+    session: Session<Part>,
+    queue: VecDeque<Outgoing>,
+    ops: Vec<Op>,
+    free: Vec<u32>,
+    /// Whose reply was begun when the connection broke.
+    unanswered: Option<Part>,
+    orphans: usize,
+    /// The connection has failed: another one may go on in its place.
+    broken: bool,
+    /// Nothing is sent or asked any more.
+    ended: bool,
+}
+
+impl State {
+    fn begin(&mut self, then_flush: bool) -> u32 {
+        let op = Op::Running {
+            left: 0,
+            result: Ok(()),
+            then_flush,
+            orphaned: false,
+            waker: None,
+        };
+        if let Some(key) = self.free.pop() {
+            self.ops[key as usize] = op;
+            return key;
+        }
+        let Ok(key) = u32::try_from(self.ops.len()) else {
+            panic!("four thousand million operations at once")
+        };
+        self.ops.push(op);
+        key
+    }
+
+    fn ask(&mut self, op: u32, ask: &Ask, into: Option<Lend>, data: Option<Lend>) {
+        if let Op::Running { left, .. } = &mut self.ops[op as usize] {
+            *left += 1;
+        }
+        self.send(Part {
+            op,
+            ask: *ask,
+            into,
+            data,
+        });
+    }
+
+    fn send(&mut self, part: Part) {
+        let (ask, data) = (part.ask, part.data.as_ref().map(Lend::again));
+        let header = self.session.ask(&ask, part);
+        self.queue.push_back(Outgoing { header, data });
+    }
+
+    /// Takes all parts that have no reply.
+    fn take_parts(&mut self) -> Vec<Part> {
+        self.queue.clear();
+        let begun = self.unanswered.take();
+        begun.into_iter().chain(self.session.give_up()).collect()
+    }
+
+    /// Nothing more will be sent on the connection there is.
+    fn is_over(&self) -> bool {
+        self.ended || self.broken
+    }
+
+    fn release(&mut self, op: u32) {
+        self.ops[op as usize] = Op::Free;
+        self.free.push(op);
+    }
+}
+
+/// What a task of a connection ends with.
+enum Trouble {
+    /// The connection has failed.
+    Broken(String),
+    /// The other end is not to be understood.
+    Nonsense(String),
+}
+
+impl From<StreamError> for Trouble {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Closed | StreamError::Socket(_) => Self::Broken(error.to_string()),
+            StreamError::Protocol(_) => Self::Nonsense(error.to_string()),
+        }
+    }
+}
+
+/// A connection, and those that go on in its place; shared by the disk, its operations and the two
+/// tasks.
+pub(crate) struct Link {
+    ring: Rc<Ring>,
+    fd: RefCell<Rc<OwnedFd>>,
+    pub(super) address: String,
+    pub(super) export: Export,
+    /// Of a server that admits one writer.
+    pub(super) fence: Option<Fence>,
+    reopen: Reopen,
+    /// How long another connection may take to come up; twice that, and a silent host is gone.
+    deadline: Duration,
+    state: RefCell<State>,
+    to_send: Signal,
+    /// Of reader and sender, those that may have something under way in the kernel.
+    pub(super) tasks: Cell<u8>,
+    pub(super) in_flight: Cell<usize>,
+}
+
+impl Link {
+    /// Binds a connection to the ring that does its I/O.
+    pub(super) fn new(ring: &Rc<Ring>, opened: OpenedPeer, deadline: Duration) -> Rc<Self> {
+        let link = Rc::new(Self {
+            ring: Rc::clone(ring),
+            fd: RefCell::new(Rc::new(opened.fd)),
+            address: opened.address,
+            export: opened.export,
+            fence: opened.fence,
+            reopen: opened.reopen,
+            deadline,
+            state: RefCell::default(),
+            to_send: Signal::default(),
+            tasks: Cell::new(0),
+            in_flight: Cell::new(0),
+        });
+        link.begin();
+        link
+    }
+
+    /// Begins an operation of these requests, each with the memory that its data go to or come
+    /// from; `then_flush` adds a flush after the last reply.
+    pub(super) fn submit(
+        &self,
+        then_flush: bool,
+        requests: impl Iterator<Item = (Ask, Option<Lend>, Option<Lend>)>,
+    ) -> Result<u32, Errno> {
+        let mut state = self.state.borrow_mut();
+        if state.ended {
+            return Err(GONE);
+        }
+        let op = state.begin(then_flush);
+        for (ask, into, data) in requests {
+            state.ask(op, &ask, into, data);
+        }
+        self.in_flight.set(self.in_flight.get() + 1);
+        self.to_send.notify();
+        Ok(op)
+    }
+
+    /// The result of an operation, which takes it.
+    pub(super) fn poll(&self, op: u32, cx: &mut Context<'_>) -> Poll<Result<(), Errno>> {
+        let mut state = self.state.borrow_mut();
+        match &mut state.ops[op as usize] {
+            Op::Running { waker, .. } => {
+                match waker {
+                    Some(waker) => waker.clone_from(cx.waker()),
+                    None => *waker = Some(cx.waker().clone()),
+                }
+                Poll::Pending
+            }
+            Op::Done(result) => {
+                let result = *result;
+                state.release(op);
+                Poll::Ready(result)
+            }
+            Op::Free => panic!("an operation's place was taken from it"),
+        }
+    }
+
+    /// Nobody waits for an operation any more: it becomes an orphan unless it is over.
+    pub(super) fn abandon(&self, op: u32) {
+        let mut state = self.state.borrow_mut();
+        match &mut state.ops[op as usize] {
+            Op::Running {
+                orphaned, waker, ..
+            } => {
+                *orphaned = true;
+                *waker = None;
+                state.orphans += 1;
+            }
+            _ => state.release(op),
+        }
+        let broken = state.broken;
+        drop(state);
+        if broken {
+            self.end("an operation was given up while it was broken");
+        }
+    }
+
+    /// Ends the session, and says so where it can be said.
+    pub(super) fn leave(&self) {
+        self.say_farewell();
+        if self.in_flight.get() > 0 || self.state.borrow().broken {
+            self.end("the daemon ends");
+        }
+    }
+
+    /// One reply of an operation is in, or will never be.
+    fn answered(&self, op: u32, answer: Result<(), Errno>) {
+        let mut state = self.state.borrow_mut();
+        let ended = state.ended;
+        let Op::Running {
+            left,
+            result,
+            then_flush,
+            orphaned,
+            waker,
+        } = &mut state.ops[op as usize]
+        else {
+            return;
+        };
+        *left -= 1;
+        *result = result.and(answer);
+        if *left > 0 {
+            return;
+        }
+        if std::mem::take(then_flush) && result.is_ok() {
+            if !ended {
+                state.ask(op, &Ask::FLUSH, None, None);
+                self.to_send.notify();
+                return;
+            }
+            *result = Err(GONE);
+        }
+        let (result, orphaned, waker) = (*result, *orphaned, waker.take());
+        self.in_flight.set(self.in_flight.get() - 1);
+        if orphaned {
+            state.orphans -= 1;
+            state.release(op);
+        } else {
+            state.ops[op as usize] = Op::Done(result);
+        }
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Tells the server that nothing follows. Only a courtesy, but one that it answers by closing:
+    /// it notices the end of the stream as well.
+    pub(super) fn say_farewell(&self) {
+        if !self.state.borrow().is_over() && self.in_flight.get() == 0 {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let fd = self.fd.borrow();
+            let _ = rustix::net::send(fd.as_fd(), &peer::session::farewell(), flags);
+        }
+    }
+
+    /// Ends the connection for good. Outstanding operations fail when both tasks have seen it.
+    pub(super) fn end(&self, why: &str) {
+        if std::mem::replace(&mut self.state.borrow_mut().ended, true) {
+            return;
+        }
+        if self.in_flight.get() > 0 {
+            tracing::warn!("the connection to {} has ended: {why}", self.address);
+        } else {
+            tracing::info!("the connection to {} has ended: {why}", self.address);
+        }
+        self.shut_down();
+        if self.tasks.get() == 0 {
+            self.give_up();
+        }
+    }
+
+    /// Makes what is under way in the kernel complete.
+    fn shut_down(&self) {
+        let _ = rustix::net::shutdown(self.fd.borrow().as_fd(), Shutdown::Both);
+        self.to_send.notify();
+    }
+
+    /// A task has nothing under way in the kernel any more.
+    fn task_over(self: &Rc<Self>, trouble: &Trouble) {
+        match trouble {
+            Trouble::Broken(why) if self.may_go_on() => {
+                if !std::mem::replace(&mut self.state.borrow_mut().broken, true) {
+                    tracing::warn!("the connection to {} has broken: {why}", self.address);
+                }
+                self.shut_down();
+            }
+            Trouble::Broken(why) | Trouble::Nonsense(why) => self.end(why),
+        }
+        self.tasks.set(self.tasks.get() - 1);
+        if self.tasks.get() > 0 {
+            return;
+        }
+        if self.state.borrow().ended {
+            self.give_up();
+        } else {
+            self.ring.spawn(Rc::clone(self).go_on());
+        }
+    }
+
+    /// Every outstanding operation fails.
+    fn give_up(&self) {
+        let parts = self.state.borrow_mut().take_parts();
+        for Part { op, into, data, .. } in parts {
+            drop((into, data));
+            self.answered(op, Err(GONE));
+        }
+    }
+
+    /// Whether another connection may go on in this one's place.
+    fn may_go_on(&self) -> bool {
+        let state = self.state.borrow();
+        self.fence.is_some() && !state.ended && state.orphans == 0
+    }
+
+    /// Connects until another connection is up, or it is clear that none can go on in this one's
+    /// place.
+    async fn go_on(self: Rc<Self>) {
+        let begun = ring::now();
+        let give_up = begun + self.deadline;
+        let mut pause = FIRST_PAUSE;
+        let why = loop {
+            let reopen = self.reopen.clone();
+            let opened = self.ring.blocking(move || reopen.0()).await;
+            if !self.may_go_on() {
+                return self.end("it has broken, and an operation was given up");
+            }
+            match opened {
+                // Hung up on in the middle of the handshake it was asked as one that knows no claims.
+                Ok(opened) if opened.fence.is_none() && ring::now() < give_up => {}
+                Ok(opened) if opened.fence != self.fence => {
+                    break "its server was started anew, another client wrote, or a flush failed"
+                        .to_owned();
+                }
+                Ok(opened) if opened.export != self.export => {
+                    break "the export has changed".to_owned();
+                }
+                Ok(opened) => {
+                    self.fd.replace(Rc::new(opened.fd));
+                    return self.ask_again(ring::now() - begun);
+                }
+                Err(error) if error.is_the_networks() && ring::now() < give_up => {
+                    tracing::debug!("{}: {error}", self.address);
+                }
+                Err(error) => break error.to_string(),
+            }
+            self.ring.sleep_until(ring::now() + pause).await;
+            pause = (pause * 2).min(LAST_PAUSE);
+        };
+        self.end(&why);
+    }
+
+    /// Goes on with a new connection.
+    fn ask_again(self: &Rc<Self>, after: Duration) {
+        let asked = {
+            let mut state = self.state.borrow_mut();
+            state.broken = false;
+            let parts = state.take_parts();
+            let count = parts.len();
+            parts.into_iter().for_each(|part| state.send(part));
+            count
+        };
+        let after = after.as_millis();
+        tracing::info!(
+            "{} is connected again after {after} ms; requests asked again: {asked}",
+            self.address
+        );
+        self.begin();
+    }
+
+    /// Begins to use the connection there is.
+    fn begin(self: &Rc<Self>) {
+        let silent = u32::try_from((self.deadline * 2).as_millis()).unwrap_or(u32::MAX);
+        // Unix sockets have no such thing; a TCP connection is as good without, only slower to
+        // be given up.
+        let _ = sockopt::set_tcp_user_timeout(self.fd.borrow().as_fd(), silent);
+        self.tasks.set(2);
+        self.to_send.notify();
+        self.ring.spawn(Rc::clone(self).send_requests());
+        self.ring.spawn(Rc::clone(self).receive_replies());
+    }
+
+    async fn send_requests(self: Rc<Self>) {
+        let fd = Rc::clone(&self.fd.borrow());
+        let trouble = loop {
+            if self.state.borrow().is_over() {
+                break Trouble::Broken(String::new());
+            }
+            let batch = self.gather();
+            if batch.bytes() == 0 {
+                self.to_send.wait().await;
+            } else if let Err(error) = send_all(&self.ring, &fd, Rc::new(batch)).await {
+                break error.into();
+            }
+        };
+        self.task_over(&trouble);
+    }
+
+    /// The requests that wait, as far as they fit into one system call.
+    fn gather(&self) -> Batch {
+        let mut batch = Batch::default();
+        let mut state = self.state.borrow_mut();
+        while batch.has_room()
+            && let Some(outgoing) = state.queue.pop_front()
+        {
+            batch.push_bytes(&outgoing.header);
+            if let Some(data) = outgoing.data {
+                batch.push_lend(data);
+            }
+        }
+        batch
+    }
+
+    async fn receive_replies(self: Rc<Self>) {
+        let fd = Rc::clone(&self.fd.borrow());
+        let mut inbox = Inbox::new(&self.ring, &fd, INBOX_BYTES);
+        let trouble = loop {
+            match inbox.array_or_end::<REPLY_BYTES>().await {
+                Ok(Some(header)) => {
+                    if let Err(trouble) = self.take_reply(&mut inbox, &header).await {
+                        break trouble;
+                    }
+                }
+                Ok(None) => break Trouble::Broken("its server closed it".to_owned()),
+                Err(error) => break error.into(),
+            }
+        };
+        self.task_over(&trouble);
+    }
+
+    async fn take_reply(
+        &self,
+        inbox: &mut Inbox,
+        header: &[u8; REPLY_BYTES],
+    ) -> Result<(), Trouble> {
+        let answer = self.state.borrow_mut().session.answered(header);
+        let answer = answer.map_err(|error| Trouble::Nonsense(error.to_string()))?;
+        let part = answer.token;
+        let result = answer.error.map_or(Ok(()), |errno| Err(known(errno)));
+        if let (Ok(()), Some(target)) = (result, &part.into)
+            && let Err(error) = inbox.fill_lent(target).await
+        {
+            self.state.borrow_mut().unanswered = Some(part);
+            return Err(error.into());
+        }
+        let Part { op, into, data, .. } = part;
+        drop((into, data));
+        self.answered(op, result);
+        Ok(())
+    }
+}
+
+/// What a server's error means to the engine: what the server cannot do or has no room for, or
+/// else that it failed.
+fn known(errno: i32) -> Errno {
+    match Errno(errno) {
+        errno @ (Errno::NO_SPACE | Errno::NOT_SUPPORTED) => errno,
+        _ => Errno::IO,
+    }
+}

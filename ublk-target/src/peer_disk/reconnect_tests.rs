@@ -1,0 +1,249 @@
+//! Tests of connections that go on where one broke.
+
+use super::*;
+use peer::claim::Fence;
+use peer::{Address, ConnectError};
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Mutex;
+
+const FENCE: Fence = Fence {
+    instance: 77,
+    turn: 5,
+};
+
+fn opened(stream: UnixStream, fence: Option<Fence>, reopen: Reopen) -> OpenedPeer {
+    OpenedPeer {
+        fd: OwnedFd::from(stream),
+        export: Export {
+            size_bytes: 64 << 20,
+            flags: ALL,
+            blocks: BlockSizes::DEFAULT,
+        },
+        address: "nbd://test/".to_owned(),
+        unfinished: None,
+        fence,
+        reopen,
+    }
+}
+
+/// What comes of an attempt to connect again.
+type Attempt = Box<dyn FnOnce() -> Result<(UnixStream, Fence), io::ErrorKind> + Send>;
+
+/// A disk whose connections are these, one after the other; how many were asked for.
+fn disk(
+    ring: &Rc<Ring>,
+    first: UnixStream,
+    fence: Option<Fence>,
+    attempts: Vec<Attempt>,
+) -> (Rc<PeerDisk>, Rc<Peers>, Arc<Mutex<VecDeque<Attempt>>>) {
+    let attempts = Arc::new(Mutex::new(VecDeque::from(attempts)));
+    let left = Arc::clone(&attempts);
+    let reopen = Reopen(Arc::new(move || {
+        let attempt = left.lock().unwrap().pop_front().unwrap();
+        let nobody = Reopen(Arc::new(|| unreachable!("the first one is asked")));
+        match attempt() {
+            Ok((stream, fence)) => Ok(opened(stream, Some(fence), nobody)),
+            Err(kind) => Err(ConnectError::Unreachable {
+                address: "nbd://test/x".parse::<Address>().unwrap(),
+                source: kind.into(),
+            }),
+        }
+    }));
+    let peers = Rc::new(Peers::default());
+    let opened = opened(first, fence, reopen);
+    let disk = PeerDisk::new(ring, opened, Duration::from_secs(30), &peers);
+    (Rc::new(disk), peers, attempts)
+}
+
+fn pair() -> (UnixStream, Server) {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    (ours, Server(theirs))
+}
+
+#[test]
+fn another_connection_goes_on_where_one_broke() {
+    on_ring(64, |ring| {
+        let (first, mut old) = pair();
+        let (second, mut new) = pair();
+        let attempts: Vec<Attempt> = vec![
+            Box::new(|| Err(io::ErrorKind::TimedOut)),
+            Box::new(|| Err(io::ErrorKind::ConnectionReset)),
+            Box::new(move || Ok((second, FENCE))),
+        ];
+        let (disk, _, attempts) = disk(&ring, first, Some(FENCE), attempts);
+        let server = std::thread::spawn(move || {
+            let asked = old.requests(9);
+            // Answers two, and half of a third.
+            old.reply(asked[1].cookie, 0, &[]);
+            old.reply(asked[6].cookie, 0, &[content(asked[6].offset); 4096]);
+            let half = [Server::header(asked[5].cookie, 0), vec![9; 1000]].concat();
+            old.0.write_all(&half).unwrap();
+            drop(old);
+            let again = new.requests(7);
+            for request in &again {
+                let data = [content(request.offset); 4096];
+                let data = if request.kind == READ { &data[..] } else { &[] };
+                new.reply(request.cookie, 0, data);
+            }
+            assert!(new.next().is_none(), "asked for what was answered");
+            (asked, again)
+        });
+        ring.block_on(async move {
+            let written: Vec<_> = (0..4).map(|at| buffer(4096, at)).collect();
+            let targets: Vec<_> = (0..4).map(|_| buffer(4096, 0)).collect();
+            let mut ops: Vec<_> = (0..)
+                .zip(&written)
+                .map(|(at, data)| write(&disk, at * 4096, data, at == 3))
+                .collect();
+            ops.extend(
+                (100..)
+                    .zip(&targets)
+                    .map(|(at, target)| read(&disk, at * 4096, target)),
+            );
+            ops.push(disk.submit(DiskRequest::Flush));
+            for op in ops {
+                assert_eq!(op.await, Ok(()));
+            }
+            for (at, target) in (100..).zip(&targets) {
+                assert!(holds(target, content(at * 4096)), "block {at}");
+            }
+            assert_eq!(disk.in_flight(), 0);
+            assert!(!written.iter().chain(&targets).any(|it| it.in_use()));
+        })
+        .unwrap();
+        assert!(attempts.lock().unwrap().is_empty());
+        let (asked, mut again) = server.join().unwrap();
+        let mut missing: Vec<_> = [0, 2, 3, 4, 5, 7, 8].map(|at| asked[at].clone()).into();
+        for list in [&mut missing, &mut again] {
+            list.iter_mut().for_each(|it| it.cookie = 0);
+            list.sort_by_key(|it| (it.kind, it.offset));
+        }
+        assert_eq!(again, missing);
+    });
+}
+
+/// Not when what was answered may be lost, or another has written, or nobody is there.
+#[test]
+fn a_connection_that_none_can_replace_has_failed() {
+    type Other = fn(UnixStream) -> Result<(UnixStream, Fence), io::ErrorKind>;
+    let cases: [(&str, Option<Fence>, bool, Option<Other>); 6] = [
+        ("unfenced", None, false, None),
+        ("nonsense", Some(FENCE), true, None),
+        (
+            "another instance",
+            Some(FENCE),
+            false,
+            Some(|it| {
+                Ok((
+                    it,
+                    Fence {
+                        instance: 78,
+                        ..FENCE
+                    },
+                ))
+            }),
+        ),
+        (
+            "another turn",
+            Some(FENCE),
+            false,
+            Some(|it| Ok((it, Fence { turn: 6, ..FENCE }))),
+        ),
+        (
+            "no server",
+            Some(FENCE),
+            false,
+            Some(|_| Err(io::ErrorKind::ConnectionRefused)),
+        ),
+        (
+            "no socket",
+            Some(FENCE),
+            false,
+            Some(|_| Err(io::ErrorKind::NotFound)),
+        ),
+    ];
+    for (name, fence, nonsense, other) in cases {
+        on_ring(32, move |ring| {
+            let ((first, mut old), (second, mut new)) = (pair(), pair());
+            let attempts: Vec<Attempt> = match other {
+                Some(other) => vec![Box::new(move || other(second))],
+                None => {
+                    drop(second);
+                    Vec::new()
+                }
+            };
+            let (disk, _, attempts) = disk(&ring, first, fence, attempts);
+            let server = std::thread::spawn(move || {
+                old.next().unwrap();
+                if nonsense {
+                    old.0.write_all(&[0; REPLY_BYTES]).unwrap();
+                }
+                drop(old);
+                new.next()
+            });
+            ring.block_on(async move {
+                let data = buffer(4096, 1);
+                assert_eq!(write(&disk, 0, &data, false).await, Err(GONE), "{name}");
+                assert_eq!(write(&disk, 0, &data, false).await, Err(GONE), "{name}");
+                assert!(!data.in_use() && disk.in_flight() == 0);
+            })
+            .unwrap();
+            assert!(attempts.lock().unwrap().is_empty(), "{name}");
+            drop(attempts);
+            assert_eq!(server.join().unwrap(), None, "{name}");
+        });
+    }
+}
+
+/// What was given up is not asked again: later writes may be to the same blocks (R13).
+#[test]
+fn nothing_goes_on_once_an_operation_was_given_up() {
+    for before in [true, false] {
+        on_ring(32, move |ring| {
+            let ((first, mut old), (second, mut new)) = (pair(), pair());
+            let ((tries, tried), (release, held)) = (mpsc::channel(), mpsc::channel::<()>());
+            let connects: Attempt = Box::new(move || {
+                tries.send(()).unwrap();
+                held.recv().unwrap();
+                Ok((second, FENCE))
+            });
+            let mut attempts = vec![connects];
+            if before {
+                attempts.clear();
+            }
+            let (disk, peers, _) = disk(&ring, first, Some(FENCE), attempts);
+            let (close, closes) = mpsc::channel::<()>();
+            let server = std::thread::spawn(move || {
+                old.requests(2);
+                closes.recv().unwrap();
+                drop(old);
+                new.next()
+            });
+            let ours = Rc::clone(&ring);
+            ring.block_on(async move {
+                let data = [buffer(4096, 1), buffer(4096, 2)];
+                let given_up = write(&disk, 0, &data[0], false);
+                let other = write(&disk, 4096, &data[1], false);
+                if before {
+                    drop(given_up);
+                    close.send(()).unwrap();
+                } else {
+                    close.send(()).unwrap();
+                    ours.blocking(move || tried.recv().unwrap()).await;
+                    assert_eq!(disk.in_flight(), 2);
+                    drop(given_up);
+                }
+                assert_eq!(other.await, Err(GONE));
+                assert!(disk.in_flight() == 0 && !data.iter().any(|it| it.in_use()));
+                // Comes too late.
+                let _ = release.send(());
+                drop(disk);
+                peers.leave(&ours).await;
+                let asked = ours.blocking(move || server.join().unwrap()).await;
+                assert_eq!(asked, None);
+            })
+            .unwrap();
+        });
+    }
+}
