@@ -92,7 +92,7 @@ pub(crate) struct Server<D, S> {
     instance: u128,
     /// See [`Fence::turn`].
     turn: Cell<u64>,
-    /// Whose turn it is, or was last; none when it was a client without a claim.
+    /// Whose turn it is; none when it is that of a client without a claim.
     owner: Cell<Option<u128>>,
     admission: RefCell<Admission>,
     sessions: RefCell<BTreeMap<SessionId, Rc<Session<S>>>>,
@@ -100,6 +100,8 @@ pub(crate) struct Server<D, S> {
     stopping: Cell<bool>,
     /// Flushes of the disk that have failed, whoever asked for them.
     flush_failures: Cell<u64>,
+    /// Flushes that have not ended, those included whose asker is gone.
+    flushes: Cell<usize>,
     /// Notified when the right to write, or the number of sessions, has changed.
     changed: Notify,
     say: Box<dyn Fn(&str)>,
@@ -126,6 +128,7 @@ impl<D: Store, S: Stream> Server<D, S> {
             last_session: Cell::new(0),
             stopping: Cell::new(false),
             flush_failures: Cell::new(0),
+            flushes: Cell::new(0),
             changed: Notify::new(),
             say,
         })
@@ -207,7 +210,11 @@ impl<D: Store, S: Stream> Server<D, S> {
 
     /// Decides on a claim. When it is granted no other session's request is under way, none will
     /// begin, and what the older ones wrote is durable.
-    pub(crate) async fn claim(&self, session: &Session<S>, claim: &Claim) -> Result<(), Denied> {
+    pub(crate) async fn claim(
+        self: &Rc<Self>,
+        session: &Session<S>,
+        claim: &Claim,
+    ) -> Result<(), Denied> {
         if self.export.flags & EXPORT_READ_ONLY != 0 {
             return Err("the disk is exported read-only".to_owned().into());
         }
@@ -216,7 +223,10 @@ impl<D: Store, S: Stream> Server<D, S> {
     }
 
     /// Lets a session that has not claimed write, where that is allowed.
-    pub(crate) async fn let_unclaimed_write(&self, session: &Session<S>) -> Result<(), Denied> {
+    pub(crate) async fn let_unclaimed_write(
+        self: &Rc<Self>,
+        session: &Session<S>,
+    ) -> Result<(), Denied> {
         // Who has claimed does not lose the disk to a client that knows no claims.
         let may_cut = |other: &Session<S>| other.owner().is_none();
         self.take(session, None, may_cut).await
@@ -225,7 +235,7 @@ impl<D: Store, S: Stream> Server<D, S> {
     /// Makes the session the writer, or leaves it without the right and without a place in the
     /// queue: also when it had one.
     async fn take(
-        &self,
+        self: &Rc<Self>,
         session: &Session<S>,
         claim: Option<&Claim>,
         may_cut: impl Fn(&Session<S>) -> bool,
@@ -235,15 +245,15 @@ impl<D: Store, S: Stream> Server<D, S> {
             self.leave(session.id());
             return taken;
         }
-        let owner = claim.map(|claim| claim.owner);
-        if owner.is_none() || self.owner.replace(owner) != owner {
+        if claim.is_none_or(|claim| claim.resumes.is_none()) {
             self.turn.set(self.turn.get() + 1);
         }
+        self.owner.set(claim.map(|claim| claim.owner));
         taken
     }
 
     async fn try_to_take(
-        &self,
+        self: &Rc<Self>,
         session: &Session<S>,
         claim: Option<&Claim>,
         may_cut: impl Fn(&Session<S>) -> bool,
@@ -251,6 +261,8 @@ impl<D: Store, S: Stream> Server<D, S> {
         // Who has no right to the disk costs nobody a session.
         self.judge(claim).await?;
         self.admit(session, may_cut).await?;
+        // One that fails has to be known of before anything is said of the turn.
+        self.until_no_flush().await;
         // A client without FUA writes and then flushes; it may have been cut in between. What the
         // next one decides by must not vanish with this machine's power afterwards.
         let flushed = self.flush().await;
@@ -259,9 +271,18 @@ impl<D: Store, S: Stream> Server<D, S> {
         refuse_cut(session)
     }
 
-    /// Decides by the superblock on the disk. A member of a mirror is written to by claims only.
+    /// Decides by the turn, or by the superblock on the disk. A member of a mirror is written to by claims only.
     async fn judge(&self, claim: Option<&Claim>) -> Result<(), String> {
         const COPIES: usize = 2 * COPY_BYTES;
+        if let Some((owner, turn)) = claim.and_then(|it| Some((it.owner, it.resumes?))) {
+            return if self.owner.get() == Some(owner) && self.turn.get() == turn {
+                Ok(())
+            } else {
+                let why =
+                    "what it resumes is over: the export was claimed since, or a flush failed";
+                Err(why.to_owned())
+            };
+        }
         if self.export.size_bytes < COPY_A_OFFSET + COPIES as u64 {
             return Ok(());
         }
@@ -277,13 +298,31 @@ impl<D: Store, S: Stream> Server<D, S> {
 
     /// Flushes the disk, and counts a failure: a disk says of it once, to whoever asks first, and
     /// everybody whose writes it concerns has to hear of it.
-    pub(crate) async fn flush(&self) -> Result<(), Errno> {
-        let flushed = self.store.flush().await;
-        if flushed.is_err() {
-            self.flush_failures.set(self.flush_failures.get() + 1);
-            self.turn.set(self.turn.get() + 1);
+    pub(crate) async fn flush(self: &Rc<Self>) -> Result<(), Errno> {
+        let server = Rc::clone(self);
+        self.flushes.set(self.flushes.get() + 1);
+        // Whoever asked may be gone before the disk has answered.
+        let flushing = spawn(async move {
+            let flushed = server.store.flush().await;
+            server.flushes.set(server.flushes.get() - 1);
+            if flushed.is_err() {
+                server.flush_failures.set(server.flush_failures.get() + 1);
+                server.turn.set(server.turn.get() + 1);
+            }
+            server.changed.notify_waiters();
+            flushed
+        });
+        flushing.await.unwrap_or(Err(Errno::IO))
+    }
+
+    async fn until_no_flush(&self) {
+        loop {
+            let changed = self.changed.notified();
+            if self.flushes.get() == 0 {
+                return;
+            }
+            changed.await;
         }
-        flushed
     }
 
     /// How many flushes have failed.
@@ -360,7 +399,7 @@ impl<D: Store, S: Stream> Server<D, S> {
     }
 
     /// Takes no more requests, and returns when those under way have ended and all is durable.
-    pub(crate) async fn stop(&self) -> Result<(), Errno> {
+    pub(crate) async fn stop(self: &Rc<Self>) -> Result<(), Errno> {
         self.stopping.set(true);
         self.shutdown_all(Shutdown::Read);
         if timeout(STOP_PATIENCE, self.until(BTreeMap::is_empty))

@@ -37,7 +37,7 @@ pub(crate) const PAYLOAD_BYTES_MAX: u32 = 4 << 20;
 /// Most requests under way in one session.
 const REQUESTS_MAX: u32 = 128;
 /// The handshake's limit of time, the wait for an older session's requests included.
-const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+pub(crate) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
 /// In these units the data under way are counted.
 const UNIT_BYTES: u32 = 1024;
 
@@ -216,7 +216,9 @@ impl<S: Stream> Session<S> {
                 self.reply(&request, error, None, room);
                 continue;
             }
-            let changes = request.command.changes();
+            // A writer's flush counts: whether it fails has to be known before another one writes.
+            let flushes = request.command == Command::Flush && self.writes.get();
+            let changes = request.command.changes() || flushes;
             if self.is_cut.get() || changes && !server.change_begins(self.id) {
                 return Ok(());
             }
@@ -280,7 +282,7 @@ impl<S: Stream> Session<S> {
     /// Performs a request; returns the data of a read.
     async fn perform<D: Store>(
         &self,
-        server: &Server<D, S>,
+        server: &Rc<Server<D, S>>,
         request: &Request,
         memory: Option<Memory>,
     ) -> (Result<(), Errno>, Option<Memory>) {

@@ -99,6 +99,7 @@ fn blank(owner: u128) -> Claim {
     Claim {
         owner,
         take_over: false,
+        resumes: None,
         seen: None,
     }
 }

@@ -32,6 +32,7 @@ fuzz_target!(|data: &[u8]| {
     let claim = Claim {
         owner: 1,
         take_over: false,
+        resumes: None,
         seen: None,
     };
     play(Handshake::new(NAME), data, SENT_BYTES, false);

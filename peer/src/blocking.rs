@@ -310,22 +310,54 @@ impl Client {
     ///
     /// Likewise, and when the server refuses the claim.
     pub fn claim(address: &Address, claimant: Claimant) -> Result<Self, ConnectError> {
-        let question = Handshake::asking(&address.export, None);
-        let mut client = match Self::shake(address, question, CONNECT_PATIENCE) {
+        let mut asked = match Self::ask(address, CONNECT_PATIENCE) {
             Err(error) if error.is_hang_up() => return Self::connect(address),
             other => other?,
         };
-        if client.fence.is_none() {
-            return client.fit();
+        if asked.fence.is_none() {
+            return asked.fit();
         }
         let claim = Claim {
             owner: claimant.owner,
             take_over: claimant.take_over,
-            seen: client.seen(),
+            resumes: None,
+            seen: asked.seen(),
         };
-        drop(client);
+        drop(asked);
         let claiming = Handshake::asking(&address.export, Some(claim));
         Self::shake(address, claiming, CONNECT_PATIENCE)?.fit()
+    }
+
+    /// Connects within `patience`, to read, and asks whether the server knows claims.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be reached or refuses.
+    pub fn ask(address: &Address, patience: Duration) -> Result<Self, ConnectError> {
+        let question = Handshake::asking(&address.export, None);
+        Self::shake(address, question, patience)
+    }
+
+    /// Connects within `patience` to go on where another connection broke: `turn` is its
+    /// [`Fence::turn`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::claim`]; the server refuses when that turn is over.
+    pub fn resume(
+        address: &Address,
+        owner: u128,
+        turn: u64,
+        patience: Duration,
+    ) -> Result<Self, ConnectError> {
+        let claim = Claim {
+            owner,
+            take_over: false,
+            resumes: Some(turn),
+            seen: None,
+        };
+        let claiming = Handshake::asking(&address.export, Some(claim));
+        Self::shake(address, claiming, patience)?.fit()
     }
 
     /// What lies on the disk at this moment. A copy that cannot be read, or is not there, says

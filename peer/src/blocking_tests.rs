@@ -232,6 +232,7 @@ fn a_claim_names_what_lies_on_the_disk() {
     let claim = Claim {
         owner: 5,
         take_over: true,
+        resumes: None,
         seen: Some(Seen {
             mirror: 9_u128.to_be_bytes(),
             epoch: 30,

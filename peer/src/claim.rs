@@ -17,8 +17,9 @@
 //! | 4 | length of the export's name |
 //! | | the name |
 //! | 1 | 0: only asks whether there are claims here; 1: claims, and the rest follows |
-//! | 1 | bit 0: take over, also from a session that lives |
-//! | 16 | owner: random, the same in all claims of one process |
+//! | 1 | bit 0: take over, also from a session that lives; bit 1: resume; not both |
+//! | 16 | owner: random, the same in all claims of one process for one address |
+//! | 8 | when it resumes: the turn |
 //! | 1 | what the claimant has seen on the disk, 0: no superblock; 1: one, and the rest follows |
 //! | 16 | its mirror |
 //! | 16 | its epoch |
@@ -34,11 +35,14 @@
 //! |---|---|
 //! | 2 | its kind |
 //! | 16 | the server's instance, random at each of its starts: by it a client knows whether the disk's cache has lived on (R14) |
-//! | 8 | the turn: grows whenever the right to write goes to another owner or to a client without a claim, and whenever a flush of the disk fails |
+//! | 8 | the turn: grows whenever the right to write is granted, except to a claim that resumes, and whenever a flush of the disk fails |
 //!
-//! An owner who finds instance and turn as they were knows that nobody else has written, and that
-//! whatever it was answered is still what a flush will make durable: it may go on in the new
-//! session where the old one broke off, asking again for all that was not answered (R13).
+//! A claim that resumes is granted to the owner of the present turn, if it names that turn, and to
+//! nobody else; it cuts nobody before that is known. Who is granted it, by the same instance, knows
+//! that nobody else has written, and that whatever it was answered is still what a flush will make
+//! durable: it may go on in the new session where the old one broke off, asking again for all that
+//! was not answered (R13). What it has seen on the disk then does not matter: its own last requests
+//! may have changed that.
 //!
 //! # Who is let in
 //!
@@ -128,8 +132,8 @@ pub const FENCE_BYTES: usize = 24;
 pub struct Fence {
     /// Random at each of its starts.
     pub instance: u128,
-    /// Grows whenever the right to write goes to another owner or to a client without a claim, and
-    /// whenever a flush of the disk fails.
+    /// Grows whenever the right to write is granted, except to a claim that resumes, and whenever a
+    /// flush of the disk fails.
     pub turn: u64,
 }
 
@@ -160,6 +164,8 @@ pub struct Claim {
     pub owner: u128,
     /// Also from another owner's session that lives.
     pub take_over: bool,
+    /// The turn that it resumes; not together with `take_over`.
+    pub resumes: Option<u64>,
     /// What the claimant has seen on the disk.
     pub seen: Option<Seen>,
 }
@@ -174,8 +180,12 @@ pub fn encode(name: &str, claim: Option<&Claim>) -> Vec<u8> {
         out.push(0);
         return out;
     };
-    out.extend_from_slice(&[1, u8::from(claim.take_over)]);
+    let flags = u8::from(claim.take_over) | u8::from(claim.resumes.is_some()) << 1;
+    out.extend_from_slice(&[1, flags]);
     out.extend_from_slice(&claim.owner.to_be_bytes());
+    if let Some(turn) = claim.resumes {
+        out.extend_from_slice(&turn.to_be_bytes());
+    }
     let Some(seen) = &claim.seen else {
         out.push(0);
         return out;
@@ -199,9 +209,17 @@ pub fn decode(data: &[u8]) -> Option<(&[u8], Option<Claim>)> {
     let (name, mut rest) = data.get(4..)?.split_at_checked(len)?;
     let rest = &mut rest;
     let claim = if flag(rest)? {
+        let [flags] = bytes(rest)?;
+        if flags > 2 {
+            return None;
+        }
         Some(Claim {
-            take_over: flag(rest)?,
+            take_over: flags == 1,
             owner: u128::from_be_bytes(bytes(rest)?),
+            resumes: match flags {
+                2 => Some(u64::from_be_bytes(bytes(rest)?)),
+                _ => None,
+            },
             seen: if flag(rest)? { Some(seen(rest)?) } else { None },
         })
     } else {

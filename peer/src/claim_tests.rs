@@ -46,6 +46,7 @@ fn claim(seen: Option<(u128, u128, &[u128])>) -> Claim {
     Claim {
         owner: 1,
         take_over: false,
+        resumes: None,
         seen: seen.map(|(mirror, epoch, history)| Seen {
             mirror: Uuid::from_u128(mirror).into_bytes(),
             epoch,
@@ -142,12 +143,15 @@ fn a_sentence_fits_into_what_a_client_shows() {
 proptest! {
     #[test]
     fn what_is_encoded_is_decoded(
-        name in "\\PC{0,20}", owner: u128, take_over: bool,
+        name in "\\PC{0,20}", owner: u128, (take_over, resumes) in prop_oneof![
+            any::<bool>().prop_map(|take_over| (take_over, None)),
+            any::<u64>().prop_map(|turn| (false, Some(turn))),
+        ],
         seen in prop::option::of((any::<[u8; 16]>(), any::<u128>(),
                                   prop::collection::vec(any::<u128>(), 0..=HISTORY_MAX))),
     ) {
         let seen = seen.map(|(mirror, epoch, history)| Seen { mirror, epoch, history });
-        let claim = Claim { owner, take_over, seen };
+        let claim = Claim { owner, take_over, resumes, seen };
         let question = encode(&name, None);
         prop_assert_eq!(decode(&question), Some((name.as_bytes(), None)));
         let data = encode(&name, Some(&claim));

@@ -121,6 +121,7 @@ fn a_claim_is_granted_or_the_handshake_ends() {
         Some(Claim {
             owner: 1,
             take_over: true,
+            resumes: None,
             seen: None,
         })
     };

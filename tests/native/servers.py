@@ -217,8 +217,8 @@ class Between:
     `hold()` passes nothing on any more and closes nothing, and `let_go()` ends that.
     """
 
-    def __init__(self, area, server):
-        self.socket = area.file("between.socket")
+    def __init__(self, area, server, name="between"):
+        self.socket = area.file(f"{name}.socket")
         self.address = f"nbd+unix:///{server.export}?socket={self.socket}"
         self.server, self.lock, self.ends = server, threading.Lock(), []
         self.open, self.flows, self.connections = True, threading.Event(), 0

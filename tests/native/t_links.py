@@ -1,5 +1,7 @@
 """Connections to our own server that break, hang, and are taken up again."""
 
+import time
+
 import nbd
 from harness import BLOCK, MIB, Model, check
 from servers import Between, Exported, Nbdkit
@@ -118,6 +120,39 @@ def a_network_that_is_down_for_longer_costs_the_member(area):
         model.check(client)
     area.stop()
     area.compare([local, server.backing])
+
+
+def another_way_is_taken_when_one_fails(area):
+    """Closed for good, or silent: no write waits for three seconds, none is lost."""
+    server = Exported(area, "peer")
+    other, elsewhere = Between(area, server, "other"), Exported(area, "elsewhere")
+    elsewhere.start()
+    # What another server exports is none of the ways, and is left alone.
+    options = ("--path", elsewhere.address, "--path", other.address)
+    local, between, model = _mirror(area, server, options=options)
+    with area.client() as client:
+        for trouble, way in ((between.cut, other), (other.hold, between), (between.hold, other)):
+            before = way.connections
+            between.mend()
+            other.let_go()
+            trouble()
+            longest = 0
+            for _ in range(500):
+                began = time.monotonic()
+                model.write(client, area.random.randrange(BLOCKS))
+                longest = max(longest, time.monotonic() - began)
+            check(longest < 3, f"a write took {longest:.1f} s")
+            check(way.connections > before, "the other way was not taken")
+            check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
+        between.let_go()
+        model.check(client)
+        area.pull(0)
+        model.check(client)
+        area.put_back(local)
+    area.stop()
+    area.compare([local, server.backing])
+    with nbd.Client(elsewhere.where, "m", claim=nbd.claim(1)) as client:
+        check(client.read(0, BLOCK) == bytes(BLOCK), "another server's disk was written")
 
 
 def an_unfenced_connection_is_not_taken_up_again(area):

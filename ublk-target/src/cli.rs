@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use mirror::budget::ErrorBudget;
@@ -31,6 +32,9 @@ pub(crate) struct Args {
     /// The servers of peer members have ended every earlier session with them
     #[arg(long)]
     pub(crate) peer_sessions_over: bool,
+    /// Another address of a peer member's server, to be used when the first one fails
+    #[arg(long = "path", value_name = "ADDRESS")]
+    pub(crate) paths: Vec<peer::Address>,
     /// Servers that admit one writer end another host's session, also one that lives
     #[arg(long)]
     pub(crate) take_over: bool,
@@ -40,9 +44,9 @@ pub(crate) struct Args {
     /// Requests of the block device under way at once
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub(crate) queue_depth: u16,
-    /// A member that has not answered for so long is lost
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub(crate) deadline: u64,
+    /// A member that has not answered for so long is lost [default: 5 with peers, else 30]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) deadline: Option<u64>,
     /// Extents that may be hot at once [default: decided by the engine]
     #[arg(long, value_name = "EXTENTS")]
     pub(crate) hot_budget: Option<u32>,
@@ -78,6 +82,16 @@ pub(crate) struct Args {
     /// The members' devices, image files or addresses
     #[arg(required = true, value_name = "MEMBER_PATH")]
     pub(crate) members: Vec<String>,
+}
+
+impl Args {
+    /// When a member that does not answer is lost. A disk may take long over a bad sector, and a
+    /// network that is silent for five seconds is down.
+    pub(crate) fn deadline(&self) -> Duration {
+        let behind_network = self.members.iter().any(|path| peer::is_address(path));
+        let default = if behind_network { 5 } else { 30 };
+        Duration::from_secs(self.deadline.unwrap_or(default))
+    }
 }
 
 /// When reads are checked.

@@ -19,7 +19,7 @@ use scrubber::Start;
 use crate::batch::Batch;
 use crate::daemon::Daemon;
 use crate::member::{self, MemberDisk};
-use crate::peer_disk::Peers;
+use crate::peer_disk::{Peers, one_form};
 use crate::ring;
 use crate::stream::{Inbox, StreamError, send_all};
 use crate::sys::Prepared;
@@ -105,7 +105,7 @@ async fn handle(daemon: &Rc<Daemon>, fd: Rc<OwnedFd>) -> Result<(), StreamError>
                 line.extend(inbox.line().await?);
             }
             match from_line::<Request>(&line) {
-                Ok(request) => answer(daemon, request).await,
+                Ok(request) => answer(daemon, in_one_form(request)).await,
                 Err(error) => Reply::Error {
                     message: format!("the daemon does not understand the request ({error})"),
                     kind: ErrorKind::Usage,
@@ -128,6 +128,23 @@ fn peer_refused(fd: &Rc<OwnedFd>) -> Option<Reply> {
         message: "only root and the user the daemon runs as may control it".to_owned(),
         kind: ErrorKind::Refused,
     })
+}
+
+/// The request with addresses as the engine knows them: two forms of one address are one member.
+fn in_one_form(mut request: Request) -> Request {
+    match &mut request {
+        Request::ReAdd { path, .. }
+        | Request::Add { path, .. }
+        | Request::Fail {
+            member: MemberRef::Path(path),
+        }
+        | Request::Remove {
+            member: MemberRef::Path(path),
+            ..
+        } => *path = one_form(path),
+        _ => {}
+    }
+    request
 }
 
 async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {

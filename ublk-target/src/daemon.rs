@@ -28,7 +28,7 @@ use crate::front_ublk::{self, UblkFront, users};
 use crate::host::RingHost;
 use crate::log;
 use crate::member::{self, MemberDisk, OpenError, Opened};
-use crate::peer_disk::Peers;
+use crate::peer_disk::{Peers, one_form};
 use crate::ready::{Failure, Ready};
 use crate::ring::{self, Ring};
 use crate::rundir::{RunDir, listen_tcp, listen_unix};
@@ -234,7 +234,7 @@ fn run_with_sockets(
     let ring = Ring::new(RING_ENTRIES).map_err(Failure::failed)?;
     let stop_asked = Rc::new(Signal::default());
     watch_signals(&ring, signals, &stop_asked);
-    let peers = Rc::new(Peers::default());
+    let peers = Rc::new(Peers::with_paths(args.paths.clone()));
     let starting = start_engine(args.clone(), Rc::clone(&ring), Rc::clone(&peers));
     let engine = ring.block_on(starting).map_err(broken)??;
     if sys::memory_lock_refused() {
@@ -303,7 +303,7 @@ impl Life<'_> {
             commands: Cell::new(0),
             command_ended: Signal::default(),
             peers: Rc::clone(self.peers),
-            deadline: Duration::from_secs(self.args.deadline),
+            deadline: self.args.deadline(),
             front,
             name: self.args.name.clone(),
             stop_asked: Rc::clone(self.stop_asked),
@@ -382,14 +382,14 @@ fn watch_signals(ring: &Rc<Ring>, signals: OwnedFd, stop_asked: &Rc<Signal>) {
 }
 
 async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc<Engine>, Failure> {
-    let deadline = Duration::from_secs(args.deadline);
+    let deadline = args.deadline();
     let mut candidates = Vec::new();
     // The engine decides whether the mirror may start without these (R15).
     let mut missing = Vec::new();
     let mut kind = ErrorKind::NotFound;
-    for path in &args.members {
-        let claimant = peers.claimant(path, args.take_over);
-        match open_member(&ring, path, claimant).await {
+    for path in args.members.iter().map(|path| one_form(path)) {
+        let claimant = peers.claimant(&path, args.take_over);
+        match open_member(&ring, &path, claimant).await {
             Ok(opened) => match opened.unfinished_session() {
                 Some(why) if !args.peer_sessions_over => {
                     tracing::warn!("{why}");
@@ -397,7 +397,7 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
                     kind = ErrorKind::Refused;
                 }
                 _ => candidates.push(Candidate {
-                    path: path.clone(),
+                    path,
                     disk: opened.bind(&ring, deadline, &peers),
                 }),
             },

@@ -19,7 +19,8 @@
 //!   one goes on in its place, for as long as the deadline: if the server is the same one, and nobody
 //!   else had the right to write meanwhile, and no flush failed, then all that was answered is as it
 //!   was, and what was not answered is asked again. (What was asked before has ended: the server has
-//!   seen to that. It did then what it is asked now, or nothing.) An operation that was given up must
+//!   seen to that. It did then what it is asked now, or nothing.) There may be several ways to a
+//!   server: then a connection that owes an answer and says nothing is given up as well. An operation that was given up must
 //!   not be asked again, later ones may be to the same blocks: with the first orphan such a connection
 //!   has failed.
 //! - After an unclean end of a session a start uses a peer only if the server that it meets is the
@@ -61,7 +62,7 @@ use peer::{Ask, Kind};
 
 use self::link::Link;
 pub(crate) use self::opened::OpenedPeer;
-pub(crate) use self::peers::Peers;
+pub(crate) use self::peers::{Peers, one_form};
 use crate::ring::Ring;
 use crate::sys::{IoBuffer, Lend};
 
@@ -80,7 +81,8 @@ impl PeerDisk {
         deadline: Duration,
         peers: &Peers,
     ) -> Self {
-        let link = Link::new(ring, opened, deadline);
+        let ways = peers.ways_to(&opened);
+        let link = Link::new(ring, opened, ways, deadline);
         peers.add(&link);
         Self(link)
     }

@@ -4,6 +4,7 @@ use std::os::unix::process::ExitStatusExt as _;
 
 use super::*;
 use crate::server::spawn;
+use crate::session::HANDSHAKE_LIMIT;
 
 const FLUSH: Ask = Ask {
     kind: Kind::Flush,
@@ -234,51 +235,111 @@ fn a_panic_ends_the_process() {
     assert_eq!(output.unwrap().status.signal(), Some(6), "SIGABRT");
 }
 
-/// An owner whose turn it still is may go on where it was; anybody else's write in between, and a
-/// flush that failed, end the turn.
+/// Who goes on where it was is granted the turn it had; anybody's claim in between, also of the same
+/// owner, a write without a claim, and a flush that failed, end that.
 #[test]
-fn the_turn_is_over_when_another_has_written_or_a_flush_has_failed() {
+fn a_turn_is_resumed_until_anything_else_has_happened() {
     run(async {
         let store = SimStore::new(SIZE);
         let server = server(&store, Unclaimed::Write);
-        let turn = async |claim: Option<Claim>| {
+        let claimed = async |claim: Option<Claim>| {
             let client = Client::new(&server, WIDE).await;
-            let fence = client.fence(claim.as_ref()).await.unwrap().unwrap();
-            assert_eq!(fence.instance, 77);
-            (fence.turn, client)
+            let fence = client.fence(claim.as_ref()).await.unwrap();
+            fence.map(|it| (it.turn, client))
         };
-        let (first, client) = turn(Some(blank(1))).await;
-        assert_eq!(turn(None).await.0, first, "asking changes nothing");
-        // While the older session lives, and when it has left.
-        let (again, newer) = turn(Some(blank(1))).await;
-        assert_eq!(again, first);
-        client.0.close();
-        newer.0.close();
-        idle().await;
-        assert_eq!(turn(Some(blank(1))).await.0, first);
-        let refused = Client::new(&server, WIDE).await;
-        assert!(refused.fence(Some(&blank(2))).await.unwrap().is_err());
+        let resumed = |owner, turn| {
+            claimed(Some(Claim {
+                resumes: Some(turn),
+                ..blank(owner)
+            }))
+        };
+        let (first, old) = claimed(Some(blank(1))).await.unwrap();
         assert_eq!(
-            turn(Some(blank(1))).await.0,
+            claimed(None).await.unwrap().0,
             first,
-            "who is refused had none"
+            "asking changes nothing"
         );
-        let (other, _client) = turn(Some(taking(blank(2)))).await;
-        assert!(other > first);
-        let (back, client) = turn(Some(taking(blank(1)))).await;
-        assert!(back > other);
+        // While the session before lives, and when it has left.
+        let (turn, client) = resumed(1, first).await.unwrap();
+        assert_eq!(turn, first);
+        assert_eq!(old.answer().await, None, "it was not cut");
         client.0.close();
         idle().await;
+        assert_eq!(resumed(1, first).await.unwrap().0, first);
+        for (owner, turn) in [(2, first), (1, first + 1), (1, first - 1)] {
+            assert!(resumed(owner, turn).await.is_err());
+        }
+        assert!(claimed(Some(blank(2))).await.is_err(), "it is in use");
+        let (turn, client) = resumed(1, first).await.unwrap();
+        assert_eq!(turn, first, "who is refused had none");
+        // A new claim of the same owner is another connection's: that one is not cut by the first.
+        let (second, newer) = claimed(Some(blank(1))).await.unwrap();
+        assert!(second > first);
+        assert_eq!(client.answer().await, None);
+        assert!(resumed(1, first).await.is_err());
+        newer.go().await;
+        assert_eq!(newer.write(100, 1).await, Some(0), "it was cut");
+        let (other, client) = claimed(Some(taking(blank(2)))).await.unwrap();
+        assert!(resumed(1, second).await.is_err());
+        client.0.close();
+        idle().await;
+        assert!(
+            resumed(1, second).await.is_err(),
+            "also when that one has left"
+        );
         let stranger = Client::stranger(&server, WIDE).await;
         assert_eq!(stranger.write(100, 1).await, Some(0));
         stranger.0.close();
         idle().await;
-        let (after, client) = turn(Some(blank(1))).await;
-        assert!(after > back, "a client without a claim wrote in between");
+        assert!(
+            resumed(2, other).await.is_err(),
+            "a client without a claim has written"
+        );
+        let (last, client) = claimed(Some(blank(2))).await.unwrap();
         client.go().await;
         store.fail_one_flush();
-        assert!(client.ask(&Ask::FLUSH).await);
-        assert_ne!(client.answer().await, Some(0));
-        assert!(turn(Some(blank(1))).await.0 > after, "a flush has failed");
+        assert_ne!(client.flush().await, Some(0));
+        assert!(resumed(2, last).await.is_err(), "a flush has failed");
     });
+}
+
+/// A disk says once that a flush failed. That of a claim that was given up, and of a session that was
+/// cut, may come late: nobody goes on before it has come.
+#[test]
+fn a_flush_that_fails_for_nobody_ends_the_turn() {
+    for of_a_claim in [true, false] {
+        run(async move {
+            let store = SimStore::new(SIZE);
+            let server = server(&store, Unclaimed::Read);
+            let client = Client::new(&server, WIDE).await;
+            let claim = blank(1);
+            let turn = client.fence(Some(&claim)).await.unwrap().unwrap().turn;
+            let resume = Claim {
+                resumes: Some(turn),
+                ..claim
+            };
+            client.go().await;
+            store.hold_flushes(true);
+            if of_a_claim {
+                client.0.close();
+                idle().await;
+                let given_up = Client::new(&server, WIDE).await;
+                let data = encode("m", Some(&resume));
+                given_up.option(OPTION_CLAIM, &data).await;
+                idle().await;
+                given_up.0.close();
+                tokio::time::advance(HANDSHAKE_LIMIT * 2).await;
+            } else {
+                client.ask(&FLUSH).await;
+                idle().await;
+                client.0.close();
+            }
+            let resuming = Client::new(&server, WIDE).await;
+            let granted = spawn_local(async move { resuming.fence(Some(&resume)).await });
+            idle().await;
+            store.fail_one_flush();
+            store.hold_flushes(false);
+            assert!(granted.await.unwrap().unwrap().is_err());
+        });
+    }
 }

@@ -501,6 +501,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut own = was.superblock.clone();
         own.write_count = joiner.write_count();
         own.slots[usize::from(own.own_slot)].full = true;
+        own.server_instance = joiner.disk.geometry().server_instance;
         member_io::store_superblock(&*self.host, &*joiner.disk, &own).await
     }
 

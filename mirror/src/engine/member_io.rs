@@ -173,18 +173,13 @@ pub(super) async fn load_superblock<H: Host, D: Disk<Buffer = H::Buffer>>(
     Ok(loaded.superblock)
 }
 
-/// Writes both copies, one after the other: at every moment one is whole. They name the server
-/// through which they are written.
+/// Writes both copies, one after the other: at every moment one is whole.
 pub(super) async fn store_superblock<H: Host, D: Disk<Buffer = H::Buffer>>(
     host: &H,
     disk: &D,
     superblock: &Superblock,
 ) -> Result<(), Errno> {
-    let written = Superblock {
-        server_instance: disk.geometry().server_instance,
-        ..superblock.clone()
-    };
-    let bytes = written.encode();
+    let bytes = superblock.encode();
     for offset in [COPY_A_OFFSET, COPY_B_OFFSET] {
         write_bytes(host, disk, offset, &bytes).await?;
         flush(host, disk).await?;

@@ -67,6 +67,10 @@ pub(crate) struct Options {
     /// The servers of peer members have ended every earlier session with them (or were restarted)
     #[arg(long)]
     peer_sessions_over: bool,
+    /// Another address of a peer member's server (only one of ours: `mirrorctl export`), used when
+    /// the one before it fails; may be given several times
+    #[arg(long = "path", value_name = "ADDRESS")]
+    other_paths: Vec<peer::Address>,
     /// Take peer members from another host that uses them, which loses them; `mirrorctl export`
     /// then ends its sessions
     #[arg(long)]
@@ -77,7 +81,7 @@ pub(crate) struct Options {
     /// Requests in flight at once
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     queue_depth: Option<u16>,
-    /// How long a member may take to answer before it is lost
+    /// How long a member may take to answer before it is lost [default: 5 with peers, else 30]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=3600))]
     deadline: Option<u32>,
     /// How many extents may be hot before it is reported
@@ -172,6 +176,10 @@ impl Options {
         }
         if self.peer_sessions_over {
             args.push("--peer-sessions-over".into());
+        }
+        for path in &self.other_paths {
+            args.push("--path".into());
+            args.push(path.to_string().into());
         }
         if self.take_over {
             args.push("--take-over".into());
@@ -298,6 +306,7 @@ mod tests {
             nbd_tcp: Some("[::1]:10809".parse().unwrap()),
             force: true,
             peer_sessions_over: true,
+            other_paths: vec!["nbd://b:10809/m".parse().unwrap()],
             take_over: true,
             no_intent_unsafe_for_benchmarks: true,
             queue_depth: Some(64),
@@ -321,7 +330,7 @@ mod tests {
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
              --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
              --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force \
-             --peer-sessions-over --take-over --no-intent-unsafe-for-benchmarks -- /a -b"
+             --peer-sessions-over --path nbd://b/m --take-over --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));
     }

@@ -15,7 +15,7 @@ use peer::{Ask, Export, Session};
 use rustix::net::{SendFlags, Shutdown, sockopt};
 
 use super::GONE;
-use super::opened::{OpenedPeer, Reopen};
+use super::opened::{OpenedPeer, Reopened, Way};
 use crate::batch::Batch;
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
@@ -24,7 +24,10 @@ use crate::sys::Lend;
 
 /// Between attempts to connect again: at first, and at last.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const IDLE_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
+/// How long an answer may take at first where there is another way.
+const QUIET: Duration = Duration::from_secs(1);
 /// Bytes that one receive may bring.
 const INBOX_BYTES: usize = 64 << 10;
 
@@ -69,6 +72,8 @@ struct State {
     orphans: usize,
     /// The connection has failed: another one may go on in its place.
     broken: bool,
+    /// Its server is expected to close it.
+    leaving: bool,
     /// Nothing is sent or asked any more.
     ended: bool,
 }
@@ -155,26 +160,45 @@ pub(crate) struct Link {
     pub(super) export: Export,
     /// Of a server that admits one writer.
     pub(super) fence: Option<Fence>,
-    reopen: Reopen,
+    /// Ways to its server, and the one that is in use.
+    ways: Vec<Way>,
+    way: Cell<usize>,
+    /// Whether a connection is tried at this moment.
+    trying: Cell<bool>,
+    /// When the last reply came, and how long the next one may take before another way is tried.
+    heard: Cell<Duration>,
+    quiet: Cell<Duration>,
+    /// When this connection came up.
+    since: Cell<Duration>,
     /// How long another connection may take to come up; twice that, and a silent host is gone.
     deadline: Duration,
     state: RefCell<State>,
     to_send: Signal,
     /// Of reader and sender, those that may have something under way in the kernel.
-    pub(super) tasks: Cell<u8>,
+    tasks: Cell<u8>,
     pub(super) in_flight: Cell<usize>,
 }
 
 impl Link {
     /// Binds a connection to the ring that does its I/O.
-    pub(super) fn new(ring: &Rc<Ring>, opened: OpenedPeer, deadline: Duration) -> Rc<Self> {
+    pub(super) fn new(
+        ring: &Rc<Ring>,
+        opened: OpenedPeer,
+        ways: Vec<Way>,
+        deadline: Duration,
+    ) -> Rc<Self> {
         let link = Rc::new(Self {
             ring: Rc::clone(ring),
             fd: RefCell::new(Rc::new(opened.fd)),
             address: opened.address,
             export: opened.export,
             fence: opened.fence,
-            reopen: opened.reopen,
+            ways,
+            way: Cell::new(0),
+            trying: Cell::new(false),
+            heard: Cell::new(ring::now()),
+            quiet: Cell::new(QUIET),
+            since: Cell::new(ring::now()),
             deadline,
             state: RefCell::default(),
             to_send: Signal::default(),
@@ -245,12 +269,18 @@ impl Link {
         }
     }
 
-    /// Ends the session, and says so where it can be said.
+    /// Ends the session, and says so where it can be said: then its server closes it.
     pub(super) fn leave(&self) {
         self.say_farewell();
+        self.state.borrow_mut().leaving = true;
         if self.in_flight.get() > 0 || self.state.borrow().broken {
             self.end("the daemon ends");
         }
+    }
+
+    /// Whether nothing of it is left, a connection that is tried included.
+    pub(super) fn is_closed(&self) -> bool {
+        self.tasks.get() == 0 && !self.trying.get()
     }
 
     /// One reply of an operation is in, or will never be.
@@ -326,15 +356,37 @@ impl Link {
         self.to_send.notify();
     }
 
+    /// Nothing more comes of this connection.
+    fn break_off(&self, why: &str) {
+        if !std::mem::replace(&mut self.state.borrow_mut().broken, true) {
+            tracing::warn!("the connection to {} has broken: {why}", self.address);
+        }
+        self.shut_down();
+    }
+
+    /// Gives a connection up that owes an answer and says nothing, when there is another way. With
+    /// each in a row that is given up so the next one gets twice the time: a disk may be slow too.
+    async fn watch(self: Rc<Self>) {
+        let fd = Rc::clone(&self.fd.borrow());
+        loop {
+            self.ring.sleep_until(ring::now() + QUIET / 4).await;
+            if self.state.borrow().is_over() || !Rc::ptr_eq(&fd, &self.fd.borrow()) {
+                return;
+            }
+            if self.in_flight.get() == 0 {
+                self.heard.set(ring::now());
+            } else if ring::now() > self.heard.get() + self.quiet.get() && self.may_go_on() {
+                self.quiet.set(self.quiet.get() * 2);
+                self.way.set((self.way.get() + 1) % self.ways.len());
+                return self.break_off("no answer, and there is another way");
+            }
+        }
+    }
+
     /// A task has nothing under way in the kernel any more.
     fn task_over(self: &Rc<Self>, trouble: &Trouble) {
         match trouble {
-            Trouble::Broken(why) if self.may_go_on() => {
-                if !std::mem::replace(&mut self.state.borrow_mut().broken, true) {
-                    tracing::warn!("the connection to {} has broken: {why}", self.address);
-                }
-                self.shut_down();
-            }
+            Trouble::Broken(why) if self.may_go_on() => self.break_off(why),
             Trouble::Broken(why) | Trouble::Nonsense(why) => self.end(why),
         }
         self.tasks.set(self.tasks.get() - 1);
@@ -360,48 +412,51 @@ impl Link {
     /// Whether another connection may go on in this one's place.
     fn may_go_on(&self) -> bool {
         let state = self.state.borrow();
-        self.fence.is_some() && !state.ended && state.orphans == 0
+        !self.ways.is_empty() && !state.ended && !state.leaving && state.orphans == 0
     }
 
-    /// Connects until another connection is up, or it is clear that none can go on in this one's
-    /// place.
+    /// Tries all ways until another connection is up, or it is clear that none can go on in this
+    /// one's place.
     async fn go_on(self: Rc<Self>) {
         let begun = ring::now();
-        let give_up = begun + self.deadline;
         let mut pause = FIRST_PAUSE;
-        let why = loop {
-            let reopen = self.reopen.clone();
-            let opened = self.ring.blocking(move || reopen.0()).await;
-            if !self.may_go_on() {
-                return self.end("it has broken, and an operation was given up");
+        if self.heard.get() <= self.since.get() {
+            // One that answered nothing may be followed by another such.
+            self.ring.sleep_until(begun + IDLE_PAUSE).await;
+        }
+        loop {
+            let (mut nobody, mut last) = (true, String::new());
+            for step in 0..self.ways.len() {
+                let at = (self.way.get() + step) % self.ways.len();
+                let way = self.ways[at].clone();
+                self.trying.set(true);
+                let reopened = self.ring.blocking(move || way.0()).await;
+                self.trying.set(false);
+                if !self.may_go_on() {
+                    return self.end("it has broken, and an operation was given up");
+                }
+                match reopened {
+                    Reopened::Up(opened) if opened.export == self.export => {
+                        self.way.set(at);
+                        self.fd.replace(Rc::new(opened.fd));
+                        return self.ask_again(&opened.address, ring::now() - begun);
+                    }
+                    Reopened::Up(_) => return self.end("the export has changed"),
+                    Reopened::Never(why) => return self.end(&why),
+                    Reopened::Nobody(why) => last = why,
+                    Reopened::NotNow(why) => (nobody, last) = (false, why),
+                }
             }
-            match opened {
-                // Hung up on in the middle of the handshake it was asked as one that knows no claims.
-                Ok(opened) if opened.fence.is_none() && ring::now() < give_up => {}
-                Ok(opened) if opened.fence != self.fence => {
-                    break "its server was started anew, another client wrote, or a flush failed"
-                        .to_owned();
-                }
-                Ok(opened) if opened.export != self.export => {
-                    break "the export has changed".to_owned();
-                }
-                Ok(opened) => {
-                    self.fd.replace(Rc::new(opened.fd));
-                    return self.ask_again(ring::now() - begun);
-                }
-                Err(error) if error.is_the_networks() && ring::now() < give_up => {
-                    tracing::debug!("{}: {error}", self.address);
-                }
-                Err(error) => break error.to_string(),
+            if nobody || ring::now() >= begun + self.deadline {
+                return self.end(&last);
             }
             self.ring.sleep_until(ring::now() + pause).await;
             pause = (pause * 2).min(LAST_PAUSE);
-        };
-        self.end(&why);
+        }
     }
 
     /// Goes on with a new connection.
-    fn ask_again(self: &Rc<Self>, after: Duration) {
+    fn ask_again(self: &Rc<Self>, through: &str, after: Duration) {
         let asked = {
             let mut state = self.state.borrow_mut();
             state.broken = false;
@@ -412,7 +467,7 @@ impl Link {
         };
         let after = after.as_millis();
         tracing::info!(
-            "{} is connected again after {after} ms; requests asked again: {asked}",
+            "{} is connected again through {through} after {after} ms; requests asked again: {asked}",
             self.address
         );
         self.begin();
@@ -425,9 +480,14 @@ impl Link {
         // be given up.
         let _ = sockopt::set_tcp_user_timeout(self.fd.borrow().as_fd(), silent);
         self.tasks.set(2);
+        self.heard.set(ring::now());
+        self.since.set(self.heard.get());
         self.to_send.notify();
         self.ring.spawn(Rc::clone(self).send_requests());
         self.ring.spawn(Rc::clone(self).receive_replies());
+        if self.ways.len() > 1 {
+            self.ring.spawn(Rc::clone(self).watch());
+        }
     }
 
     async fn send_requests(self: Rc<Self>) {
@@ -495,6 +555,8 @@ impl Link {
         }
         let Part { op, into, data, .. } = part;
         drop((into, data));
+        self.heard.set(ring::now());
+        self.quiet.set(QUIET);
         self.answered(op, result);
         Ok(())
     }

@@ -3,7 +3,9 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
+use mirror::control::ErrorKind;
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, LastStop, Loaded, Superblock};
 use peer::claim::Fence;
 use peer::{Address, Claimant, Client, ConnectError, Export};
@@ -17,7 +19,6 @@ pub(crate) struct OpenedPeer {
     pub(super) address: String,
     /// Of a server that admits one writer.
     pub(super) fence: Option<Fence>,
-    pub(super) reopen: Reopen,
     pub(super) unfinished: Option<Unfinished>,
 }
 
@@ -28,6 +29,8 @@ pub(super) enum Unfinished {
     Unfenced,
     /// It was served by another server, or by this one before it was restarted.
     OtherServer,
+    /// What the superblock says of it cannot be read.
+    Unreadable,
 }
 
 impl Unfinished {
@@ -43,27 +46,74 @@ impl Unfinished {
     }
 }
 
-/// Opens the same export once more, in the name of the same owner. May block.
-#[derive(Clone)]
-pub(super) struct Reopen(
-    pub(super) Arc<dyn Fn() -> Result<OpenedPeer, ConnectError> + Send + Sync>,
-);
+/// What comes of an attempt to go on where a connection broke.
+pub(super) enum Reopened {
+    /// Another one is up, and can.
+    Up(OpenedPeer),
+    /// It may be another time.
+    NotNow(String),
+    /// The server is not to be found this way.
+    Nobody(String),
+    /// No connection can.
+    Never(String),
+}
 
-impl Reopen {
-    fn of(address: &Address, owner: u128) -> Self {
-        let address = address.clone();
-        // Who has taken the export over meanwhile keeps it.
-        let claimant = Claimant {
-            owner,
-            take_over: false,
-        };
-        Self(Arc::new(move || OpenedPeer::open(&address, claimant)))
+impl Reopened {
+    /// Of what was connected to, and what was asked to go on with.
+    pub(super) fn by(opened: Result<OpenedPeer, ConnectError>, wanted: Fence) -> Self {
+        match opened {
+            Ok(opened) => match opened.fence {
+                Some(fence) if fence == wanted => Self::Up(opened),
+                other => Self::unless_it_is(other, wanted).unwrap_or_else(|| {
+                    let why = "another client had the right to write, or a flush failed";
+                    Self::Never(why.to_owned())
+                }),
+            },
+            Err(error) if error.is_the_networks() => Self::NotNow(error.to_string()),
+            Err(error) => match error.kind() {
+                // A claim that is refused.
+                ErrorKind::Refused | ErrorKind::Busy => Self::Never(error.to_string()),
+                _ => Self::Nobody(error.to_string()),
+            },
+        }
+    }
+
+    /// What it means when the server that answers is not the one that is looked for.
+    fn unless_it_is(met: Option<Fence>, wanted: Fence) -> Option<Self> {
+        match met {
+            Some(met) if met.instance == wanted.instance => None,
+            Some(_) => Some(Self::Nobody("its server was started anew".to_owned())),
+            // Hung up on in its handshake a client asks as one that knows no claims.
+            None => Some(Self::NotNow("its server said nothing of itself".to_owned())),
+        }
     }
 }
 
-impl std::fmt::Debug for Reopen {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Reopen")
+/// A way to the server of a connection that broke. May block.
+#[derive(Clone)]
+pub(super) struct Way(pub(super) Arc<dyn Fn() -> Reopened + Send + Sync>);
+
+impl Way {
+    /// Through this address, in the name of the same owner. What another server exports is not
+    /// claimed.
+    pub(super) fn through(
+        address: &Address,
+        owner: u128,
+        wanted: Fence,
+        patience: Duration,
+    ) -> Self {
+        let address = address.clone();
+        Self(Arc::new(move || {
+            let met = match Client::ask(&address, patience) {
+                Ok(asked) => asked.fence(),
+                Err(error) => return Reopened::by(Err(error), wanted),
+            };
+            if let Some(other) = Reopened::unless_it_is(met, wanted) {
+                return other;
+            }
+            let resumed = Client::resume(&address, owner, wanted.turn, patience);
+            Reopened::by(resumed.and_then(OpenedPeer::of), wanted)
+        }))
     }
 }
 
@@ -71,34 +121,37 @@ impl OpenedPeer {
     /// Connects to an export, as its one writer where that can be had, and looks at its
     /// superblock.
     pub(crate) fn open(address: &Address, claimant: Claimant) -> Result<Self, ConnectError> {
-        let mut client = Client::claim(address, claimant)?;
-        let fence = client.fence();
+        Self::of(Client::claim(address, claimant)?)
+    }
+
+    fn of(mut client: Client) -> Result<Self, ConnectError> {
+        let (address, fence) = (client.address().clone(), client.fence());
         let broken = |source: io::Error| ConnectError::Unreachable {
             address: address.clone(),
             source,
         };
         let mut copies = [[0; COPY_BYTES]; 2];
+        let mut readable = true;
         for (copy, offset) in copies.iter_mut().zip([COPY_A_OFFSET, COPY_B_OFFSET]) {
             // One that cannot be read, or is not there, is the engine's to judge.
             let read = client.read_at(copy, offset);
+            readable &= read.is_ok();
             tracing::debug!("{address}: superblock at byte {offset}: {read:?}");
         }
-        let loaded = Superblock::load(&copies[0], &copies[1]);
-        let unfinished = loaded.ok().and_then(|Loaded { superblock, .. }| {
-            let clean = superblock.last_stop == LastStop::Clean;
-            Unfinished::by(
-                clean,
+        let unfinished = match Superblock::load(&copies[0], &copies[1]) {
+            Ok(Loaded { superblock, .. }) => Unfinished::by(
+                superblock.last_stop == LastStop::Clean,
                 superblock.server_instance,
                 fence.map(|it| it.instance),
-            )
-        });
+            ),
+            Err(_) => (!readable).then_some(Unfinished::Unreadable),
+        };
         let (fd, export) = client.into_parts().map_err(broken)?;
         Ok(Self {
             fd,
             export,
             address: address.to_string(),
             fence,
-            reopen: Reopen::of(address, claimant.owner),
             unfinished,
         })
     }
@@ -106,6 +159,13 @@ impl OpenedPeer {
     /// Why it must not be used without the operator's word (R13), if so.
     pub(crate) fn unfinished_session(&self) -> Option<String> {
         let why = match self.unfinished? {
+            Unfinished::Unreadable => {
+                return Some(format!(
+                    "{} is left out: whether the last session with it ended cleanly cannot be \
+                     read; when it surely has ended, start with --peer-sessions-over",
+                    self.address
+                ));
+            }
             Unfinished::Unfenced => "its server may still be writing what that brought",
             Unfinished::OtherServer => {
                 "this server was started since, while the one before it may still be writing what \

@@ -5,9 +5,11 @@ use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
+use peer::blocking::CONNECT_PATIENCE;
 use peer::{Address, Claimant};
 
 use super::link::Link;
+use super::opened::{OpenedPeer, Way};
 use crate::host::random_bytes;
 use crate::ring::{self, Ring};
 
@@ -16,6 +18,9 @@ const SEVER_PATIENCE: Duration = Duration::from_secs(5);
 
 /// How long a server may take to close what a daemon that ends has no use for any more.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long connecting may take where there is more than one way.
+const WAY_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What is known of an address.
 struct Known {
@@ -26,7 +31,7 @@ struct Known {
 }
 
 /// An address as connections have it, whichever way it was given.
-fn one_form(address: &str) -> String {
+pub(crate) fn one_form(address: &str) -> String {
     let parsed = address.parse::<Address>();
     parsed.map_or_else(|_| address.to_owned(), |it| it.to_string())
 }
@@ -35,11 +40,41 @@ fn one_form(address: &str) -> String {
 #[derive(Default)]
 pub(crate) struct Peers {
     links: RefCell<Vec<Weak<Link>>>,
+    /// More addresses of the servers of members.
+    paths: Vec<Address>,
     /// By the addresses in their one form.
     known: RefCell<HashMap<String, Known>>,
 }
 
 impl Peers {
+    /// Peers to whose servers these addresses lead as well, it need not be said to which.
+    pub(crate) fn with_paths(paths: Vec<Address>) -> Self {
+        Self {
+            paths,
+            ..Self::default()
+        }
+    }
+
+    /// The ways on which a connection that breaks can be taken up again, the one that it took first.
+    pub(super) fn ways_to(&self, opened: &OpenedPeer) -> Vec<Way> {
+        let known = self.known.borrow();
+        let own = opened.address.parse::<Address>();
+        let (Some(fence), Some(known), Ok(own)) = (opened.fence, known.get(&opened.address), own)
+        else {
+            return Vec::new();
+        };
+        let others = self.paths.iter().filter(|path| **path != own);
+        let all: Vec<_> = std::iter::once(&own).chain(others).collect();
+        let patience = if all.len() > 1 {
+            WAY_PATIENCE
+        } else {
+            CONNECT_PATIENCE
+        };
+        all.into_iter()
+            .map(|address| Way::through(address, known.owner, fence, patience))
+            .collect()
+    }
+
     /// Who connects to `address`. Each has an owner of its own, so that two addresses which lead
     /// to one disk do not take it from each other.
     pub(crate) fn claimant(&self, address: &str, take_over: bool) -> Claimant {
@@ -100,7 +135,7 @@ impl Peers {
         for link in &links {
             link.leave();
         }
-        let closed = || links.iter().all(|link| link.tasks.get() == 0);
+        let closed = || links.iter().all(|link| link.is_closed());
         until(ring, LEAVE_PATIENCE, closed).await;
     }
 

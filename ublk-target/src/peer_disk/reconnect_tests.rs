@@ -1,18 +1,19 @@
 //! Tests of connections that go on where one broke.
 
+use super::opened::{Reopened, Way};
 use super::*;
 use peer::claim::Fence;
 use peer::{Address, ConnectError};
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 const FENCE: Fence = Fence {
     instance: 77,
     turn: 5,
 };
 
-fn opened(stream: UnixStream, fence: Option<Fence>, reopen: Reopen) -> OpenedPeer {
+fn opened(stream: UnixStream, fence: Option<Fence>) -> OpenedPeer {
     OpenedPeer {
         fd: OwnedFd::from(stream),
         export: Export {
@@ -23,7 +24,6 @@ fn opened(stream: UnixStream, fence: Option<Fence>, reopen: Reopen) -> OpenedPee
         address: "nbd://test/".to_owned(),
         unfinished: None,
         fence,
-        reopen,
     }
 }
 
@@ -38,22 +38,27 @@ fn disk(
     attempts: Vec<Attempt>,
 ) -> (Rc<PeerDisk>, Rc<Peers>, Arc<Mutex<VecDeque<Attempt>>>) {
     let attempts = Arc::new(Mutex::new(VecDeque::from(attempts)));
-    let left = Arc::clone(&attempts);
-    let reopen = Reopen(Arc::new(move || {
+    let ways = fence.map(|_| way(&attempts)).into_iter().collect();
+    let link = Link::new(ring, opened(first, fence), ways, Duration::from_secs(30));
+    let peers = Rc::new(Peers::default());
+    peers.add(&link);
+    (Rc::new(PeerDisk(link)), peers, attempts)
+}
+
+/// A way on which these attempts are made.
+fn way(attempts: &Arc<Mutex<VecDeque<Attempt>>>) -> Way {
+    let left = Arc::clone(attempts);
+    Way(Arc::new(move || {
         let attempt = left.lock().unwrap().pop_front().unwrap();
-        let nobody = Reopen(Arc::new(|| unreachable!("the first one is asked")));
-        match attempt() {
-            Ok((stream, fence)) => Ok(opened(stream, Some(fence), nobody)),
+        let connected = match attempt() {
+            Ok((stream, fence)) => Ok(opened(stream, Some(fence))),
             Err(kind) => Err(ConnectError::Unreachable {
                 address: "nbd://test/x".parse::<Address>().unwrap(),
                 source: kind.into(),
             }),
-        }
-    }));
-    let peers = Rc::new(Peers::default());
-    let opened = opened(first, fence, reopen);
-    let disk = PeerDisk::new(ring, opened, Duration::from_secs(30), &peers);
-    (Rc::new(disk), peers, attempts)
+        };
+        Reopened::by(connected, FENCE)
+    }))
 }
 
 fn pair() -> (UnixStream, Server) {
@@ -246,4 +251,61 @@ fn nothing_goes_on_once_an_operation_was_given_up() {
             .unwrap();
         });
     }
+}
+
+/// A server that closes after the farewell is not connected to again.
+#[test]
+fn who_leaves_stays_away() {
+    on_ring(32, |ring| {
+        let (first, mut server) = pair();
+        let (disk, peers, attempts) = disk(&ring, first, Some(FENCE), vec![]);
+        let serving = std::thread::spawn(move || server.next());
+        let ours = Rc::clone(&ring);
+        ring.block_on(async move {
+            peers.leave(&ours).await;
+            assert_eq!(serving.join().unwrap(), None);
+            let data = buffer(4096, 1);
+            assert_eq!(write(&disk, 0, &data, false).await, Err(GONE));
+        })
+        .unwrap();
+        assert!(attempts.lock().unwrap().is_empty());
+    });
+}
+
+/// A connection that owes an answer and says nothing is given up when there is another way, and the
+/// next one gets twice the time.
+#[test]
+fn a_silent_connection_is_given_up_for_another_way() {
+    on_ring(32, |ring| {
+        let (first, mut old) = pair();
+        let (second, mut between) = pair();
+        let (third, mut new) = pair();
+        let queue = |attempts: Vec<Attempt>| Arc::new(Mutex::new(VecDeque::from(attempts)));
+        let own = queue(vec![Box::new(move || Ok((third, FENCE)))]);
+        let other = queue(vec![Box::new(move || Ok((second, FENCE)))]);
+        let ways = vec![way(&own), way(&other)];
+        let opened = opened(first, Some(FENCE));
+        let disk = PeerDisk(Link::new(&ring, opened, ways, Duration::from_secs(30)));
+        let server = std::thread::spawn(move || {
+            let asked = old.next().unwrap();
+            assert!(old.next().is_none(), "given up");
+            let again = between.next().unwrap();
+            assert!(between.next().is_none(), "given up");
+            let last = new.next().unwrap();
+            new.reply(last.cookie, 0, &[]);
+            assert!(new.next().is_none());
+            [asked, again, last].map(|it| (it.kind, it.offset, it.data))
+        });
+        let (begun, ours) = (crate::ring::now(), Rc::clone(&ring));
+        ring.block_on(async move {
+            let data = buffer(4096, 1);
+            assert_eq!(write(&disk, 4096, &data, false).await, Ok(()));
+            let took = crate::ring::now() - begun;
+            assert!(took > Duration::from_secs(3), "given up after {took:?}");
+            drop(disk);
+            let got = ours.blocking(move || server.join().unwrap()).await;
+            assert!(got.iter().all(|it| *it == got[0]));
+        })
+        .unwrap();
+    });
 }

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 
 use mirror::host::Buffer as _;
@@ -14,7 +14,6 @@ use peer::wire::{
     REQUEST_BYTES, be16, be32, be64,
 };
 
-use super::opened::Reopen;
 use super::*;
 use crate::ring::reap_all;
 use crate::ring::tests::on_ring;
@@ -96,7 +95,6 @@ fn disk<T: Send + 'static>(
         address: "nbd://test/".to_owned(),
         unfinished: None,
         fence: None,
-        reopen: Reopen(Arc::new(|| unreachable!("it is not fenced"))),
     };
     let server = std::thread::spawn(move || script(Server(theirs)));
     let peers = Rc::new(Peers::default());
