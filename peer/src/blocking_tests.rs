@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use super::*;
 use crate::server::{self, Desk, Peer, ProtocolError, Verdict};
 use crate::wire::{EXPORT_FLUSH, EXPORT_HAS_FLAGS, EXPORT_READ_ONLY, REQUEST_BYTES, be16, be64};
+use mirror::control::ErrorKind;
 
 const SIZE: usize = 64 << 10;
 const FLUSH: u16 = EXPORT_HAS_FLAGS | EXPORT_FLUSH;

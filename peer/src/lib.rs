@@ -34,6 +34,7 @@
 pub mod address;
 pub mod blocking;
 pub mod claim;
+mod connect_error;
 pub mod export;
 pub mod handshake;
 pub mod server;
@@ -41,7 +42,8 @@ pub mod session;
 pub mod wire;
 
 pub use address::{Address, AddressError, is_address};
-pub use blocking::{Claimant, Client, ConnectError};
+pub use blocking::{Claimant, Client};
+pub use connect_error::ConnectError;
 pub use export::{Export, Unusable};
 pub use handshake::{Handshake, HandshakeError};
 pub use session::{Answer, Ask, Kind, ProtocolError, Session};
