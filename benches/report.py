@@ -73,7 +73,7 @@ RATIOS = [
     ("random write QD32 / qemu's quorum", "native", "mirror", "quorum", WRITE32, 1.3),
     ("random read QD32 / qemu's quorum", "native", "mirror", "quorum", READ32, 1.3),
     (
-        "uniform random write QD32 over 100 x the hot budget, intent on / off",
+        "uniform random write QD32 over 100 x the hot budget, no checksums, intent on / off",
         "native",
         "budget-mirror",
         "budget-mirror-no-intent",
@@ -310,16 +310,23 @@ def first_writes(runs):
     return "## First writes\n\n" + table(head, rows)
 
 
-def budget_state(results):
-    """What the daemon said at the end of the run over the budget."""
-    got = results.get("native", {}).get("budget-mirror-state")
-    if not got:
+def budget_state(runs, results):
+    """What the daemon said at the end of the runs over the budget, and what checksums cost there."""
+    rows = []
+    for subject, what in (
+        ("budget-mirror-no-intent", "intent off"),
+        ("budget-mirror", "intent on"),
+        ("budget-sums", "intent on, checksums"),
+    ):
+        got = results.get("native", {}).get(f"{subject}-state")
+        if got:
+            iops = median(runs, "native", subject, "uniform-randwrite-4k-qd32")
+            numbers = (iops, got["hot"], got["budget"], got["writes"], got["map_commits"])
+            rows.append([what, *(show(number, 0) for number in numbers)])
+    if not rows:
         return ""
-    return (
-        "## Over the budget of hot extents\n\n"
-        f"At the end {got['hot']:,.0f} extents were hot with a budget of {got['budget']:,.0f};"
-        f" {got['writes']:,.0f} writes took {got['map_commits']:,.0f} map commits."
-    )
+    head = ["uniform random write QD32", "IOPS", "hot at the end", "budget", "writes", "map commits"]
+    return "## Over the budget of hot extents\n\n" + table(head, rows)
 
 
 def machine():
@@ -428,7 +435,7 @@ def main(arguments):
             noted = raw / f"{place}.kernel"
             kernel = noted.read_text(encoding="utf-8").strip() if noted.exists() else ""
             parts.append(place_section(runs, place, kernel))
-    parts += [cost_of_bitmaps(runs), re_adds(results), damages(results), first_writes(runs), budget_state(results)]
+    parts += [cost_of_bitmaps(runs), re_adds(results), damages(results), first_writes(runs), budget_state(runs, results)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench.md").write_text(text, encoding="utf-8")

@@ -304,8 +304,11 @@ bench_budget() {
     choose_area 14
     rm -f "$out/${place}__budget"*
     for round in $(seq "$rounds"); do
-        for subject in budget-mirror budget-mirror-no-intent; do
+        # What the intent costs, without checksums, which are kept for it; and both together.
+        for subject in budget-mirror budget-mirror-no-intent budget-sums; do
             options=(--hot-budget $budget)
+            CREATE=()
+            [ $subject = budget-sums ] || CREATE=(--no-checksums)
             [ $subject = budget-mirror-no-intent ] && options+=(--no-intent-unsafe-for-benchmarks)
             start_mirror budget $((extents * 4))M "${options[@]}"
             touch_extents $extents 0
@@ -318,6 +321,7 @@ bench_budget() {
             rm -f "$area/m0" "$area/m1"
         done
     done
+    CREATE=()
 }
 
 # touch_extents COUNT FIRST : one 4 KiB write into each of these extents.
@@ -335,10 +339,11 @@ one_write() {
 # Twelve TiB in sparse files: creation until it takes I/O and is redundant, and, with all extents
 # written, the start after a clean stop.
 bench_big() {
-    local began created answered tebibyte extents_a_tib=$((1 << 18)) offset
+    local began created answered tebibyte extents_a_tib=$((1 << 18)) offset sums_at sums_len
     # On ext4 each of these writes reserves about a MiB around it for a while: 12 TiB of them need
-    # more room than most disks have. In memory a TiB takes 2 GiB until it is punched out again.
-    choose_area 8
+    # more room than most disks have. In memory a TiB takes 2 GiB, and as much again for checksums,
+    # until that is punched out.
+    choose_area 12
     rm -f "$out/${place}__big"*
     began=$(now_ms)
     mirrorctl create big --member "$area/m0" --member "$area/m1" --size 12T
@@ -350,14 +355,19 @@ bench_big() {
     answered=$(now_ms)
     result big-create create_ms $((created - began)) ms $((answered - began))
     if [ "${BENCH_BIG_FILL:-yes}" = yes ]; then
-        offset=$(mirrorctl examine "$area/m0" --json | grep -oE '"data-offset(-bytes)?": *[0-9]+' |
-            head -n 1 | grep -oE '[0-9]+$')
+        read -r offset sums_at sums_len < <(mirrorctl examine "$area/m0" --json | python3 -ISc '
+import json, sys
+member = json.load(sys.stdin)
+sums = next(region for region in member["regions"] if region["kind"] == "checksums")
+print(member["data-offset"], sums["copy-a"], sums["len"])')
         for tebibyte in $(seq 0 11); do
             # The last extent of all is left out: the superblock may round the size down.
             touch_extents $((extents_a_tib - (tebibyte == 11))) $((tebibyte * extents_a_tib))
-            # The content does not matter here: give its room on the disk back, on both alike.
+            # The content does not matter here, nor its checksums: give their room on the disk back,
+            # on both alike.
             for member in "$area/m0" "$area/m1"; do
                 fallocate --punch-hole --offset $((offset + (tebibyte << 40))) --length $((1 << 40)) "$member"
+                fallocate --punch-hole --offset "$sums_at" --length "$sums_len" "$member"
             done
             echo "written into every extent of $((tebibyte + 1)) TiB"
         done

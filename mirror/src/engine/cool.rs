@@ -1,6 +1,6 @@
 //! Cooling quiet extents, the position tick, and the stall watch.
 //!
-//! An extent cools about ten seconds after its last write, when nothing in it is in flight,
+//! An extent cools about ten seconds after its last write (`quiet.rs`), when nothing in it is in flight,
 //! unflushed or un-equalised (R3). Extents cool in batches: one flush, one commit of the missed
 //! bits that belong to them, their checksums, one commit of their states. Before the last a write
 //! may take an extent back; it is then simply hot again.
@@ -20,8 +20,6 @@ use std::time::Duration;
 
 /// How often quiet extents are looked for and positions committed.
 pub(super) const TICK: Duration = Duration::from_secs(1);
-/// How long an extent must have been quiet.
-const QUIET: Duration = Duration::from_secs(10);
 /// Extents cooled in one batch.
 pub(super) const BATCH: usize = 8192;
 
@@ -66,7 +64,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         // The position first: it does not wait for what cools.
         self.commit_position().await?;
-        let quiet = self.maps.borrow_mut().hot.coolable(now, QUIET, BATCH);
+        let quiet = {
+            let mut maps = self.maps.borrow_mut();
+            maps.quiet.tick(now);
+            let time = maps.quiet.time();
+            maps.hot.coolable(now, time, BATCH)
+        };
         let cooled = self.cool(quiet).await;
         self.store_hot().await;
         cooled

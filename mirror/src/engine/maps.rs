@@ -9,6 +9,7 @@
 //! [`SECTORS_PER_PAGE`] sectors.
 
 use super::StartOptions;
+use super::quiet::Quiet;
 use crate::bytes::put;
 use crate::layout::{PAGE_BYTES, RegionKind, SECTORS_PER_PAGE, SLOTS_MAX, extents_of};
 use crate::scrub_log::{self, ScrubLog};
@@ -72,6 +73,8 @@ pub(super) struct Maps {
     pub(super) missed: Vec<Missed>,
     /// Extents that are durably hot, with their unflushed sets.
     pub(super) hot: HotExtents,
+    /// How long extents stay hot.
+    pub(super) quiet: Quiet,
     /// Extents on their way from hot to cool: no longer in `hot`, still hot on disk.
     pub(super) cooling: HashSet<Extent>,
     /// Extents in `hot`, or for which there was no room in it, that the disks may call otherwise
@@ -126,6 +129,7 @@ impl Maps {
             states: StateMap::new(extents),
             missed: (0..slots.min(SLOTS_MAX)).map(missed).collect(),
             hot: HotExtents::new(hot_memory_bytes),
+            quiet: Quiet::new(extents.into()),
             cooling: HashSet::new(),
             unrecorded: HashSet::new(),
             preparing: HashSet::new(),
@@ -149,6 +153,11 @@ impl Maps {
 
     /// Changes an extent's state and has its page committed next.
     pub(super) fn set_state(&mut self, extent: Extent, state: ExtentState) {
+        match (self.states.get(extent), state) {
+            (ExtentState::Hot, ExtentState::Cool) => self.quiet.has_cooled(extent),
+            (ExtentState::Cool, ExtentState::Hot) => self.quiet.is_back(extent),
+            _ => {}
+        }
         self.states.force(extent, state);
         let page = u64::from(extent.0) / (STATES_PER_SECTOR * SECTORS_PER_PAGE);
         self.dirty.insert(Page {

@@ -62,6 +62,7 @@ mod loss;
 mod maps;
 mod member_io;
 mod outcome;
+mod quiet;
 mod read;
 mod resync;
 mod settle;
