@@ -80,6 +80,14 @@ RATIOS = [
         "uniform-randwrite-4k-qd32",
         0.8,
     ),
+    (
+        "the same, with checksums and intent / without either",
+        "native",
+        "budget-sums",
+        "budget-mirror-no-intent",
+        "uniform-randwrite-4k-qd32",
+        0.8,
+    ),
 ]
 
 

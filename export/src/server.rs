@@ -263,6 +263,7 @@ impl<D: Store, S: Stream> Server<D, S> {
         self.admit(session, may_cut).await?;
         // One that fails has to be known of before anything is said of the turn.
         self.until_no_flush().await;
+        refuse_cut(session)?;
         // A client without FUA writes and then flushes; it may have been cut in between. What the
         // next one decides by must not vanish with this machine's power afterwards.
         let flushed = self.flush().await;
@@ -308,6 +309,7 @@ impl<D: Store, S: Stream> Server<D, S> {
             if flushed.is_err() {
                 server.flush_failures.set(server.flush_failures.get() + 1);
                 server.turn.set(server.turn.get() + 1);
+                server.say("a flush of the disk has failed: what was written to it may be lost");
             }
             server.changed.notify_waiters();
             flushed

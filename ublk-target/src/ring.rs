@@ -292,12 +292,23 @@ impl Ring {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Blocking<T> {
+        match self.try_blocking(work) {
+            Ok(blocking) => blocking,
+            Err(error) => panic!("no thread is to be had: {error}"),
+        }
+    }
+
+    /// The same, for what can do without when there is no thread to be had.
+    pub(crate) fn try_blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<Blocking<T>> {
         let shared = Arc::new(Mutex::new(BlockingState {
             result: None,
             waker: None,
         }));
         let (theirs, kick) = (Arc::clone(&shared), Arc::clone(&self.kick));
-        std::thread::spawn(move || {
+        std::thread::Builder::new().spawn(move || {
             let result = work();
             let waker = {
                 let mut state = theirs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -309,8 +320,8 @@ impl Ring {
             }
             // A full counter means that a kick is pending anyway.
             let _ = rustix::io::write(kick.as_fd(), &1_u64.to_ne_bytes());
-        });
-        Blocking(shared)
+        })?;
+        Ok(Blocking(shared))
     }
 
     /// Runs tasks and I/O until `done`. `front` runs the front end's own tasks, at most as often

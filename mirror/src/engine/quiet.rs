@@ -3,7 +3,7 @@
 //! Ten seconds, as long as that is worth its while: an extent that cools costs a page of checksums
 //! and a commit, and one that is written again soon after costs another commit first, for which the
 //! write waits. When most of those that cool come back within a minute or two, cooling is futile,
-//! and the time doubles, up to two minutes; when few do, it halves again. What it costs to have more
+//! and the time doubles, up to a minute; when few do, it halves again. What it costs to have more
 //! extents hot is memory, which has its cap, and more to compare after a crash.
 //!
 //! Extents that have cooled lately are two sets of a bit each: those of this turn, which takes a
@@ -13,7 +13,8 @@ use dirty_map::Extent;
 use std::time::Duration;
 
 const SHORTEST: Duration = Duration::from_secs(10);
-const LONGEST: Duration = Duration::from_secs(120);
+/// Until then an extent's checksums are stored though it is hot (R5).
+const LONGEST: Duration = Duration::from_secs(60);
 const TURN: Duration = Duration::from_secs(60);
 /// Fewer than half of this in a second cost nothing.
 const CROWD: u64 = 64;
@@ -113,10 +114,10 @@ mod tests {
         );
         assert_eq!(play(quiet, now, 1, 1000, 900), 20);
         assert_eq!(play(quiet, now, 1, 1000, 300), 20, "neither many nor few");
-        assert_eq!(play(quiet, now, 20, 1000, 900), 120);
+        assert_eq!(play(quiet, now, 20, 1000, 900), 60);
         // Hardly any cools now, and those come back.
-        assert_eq!(play(quiet, now, 100, 50, 50), 120);
-        assert_eq!(play(quiet, now, 2, 5000, 0), 30, "the load has ended");
+        assert_eq!(play(quiet, now, 100, 50, 50), 60);
+        assert_eq!(play(quiet, now, 1, 5000, 0), 30, "the load has ended");
         assert_eq!(play(quiet, now, 20, 0, 0), 10);
     }
 

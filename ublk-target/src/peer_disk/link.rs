@@ -28,6 +28,8 @@ const IDLE_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// How long an answer may take at first where there is another way.
 const QUIET: Duration = Duration::from_secs(1);
+/// Why a link that has broken goes on no more.
+const GIVEN_UP: &str = "it has broken, and an operation was given up";
 /// Bytes that one receive may bring.
 const INBOX_BYTES: usize = 64 << 10;
 
@@ -163,8 +165,8 @@ pub(crate) struct Link {
     /// Ways to its server, and the one that is in use.
     ways: Vec<Way>,
     way: Cell<usize>,
-    /// Whether a connection is tried at this moment.
-    trying: Cell<bool>,
+    /// Whether another connection is sought.
+    going_on: Cell<bool>,
     /// When the last reply came, and how long the next one may take before another way is tried.
     heard: Cell<Duration>,
     quiet: Cell<Duration>,
@@ -195,7 +197,7 @@ impl Link {
             fence: opened.fence,
             ways,
             way: Cell::new(0),
-            trying: Cell::new(false),
+            going_on: Cell::new(false),
             heard: Cell::new(ring::now()),
             quiet: Cell::new(QUIET),
             since: Cell::new(ring::now()),
@@ -265,7 +267,7 @@ impl Link {
         let broken = state.broken;
         drop(state);
         if broken {
-            self.end("an operation was given up while it was broken");
+            self.end(GIVEN_UP);
         }
     }
 
@@ -280,7 +282,7 @@ impl Link {
 
     /// Whether nothing of it is left, a connection that is tried included.
     pub(super) fn is_closed(&self) -> bool {
-        self.tasks.get() == 0 && !self.trying.get()
+        self.tasks.get() == 0 && !self.going_on.get()
     }
 
     /// One reply of an operation is in, or will never be.
@@ -364,8 +366,9 @@ impl Link {
         self.shut_down();
     }
 
-    /// Gives a connection up that owes an answer and says nothing, when there is another way. With
-    /// each in a row that is given up so the next one gets twice the time: a disk may be slow too.
+    /// Gives a connection up that owes an answer and says nothing, when there is another way, unless
+    /// its server answers who asks anew on the same way: then its disk is slow. With each in a row
+    /// that is given up so the next one gets twice the time.
     async fn watch(self: Rc<Self>) {
         let fd = Rc::clone(&self.fd.borrow());
         loop {
@@ -376,6 +379,17 @@ impl Link {
             if self.in_flight.get() == 0 {
                 self.heard.set(ring::now());
             } else if ring::now() > self.heard.get() + self.quiet.get() && self.may_go_on() {
+                let (heard, way) = (self.heard.get(), self.ways[self.way.get()].clone());
+                let silent = match self.ring.try_blocking(move || (way.answers)()) {
+                    Ok(asking) => !asking.await,
+                    Err(_) => false,
+                };
+                if !silent {
+                    self.heard.set(ring::now());
+                }
+                if self.heard.get() > heard || !self.may_go_on() {
+                    continue;
+                }
                 self.quiet.set(self.quiet.get() * 2);
                 self.way.set((self.way.get() + 1) % self.ways.len());
                 return self.break_off("no answer, and there is another way");
@@ -418,10 +432,16 @@ impl Link {
     /// Tries all ways until another connection is up, or it is clear that none can go on in this
     /// one's place.
     async fn go_on(self: Rc<Self>) {
+        self.going_on.set(true);
+        self.find_another().await;
+        self.going_on.set(false);
+    }
+
+    async fn find_another(self: &Rc<Self>) {
         let begun = ring::now();
         let mut pause = FIRST_PAUSE;
-        if self.heard.get() <= self.since.get() {
-            // One that answered nothing may be followed by another such.
+        if begun < self.since.get() + LAST_PAUSE {
+            // One that broke soon may be followed by another such.
             self.ring.sleep_until(begun + IDLE_PAUSE).await;
         }
         loop {
@@ -429,11 +449,15 @@ impl Link {
             for step in 0..self.ways.len() {
                 let at = (self.way.get() + step) % self.ways.len();
                 let way = self.ways[at].clone();
-                self.trying.set(true);
-                let reopened = self.ring.blocking(move || way.0()).await;
-                self.trying.set(false);
                 if !self.may_go_on() {
-                    return self.end("it has broken, and an operation was given up");
+                    return self.end(GIVEN_UP);
+                }
+                let reopened = match self.ring.try_blocking(move || (way.reopen)()) {
+                    Ok(reopening) => reopening.await,
+                    Err(error) => Reopened::NotNow(format!("no thread is to be had: {error}")),
+                };
+                if !self.may_go_on() {
+                    return self.end(GIVEN_UP);
                 }
                 match reopened {
                     Reopened::Up(opened) if opened.export == self.export => {

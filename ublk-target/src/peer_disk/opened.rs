@@ -83,15 +83,28 @@ impl Reopened {
         match met {
             Some(met) if met.instance == wanted.instance => None,
             Some(_) => Some(Self::Nobody("its server was started anew".to_owned())),
-            // Hung up on in its handshake a client asks as one that knows no claims.
-            None => Some(Self::NotNow("its server said nothing of itself".to_owned())),
+            None => Some(Self::Nobody(
+                "there is a server that knows no claims".to_owned(),
+            )),
         }
     }
 }
 
-/// A way to the server of a connection that broke. May block.
+/// A way to the server of a connection. Both may block.
 #[derive(Clone)]
-pub(super) struct Way(pub(super) Arc<dyn Fn() -> Reopened + Send + Sync>);
+pub(super) struct Way {
+    /// Whether the server answers on it: a disk may be all that is slow.
+    pub(super) answers: Arc<dyn Fn() -> bool + Send + Sync>,
+    /// Goes on where a connection broke.
+    pub(super) reopen: Arc<dyn Fn() -> Reopened + Send + Sync>,
+}
+
+/// How long connecting may take, and then the server to decide: it waits for its disk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Patience {
+    pub(super) connect: Duration,
+    pub(super) decide: Duration,
+}
 
 impl Way {
     /// Through this address, in the name of the same owner. What another server exports is not
@@ -100,20 +113,26 @@ impl Way {
         address: &Address,
         owner: u128,
         wanted: Fence,
-        patience: Duration,
+        patience: Patience,
     ) -> Self {
-        let address = address.clone();
-        Self(Arc::new(move || {
-            let met = match Client::ask(&address, patience) {
-                Ok(asked) => asked.fence(),
-                Err(error) => return Reopened::by(Err(error), wanted),
-            };
-            if let Some(other) = Reopened::unless_it_is(met, wanted) {
-                return other;
-            }
-            let resumed = Client::resume(&address, owner, wanted.turn, patience);
-            Reopened::by(resumed.and_then(OpenedPeer::of), wanted)
-        }))
+        let there = address.clone();
+        let ask = move || match Client::ask(&there, patience.connect) {
+            Ok(asked) => Reopened::unless_it_is(asked.fence(), wanted),
+            Err(error) if error.is_the_networks() => Some(Reopened::NotNow(error.to_string())),
+            Err(error) => Some(Reopened::Nobody(error.to_string())),
+        };
+        let (asks, address) = (ask.clone(), address.clone());
+        Self {
+            answers: Arc::new(move || asks().is_none()),
+            reopen: Arc::new(move || {
+                if let Some(other) = ask() {
+                    return other;
+                }
+                let resumed = Client::resume(&address, owner, wanted.turn, patience.decide);
+                // What lies on the disk is known, and reading it might take long.
+                Reopened::by(resumed.and_then(|it| OpenedPeer::of(it, None)), wanted)
+            }),
+        }
     }
 }
 
@@ -121,15 +140,8 @@ impl OpenedPeer {
     /// Connects to an export, as its one writer where that can be had, and looks at its
     /// superblock.
     pub(crate) fn open(address: &Address, claimant: Claimant) -> Result<Self, ConnectError> {
-        Self::of(Client::claim(address, claimant)?)
-    }
-
-    fn of(mut client: Client) -> Result<Self, ConnectError> {
-        let (address, fence) = (client.address().clone(), client.fence());
-        let broken = |source: io::Error| ConnectError::Unreachable {
-            address: address.clone(),
-            source,
-        };
+        let mut client = Client::claim(address, claimant)?;
+        let fence = client.fence();
         let mut copies = [[0; COPY_BYTES]; 2];
         let mut readable = true;
         for (copy, offset) in copies.iter_mut().zip([COPY_A_OFFSET, COPY_B_OFFSET]) {
@@ -139,12 +151,26 @@ impl OpenedPeer {
             tracing::debug!("{address}: superblock at byte {offset}: {read:?}");
         }
         let unfinished = match Superblock::load(&copies[0], &copies[1]) {
+            Ok(Loaded { superblock, .. })
+                if superblock.last_stop == LastStop::Clean && !readable =>
+            {
+                Some(Unfinished::Unreadable)
+            }
             Ok(Loaded { superblock, .. }) => Unfinished::by(
                 superblock.last_stop == LastStop::Clean,
                 superblock.server_instance,
                 fence.map(|it| it.instance),
             ),
             Err(_) => (!readable).then_some(Unfinished::Unreadable),
+        };
+        Self::of(client, unfinished)
+    }
+
+    fn of(client: Client, unfinished: Option<Unfinished>) -> Result<Self, ConnectError> {
+        let (address, fence) = (client.address().clone(), client.fence());
+        let broken = |source: io::Error| ConnectError::Unreachable {
+            address: address.clone(),
+            source,
         };
         let (fd, export) = client.into_parts().map_err(broken)?;
         Ok(Self {

@@ -48,7 +48,7 @@ fn disk(
 /// A way on which these attempts are made.
 fn way(attempts: &Arc<Mutex<VecDeque<Attempt>>>) -> Way {
     let left = Arc::clone(attempts);
-    Way(Arc::new(move || {
+    let reopen = move || {
         let attempt = left.lock().unwrap().pop_front().unwrap();
         let connected = match attempt() {
             Ok((stream, fence)) => Ok(opened(stream, Some(fence))),
@@ -58,7 +58,11 @@ fn way(attempts: &Arc<Mutex<VecDeque<Attempt>>>) -> Way {
             }),
         };
         Reopened::by(connected, FENCE)
-    }))
+    };
+    Way {
+        answers: Arc::new(|| false),
+        reopen: Arc::new(reopen),
+    }
 }
 
 fn pair() -> (UnixStream, Server) {
@@ -307,5 +311,36 @@ fn a_silent_connection_is_given_up_for_another_way() {
             assert!(got.iter().all(|it| *it == got[0]));
         })
         .unwrap();
+    });
+}
+
+/// A server that answers who asks anew has a slow disk, and is waited for.
+#[test]
+fn a_slow_disk_is_not_a_silent_connection() {
+    on_ring(32, |ring| {
+        let (first, mut server) = pair();
+        let none = Arc::new(Mutex::new(VecDeque::new()));
+        let (asked, asks) = mpsc::channel();
+        let own = Way {
+            answers: Arc::new(move || asked.send(()).is_ok()),
+            ..way(&none)
+        };
+        let ways = vec![own, way(&none)];
+        let opened = opened(first, Some(FENCE));
+        let disk = PeerDisk(Link::new(&ring, opened, ways, Duration::from_secs(30)));
+        let serving = std::thread::spawn(move || {
+            let request = server.next().unwrap();
+            // Asked twice whether it is there, it answers in the end.
+            asks.recv().unwrap();
+            asks.recv().unwrap();
+            server.reply(request.cookie, 0, &[]);
+            assert!(server.next().is_none());
+        });
+        ring.block_on(async move {
+            let data = buffer(4096, 1);
+            assert_eq!(write(&disk, 4096, &data, false).await, Ok(()));
+        })
+        .unwrap();
+        serving.join().unwrap();
     });
 }
