@@ -10,7 +10,9 @@
 //! flushed than needed) and never wrong.
 //!
 //! Extents are found again for cooling without looking at all of them: each write second has a
-//! bucket, and only extents in buckets that have become old enough are looked at.
+//! bucket, and only extents in buckets that have become old enough are looked at. An extent is put
+//! into one when it becomes hot; one that was written since is moved to a later bucket when it is
+//! looked at, so that it takes one place however often it is written.
 
 use crate::hash::NumberHasher;
 use crate::masks::{BlockMask, Mask, NONE, Pool, WORDS, for_runs};
@@ -138,22 +140,16 @@ impl HotExtents {
 
     /// A write in a hot extent begins.
     pub fn begin_write(&mut self, extent: Extent, now: Duration) {
-        let now = millis(now);
-        let moved = {
-            let entry = self.entry(extent);
-            entry.in_flight += 1;
-            std::mem::replace(&mut entry.last_write, now) != now
-        };
-        if moved {
-            self.enter_bucket(extent, now);
-        }
+        let entry = self.entry(extent);
+        entry.in_flight += 1;
+        entry.last_write = millis(now);
     }
 
     /// A write has ended on all receiving members: its blocks (numbers on the device) are
     /// unflushed.
     pub fn end_write(&mut self, extent: Extent, blocks: Range<u64>, now: Duration) {
         let (blocks, now) = (within(extent, &blocks), millis(now));
-        let (moved, first) = {
+        let first = {
             let Self { entries, pool, .. } = self;
             let Some(entry) = entries.get_mut(&extent) else {
                 unreachable!("{extent:?} cannot cool with a write in flight")
@@ -161,13 +157,11 @@ impl HotExtents {
             entry.in_flight -= 1;
             let first = entry.unflushed == NONE && !blocks.is_empty();
             pool.add(&mut entry.unflushed, &blocks);
-            (std::mem::replace(&mut entry.last_write, now) != now, first)
+            entry.last_write = now;
+            first
         };
         if first {
             self.written.push(extent);
-        }
-        if moved {
-            self.enter_bucket(extent, now);
         }
     }
 
@@ -381,8 +375,7 @@ impl HotExtents {
         (self.entries.len() + 1) * ENTRY_BYTES > self.cap_bytes / 2
     }
 
-    /// Moves extents out of buckets that are old enough; those written since stay with their
-    /// newer bucket.
+    /// Moves extents out of buckets that are old enough; those written since go to a newer one.
     fn ripen(&mut self, now: Time, quiet: Time) {
         let Self {
             entries,
@@ -394,10 +387,29 @@ impl HotExtents {
         while let Some((time, extents)) = buckets.pop_front_if(is_old) {
             ripe.extend(extents.into_iter().map(|extent| (time, extent)));
         }
-        ripe.retain(|(time, extent)| entries.get(extent).is_some_and(|e| e.last_write == *time));
-        // One that cooled and became hot again at the same time is there twice.
+        let mut later = Vec::new();
+        ripe.retain_mut(|(time, extent)| {
+            let Some(entry) = entries.get(extent) else {
+                return false;
+            };
+            *time = entry.last_write;
+            let stays = time.saturating_add(quiet) <= now;
+            if !stays {
+                later.push((*time, *extent));
+            }
+            stays
+        });
+        // One that cooled and became hot again is there twice.
         ripe.sort_unstable();
         ripe.dedup();
+        later.sort_unstable();
+        later.dedup();
+        for (time, extent) in later {
+            match buckets.binary_search_by_key(&time, |bucket| bucket.0) {
+                Ok(at) => buckets[at].1.push(extent),
+                Err(at) => buckets.insert(at, (time, vec![extent])),
+            }
+        }
     }
 
     fn enter_bucket(&mut self, extent: Extent, now: Time) {

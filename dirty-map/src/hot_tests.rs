@@ -369,3 +369,30 @@ fn what_is_equal_ends_with_its_extent() {
     hot.clear_unequalised(2048..2049);
     assert_eq!(hot.memory_bytes(), before + MASK_BYTES);
 }
+
+#[test]
+fn an_extent_takes_one_place_however_often_it_is_written() {
+    let mut hot = HotExtents::new(HOT_CAP_BYTES);
+    (0..100).for_each(|extent| hot.insert(Extent(extent), NOW));
+    let places = |hot: &HotExtents| {
+        let in_buckets: usize = hot.buckets.iter().map(|bucket| bucket.1.len()).sum();
+        in_buckets + hot.ripe.len()
+    };
+    let mut now = NOW;
+    for second in 0..200_u32 {
+        now += Duration::from_secs(1);
+        // Each third extent is written each second, the others every 7 seconds.
+        for extent in (0..100).filter(|it| it % 3 == 0 || it % 7 == second % 7) {
+            hot.begin_write(Extent(extent), now);
+            hot.end_write(Extent(extent), 0..0, now);
+        }
+        // The quiet time changes, too.
+        let quiet = if second % 50 < 25 { QUIET } else { 6 * QUIET };
+        assert_eq!(hot.coolable(now, quiet, 1000), []);
+        assert_eq!(places(&hot), 100);
+    }
+    let last = |extent: &Extent| hot.entries[extent].last_write;
+    let mut order: Vec<Extent> = (0..100).map(Extent).collect();
+    order.sort_by_key(|extent| (last(extent), *extent));
+    assert_eq!(hot.coolable(now + QUIET, QUIET, 1000), order);
+}
