@@ -292,10 +292,8 @@ impl Ring {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Blocking<T> {
-        match self.try_blocking(work) {
-            Ok(blocking) => blocking,
-            Err(error) => panic!("no thread is to be had: {error}"),
-        }
+        self.try_blocking(work)
+            .unwrap_or_else(|error| panic!("no thread is to be had: {error}"))
     }
 
     /// The same, for what can do without when there is no thread to be had.
