@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Make tables and a picture of the results under benches/out/raw.
 
-Usage: benches/report.py [--readme] [RAW_DIR [OUT_DIR]]
+Usage: benches/report.py [--readme | --parts] [RAW_DIR [OUT_DIR]]
 
 Reads fio's JSON files named PLACE__SUBJECT__JOB__ROUND.json and results of our own named
 PLACE__NAME.result.json. Writes OUT_DIR/bench.md and OUT_DIR/bench.svg and prints the tables.
 A figure is the median of its rounds. Nothing is typed by hand: what was not measured is "-".
---readme also puts the tables into README.md, in the place of the last ones.
+--readme also puts the tables into README.md, in the place of the last ones. --parts is for a run of
+some parts only: it leaves out the figures that were not measured, and has a place of its own there.
 """
 
 import datetime
@@ -208,7 +209,7 @@ def cost_of_bitmaps(runs):
     return "## What the intent record costs\n\n" + table(head, rows)
 
 
-def figures(runs, results):
+def figures(runs, results, measured_only):
     """The figures to reach, with what was measured."""
     rows = []
     for what, place, above, below, job, bar in RATIOS:
@@ -250,6 +251,8 @@ def figures(runs, results):
         if name == "big-start" and got:
             what += f" ({got['written_extents']:,.0f} extents)"
         rows.append([what, "under 1,000", show(value, 0), verdict(value, 999.5, True), "-"])
+    if measured_only:
+        rows = [row for row in rows if row[2] != show(None)]
     head = ["figure", "to reach", "measured", "", "kernel 7.2"]
     return "## Figures to reach\n\n" + table(head, rows)
 
@@ -418,10 +421,10 @@ def svg_panel(runs, place, y, shape):
     return out
 
 
-def into_readme(text):
-    """Replace the tables in README.md, one heading level further down."""
+def into_readme(text, place):
+    """Replace the tables in this place of README.md, one heading level further down."""
     readme = Path(__file__).resolve().parent.parent / "README.md"
-    begin, end = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+    begin, end = f"<!-- {place}: begin -->\n", f"<!-- {place}: end -->\n"
     before, rest = readme.read_text(encoding="utf-8").split(begin)
     body = text.removeprefix("# Benchmarks\n\n").replace("\n## ", "\n### ")
     readme.write_text(before + begin + body + end + rest.split(end)[1], encoding="utf-8")
@@ -429,15 +432,15 @@ def into_readme(text):
 
 def main(arguments):
     """Write the report and print it."""
-    readme = "--readme" in arguments
-    arguments = [argument for argument in arguments if argument != "--readme"]
+    places = [place for option, place in (("--readme", "tables"), ("--parts", "parts")) if option in arguments]
+    arguments = [argument for argument in arguments if argument not in ("--readme", "--parts")]
     here = Path(__file__).resolve().parent / "out"
     raw = Path(arguments[0]) if arguments else here / "raw"
     out = Path(arguments[1]) if len(arguments) > 1 else here
     runs, results = load(raw)
     if not runs and not results:
         sys.exit(f"There are no results under {raw}: run `make bench` first.")
-    parts = ["# Benchmarks", machine(), figures(runs, results)]
+    parts = ["# Benchmarks", machine(), figures(runs, results, "parts" in places)]
     for place in PLACES:
         if subjects_of(runs, place):
             noted = raw / f"{place}.kernel"
@@ -450,8 +453,8 @@ def main(arguments):
     picture = svg(runs)
     if picture:
         (out / "bench.svg").write_text(picture, encoding="utf-8")
-    if readme:
-        into_readme(text)
+    for place in places:
+        into_readme(text, place)
     print(text)
 
 

@@ -272,7 +272,8 @@ impl<D: Store, S: Stream> Server<D, S> {
         refuse_cut(session)
     }
 
-    /// Decides by the turn, or by the superblock on the disk. A member of a mirror is written to by claims only.
+    /// Decides by the turn, or by the superblock on the disk. A member of a mirror is written to
+    /// by claims only.
     async fn judge(&self, claim: Option<&Claim>) -> Result<(), String> {
         const COPIES: usize = 2 * COPY_BYTES;
         if let Some((owner, turn)) = claim.and_then(|it| Some((it.owner, it.resumes?))) {

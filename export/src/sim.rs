@@ -26,6 +26,9 @@ struct Inner {
     /// Writes that have begun and not ended.
     writing: Cell<usize>,
     flushes: Cell<usize>,
+    /// The next flush to begin will take long, and one does.
+    delay_next: Cell<bool>,
+    delayed: Cell<bool>,
     /// So many flushes are going to fail.
     flush_failures: Cell<usize>,
 }
@@ -40,6 +43,8 @@ impl SimStore {
             released: Notify::new(),
             writing: Cell::new(0),
             flushes: Cell::new(0),
+            delay_next: Cell::new(false),
+            delayed: Cell::new(false),
             flush_failures: Cell::new(0),
         }))
     }
@@ -73,6 +78,17 @@ impl SimStore {
     /// The next flush to end fails, and no other: a disk says it once.
     pub(crate) fn fail_one_flush(&self) {
         self.0.flush_failures.set(1);
+    }
+
+    /// The next flush to begin takes until [`SimStore::fail_delayed_flush`], and then fails; others
+    /// that begin after it do not wait for it.
+    pub(crate) fn delay_next_flush(&self) {
+        self.0.delay_next.set(true);
+    }
+
+    pub(crate) fn fail_delayed_flush(&self) {
+        self.0.delayed.set(false);
+        self.0.released.notify_waiters();
     }
 
     pub(crate) fn hold_reads(&self, held: bool) {
@@ -120,6 +136,11 @@ impl Store for SimStore {
 
     async fn flush(&self) -> Result<(), Errno> {
         self.0.flushes.set(self.0.flushes.get() + 1);
+        if self.0.delay_next.take() {
+            self.0.delayed.set(true);
+            self.wait_while(|it| it.delayed.get()).await;
+            return Err(Errno::IO);
+        }
         self.wait_while(|it| it.flushes_held.get()).await;
         let failures = self.0.flush_failures.get();
         self.0.flush_failures.set(failures.saturating_sub(1));

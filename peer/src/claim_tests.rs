@@ -124,6 +124,26 @@ fn a_claim_is_encoded_as_its_table_says() {
         ..claim(Some((9, 30, &[20])))
     };
     assert_eq!(encode("m", Some(&taking)), want);
+    let mut want = b"\0\0\0\x01m\x01\x02".to_vec();
+    want.extend(5_u128.to_be_bytes());
+    want.extend(6_u64.to_be_bytes());
+    want.push(0);
+    let resuming = Claim {
+        owner: 5,
+        resumes: Some(6),
+        ..claim(None)
+    };
+    assert_eq!(encode("m", Some(&resuming)), want);
+    // Both at once make no sense.
+    want[6] = 3;
+    assert_eq!(decode(&want), None);
+    let fence = Fence {
+        instance: 7,
+        turn: 8,
+    };
+    let bytes = [&7_u128.to_be_bytes()[..], &8_u64.to_be_bytes()].concat();
+    assert_eq!(fence.encode()[..], bytes);
+    assert_eq!(Fence::decode(&fence.encode()), fence);
 }
 
 #[test]

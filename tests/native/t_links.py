@@ -18,6 +18,13 @@ def _mirror(area, server, options=()):
     return local, between, Model(BLOCKS)
 
 
+def _load(area, model, client, meanwhile, peer="in-sync", writes=600):
+    """Every write is acknowledged, whatever happens to the peer, which is then in this state."""
+    acked = model.load(client, area.random, writes=writes, depth=32, meanwhile=meanwhile)
+    check(acked == writes, f"{acked} of {writes} writes were acknowledged")
+    check(area.states() == ["in-sync", peer], f"states are {area.states()}")
+
+
 def a_connection_that_breaks_is_taken_up_again(area):
     """Twenty times under load: nothing is lost, nobody notices, the member stays in-sync."""
     server = Exported(area, "peer")
@@ -30,10 +37,8 @@ def a_connection_that_breaks_is_taken_up_again(area):
                 between.cut(at_once=number % 3 != 0)
                 between.mend()
 
-            acked = model.load(client, area.random, writes=300, depth=32, meanwhile=breaks)
-            check(acked == 300, f"{acked} of 300 writes were acknowledged")
+            _load(area, model, client, breaks, writes=300)
             check(between.connections > before, "nothing was connected anew")
-            check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
         client.flush()
         model.check(client)
         area.pull(0)
@@ -57,9 +62,7 @@ def a_connection_is_not_taken_up_beside_another_writer(area):
                 other.write(99 * MIB, b"x" * BLOCK)
             between.mend()
 
-        acked = model.load(client, area.random, writes=600, depth=32, meanwhile=other_writes)
-        check(acked == 600, f"{acked} of 600 writes were acknowledged")
-        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        _load(area, model, client, other_writes, "faulty")
         model.check(client)
         area.put_back(between.address)
         model.check(client)
@@ -78,9 +81,7 @@ def a_server_that_was_started_anew_has_lost_its_cache(area):
             server.start()
             between.mend()
 
-        acked = model.load(client, area.random, writes=600, depth=32, meanwhile=restart)
-        check(acked == 600, f"{acked} of 600 writes were acknowledged")
-        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        _load(area, model, client, restart, "faulty")
         area.put_back(between.address)
         model.check(client)
     area.stop()
@@ -92,9 +93,7 @@ def a_connection_that_hangs_costs_the_deadline(area):
     server = Exported(area, "peer")
     local, between, model = _mirror(area, server, options=("--deadline", "2"))
     with area.client() as client:
-        acked = model.load(client, area.random, writes=600, depth=32, meanwhile=between.hold)
-        check(acked == 600, f"{acked} of 600 writes were acknowledged")
-        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        _load(area, model, client, between.hold, "faulty")
         area.ctl("remove", "m", "1")
         between.cut(at_once=True)
         between.let_go()
@@ -111,9 +110,7 @@ def a_network_that_is_down_for_longer_costs_the_member(area):
     server = Exported(area, "peer")
     local, between, model = _mirror(area, server, options=("--deadline", "2"))
     with area.client() as client:
-        acked = model.load(client, area.random, writes=300, depth=32, meanwhile=between.cut)
-        check(acked == 300, f"{acked} of 300 writes were acknowledged")
-        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        _load(area, model, client, between.cut, "faulty", writes=300)
         between.mend()
         area.ctl("remove", "m", "1")
         area.put_back(between.address)
@@ -163,9 +160,7 @@ def an_unfenced_connection_is_not_taken_up_again(area):
         def breaks():
             between.cut(at_once=True)
 
-        acked = model.load(client, area.random, writes=300, depth=32, meanwhile=breaks)
-        check(acked == 300, f"{acked} of 300 writes were acknowledged")
-        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        _load(area, model, client, breaks, "faulty", writes=300)
         area.put_back(between.address)
         model.check(client)
     area.stop()

@@ -182,33 +182,50 @@ fn a_read_is_not_answered_from_caches_alone() {
     assert!(answered > 0, "no read was answered");
 }
 
+/// The first extent was written, and is discarded.
+fn discard_first(machine: &mut Machine) {
+    machine.start();
+    wr(machine, 0, 65536);
+    seconds(machine, COOL);
+    let client = machine.client();
+    let discard = async move { client.discard_extent(0).await };
+    machine.world.block_on(discard).unwrap();
+    seconds(machine, 3);
+}
+
+/// A write to the first extent is refused everywhere, then a member is lost over another extent,
+/// and the first one cools; which member.
+fn refuse_then_lose(machine: &Machine, seed: u64) -> usize {
+    refuse_writes(machine);
+    assert!(write(machine, 8 * 4096).is_err(), "seed {seed}");
+    faults(machine, none());
+    let gone = (seed % 2) as usize;
+    machine.disks[gone].set_faults(WRITES);
+    wr(machine, 5 << 22, 4096);
+    assert_ne!(states(machine)[gone], MemberState::InSync, "seed {seed}");
+    machine.disks[gone].set_faults(none());
+    seconds(machine, COOL);
+    gone
+}
+
+/// The lost member returns, and has the right checksums without the other one.
+fn return_with_checksums(machine: &mut Machine, gone: usize, seed: u64) {
+    bring_all_back(machine);
+    let checked = check(machine, 0, true);
+    assert_eq!(checked.findings, 0, "seed {seed}");
+    machine.fail((1 - gone) as u8).unwrap();
+    rd(machine, 0, 65536).unwrap();
+}
+
 /// A discarded extent cannot be recorded as begun anew; a member is lost over something else, and
 /// the extent cools. The member lacks the checksums of zeroes when it returns, until it gets them.
 #[test]
 fn an_extent_that_could_not_begin_cools_without_a_member() {
     for seed in seeds(24) {
         let mut machine = machine(seed, 2);
-        machine.start();
-        wr(&machine, 0, 65536);
-        seconds(&machine, COOL);
-        let client = machine.client();
-        let discard = async move { client.discard_extent(0).await };
-        machine.world.block_on(discard).unwrap();
-        seconds(&machine, 3);
-        refuse_writes(&machine);
-        assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
-        faults(&machine, none());
-        let gone = (seed % 2) as usize;
-        machine.disks[gone].set_faults(WRITES);
-        wr(&machine, 5 << 22, 4096);
-        assert_ne!(states(&machine)[gone], MemberState::InSync, "seed {seed}");
-        machine.disks[gone].set_faults(none());
-        seconds(&machine, COOL);
-        bring_all_back(&mut machine);
-        let checked = check(&machine, 0, true);
-        assert_eq!(checked.findings, 0, "seed {seed}");
-        machine.fail((1 - gone) as u8).unwrap();
-        rd(&machine, 0, 65536).unwrap();
+        discard_first(&mut machine);
+        let gone = refuse_then_lose(&machine, seed);
+        return_with_checksums(&mut machine, gone, seed);
     }
 }
 
@@ -218,34 +235,16 @@ fn an_extent_without_room_is_remembered() {
     for seed in seeds(24) {
         // Every fourth seed has memory for three extents.
         let mut machine = machine(seed * 4 + 3, 2);
-        machine.start();
-        wr(&machine, 0, 65536);
-        seconds(&machine, COOL);
-        let client = machine.client();
-        let discard = async move { client.discard_extent(0).await };
-        machine.world.block_on(discard).unwrap();
-        seconds(&machine, 3);
+        discard_first(&mut machine);
         for extent in 1..4 {
             wr(&machine, extent << 22, 4096);
         }
-        refuse_writes(&machine);
-        assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
-        faults(&machine, none());
-        let gone = (seed % 2) as usize;
-        machine.disks[gone].set_faults(WRITES);
-        wr(&machine, 5 << 22, 4096);
-        assert_ne!(states(&machine)[gone], MemberState::InSync, "seed {seed}");
-        machine.disks[gone].set_faults(none());
-        seconds(&machine, COOL);
+        let gone = refuse_then_lose(&machine, seed);
         refuse_writes(&machine);
         assert!(write(&machine, 8 * 4096).is_err(), "seed {seed}");
         faults(&machine, none());
         seconds(&machine, COOL);
-        bring_all_back(&mut machine);
-        let checked = check(&machine, 0, true);
-        assert_eq!(checked.findings, 0, "seed {seed}");
-        machine.fail((1 - gone) as u8).unwrap();
-        rd(&machine, 0, 65536).unwrap();
+        return_with_checksums(&mut machine, gone, seed);
     }
 }
 

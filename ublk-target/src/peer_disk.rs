@@ -20,9 +20,9 @@
 //!   else had the right to write meanwhile, and no flush failed, then all that was answered is as it
 //!   was, and what was not answered is asked again. (What was asked before has ended: the server has
 //!   seen to that. It did then what it is asked now, or nothing.) There may be several ways to a
-//!   server: then a connection that owes an answer and says nothing is given up as well. An operation that was given up must
-//!   not be asked again, later ones may be to the same blocks: with the first orphan such a connection
-//!   has failed.
+//!   server: then a connection that owes an answer and says nothing is given up as well. An
+//!   operation that was given up must not be asked again, later ones may be to the same blocks:
+//!   with the first orphan such a connection has failed.
 //! - After an unclean end of a session a start uses a peer only if the server that it meets is the
 //!   very one that served that session, and has ended it: each copy of a superblock names the
 //!   instance through which it was written. For any other server, one of ours that was restarted

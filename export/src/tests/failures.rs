@@ -319,10 +319,10 @@ fn a_flush_that_fails_for_nobody_ends_the_turn() {
                 ..claim
             };
             client.go().await;
-            store.hold_flushes(true);
             if of_a_claim {
                 client.0.close();
                 idle().await;
+                store.delay_next_flush();
                 let given_up = Client::new(&server, WIDE).await;
                 let data = encode("m", Some(&resume));
                 given_up.option(OPTION_CLAIM, &data).await;
@@ -330,6 +330,7 @@ fn a_flush_that_fails_for_nobody_ends_the_turn() {
                 given_up.0.close();
                 tokio::time::advance(HANDSHAKE_LIMIT * 2).await;
             } else {
+                store.delay_next_flush();
                 client.ask(&FLUSH).await;
                 idle().await;
                 client.0.close();
@@ -337,8 +338,7 @@ fn a_flush_that_fails_for_nobody_ends_the_turn() {
             let resuming = Client::new(&server, WIDE).await;
             let granted = spawn_local(async move { resuming.fence(Some(&resume)).await });
             idle().await;
-            store.fail_one_flush();
-            store.hold_flushes(false);
+            store.fail_delayed_flush();
             assert!(granted.await.unwrap().unwrap().is_err());
         });
     }

@@ -167,8 +167,8 @@ pub(crate) struct Link {
     way: Cell<usize>,
     /// Whether another connection is sought.
     going_on: Cell<bool>,
-    /// When the last reply came, and how long the next one may take before another way is tried.
-    heard: Cell<Duration>,
+    /// Replies that have come, and how long the next one may take before another way is tried.
+    replies: Cell<u64>,
     quiet: Cell<Duration>,
     /// When this connection came up.
     since: Cell<Duration>,
@@ -198,7 +198,7 @@ impl Link {
             ways,
             way: Cell::new(0),
             going_on: Cell::new(false),
-            heard: Cell::new(ring::now()),
+            replies: Cell::new(0),
             quiet: Cell::new(QUIET),
             since: Cell::new(ring::now()),
             deadline,
@@ -371,23 +371,27 @@ impl Link {
     /// that is given up so the next one gets twice the time.
     async fn watch(self: Rc<Self>) {
         let fd = Rc::clone(&self.fd.borrow());
+        let (mut replies, mut heard) = (self.replies.get(), ring::now());
         loop {
             self.ring.sleep_until(ring::now() + QUIET / 4).await;
             if self.state.borrow().is_over() || !Rc::ptr_eq(&fd, &self.fd.borrow()) {
                 return;
             }
-            if self.in_flight.get() == 0 {
-                self.heard.set(ring::now());
-            } else if ring::now() > self.heard.get() + self.quiet.get() && self.may_go_on() {
-                let (heard, way) = (self.heard.get(), self.ways[self.way.get()].clone());
+            if self.replies.get() != replies {
+                self.quiet.set(QUIET);
+            }
+            if self.in_flight.get() == 0 || self.replies.get() != replies {
+                (replies, heard) = (self.replies.get(), ring::now());
+            } else if ring::now() > heard + self.quiet.get() && self.may_go_on() {
+                let way = self.ways[self.way.get()].clone();
                 let silent = match self.ring.try_blocking(move || (way.answers)()) {
                     Ok(asking) => !asking.await,
                     Err(_) => false,
                 };
                 if !silent {
-                    self.heard.set(ring::now());
+                    heard = ring::now();
                 }
-                if self.heard.get() > heard || !self.may_go_on() {
+                if !silent || self.replies.get() != replies || !self.may_go_on() {
                     continue;
                 }
                 self.quiet.set(self.quiet.get() * 2);
@@ -504,8 +508,7 @@ impl Link {
         // be given up.
         let _ = sockopt::set_tcp_user_timeout(self.fd.borrow().as_fd(), silent);
         self.tasks.set(2);
-        self.heard.set(ring::now());
-        self.since.set(self.heard.get());
+        self.since.set(ring::now());
         self.to_send.notify();
         self.ring.spawn(Rc::clone(self).send_requests());
         self.ring.spawn(Rc::clone(self).receive_replies());
@@ -579,8 +582,7 @@ impl Link {
         }
         let Part { op, into, data, .. } = part;
         drop((into, data));
-        self.heard.set(ring::now());
-        self.quiet.set(QUIET);
+        self.replies.set(self.replies.get() + 1);
         self.answered(op, result);
         Ok(())
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use mirror::control::ErrorKind;
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, LastStop, Loaded, Superblock};
+use peer::blocking::CONNECT_PATIENCE;
 use peer::claim::Fence;
 use peer::{Address, Claimant, Client, ConnectError, Export};
 
@@ -99,24 +100,17 @@ pub(super) struct Way {
     pub(super) reopen: Arc<dyn Fn() -> Reopened + Send + Sync>,
 }
 
-/// How long connecting may take, and then the server to decide: it waits for its disk.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Patience {
-    pub(super) connect: Duration,
-    pub(super) decide: Duration,
-}
-
 impl Way {
-    /// Through this address, in the name of the same owner. What another server exports is not
-    /// claimed.
+    /// Through this address, in the name of the same owner; connecting may take `patience`. What
+    /// another server exports is not claimed.
     pub(super) fn through(
         address: &Address,
         owner: u128,
         wanted: Fence,
-        patience: Patience,
+        patience: Duration,
     ) -> Self {
         let there = address.clone();
-        let ask = move || match Client::ask(&there, patience.connect) {
+        let ask = move || match Client::ask(&there, patience) {
             Ok(asked) => Reopened::unless_it_is(asked.fence(), wanted),
             Err(error) if error.is_the_networks() => Some(Reopened::NotNow(error.to_string())),
             Err(error) => Some(Reopened::Nobody(error.to_string())),
@@ -128,7 +122,8 @@ impl Way {
                 if let Some(other) = ask() {
                     return other;
                 }
-                let resumed = Client::resume(&address, owner, wanted.turn, patience.decide);
+                // It decides when its disk has answered.
+                let resumed = Client::resume(&address, owner, wanted.turn, CONNECT_PATIENCE);
                 // What lies on the disk is known, and reading it might take long.
                 Reopened::by(resumed.and_then(|it| OpenedPeer::of(it, None)), wanted)
             }),

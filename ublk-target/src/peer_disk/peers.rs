@@ -9,7 +9,7 @@ use peer::blocking::CONNECT_PATIENCE;
 use peer::{Address, Claimant};
 
 use super::link::Link;
-use super::opened::{OpenedPeer, Patience, Way};
+use super::opened::{OpenedPeer, Way};
 use crate::host::random_bytes;
 use crate::ring::{self, Ring};
 
@@ -65,13 +65,10 @@ impl Peers {
         };
         let others = self.paths.iter().filter(|path| **path != own);
         let all: Vec<_> = std::iter::once(&own).chain(others).collect();
-        let patience = Patience {
-            connect: if all.len() > 1 {
-                WAY_PATIENCE
-            } else {
-                CONNECT_PATIENCE
-            },
-            decide: CONNECT_PATIENCE,
+        let patience = if all.len() > 1 {
+            WAY_PATIENCE
+        } else {
+            CONNECT_PATIENCE
         };
         all.into_iter()
             .map(|address| Way::through(address, known.owner, fence, patience))

@@ -45,12 +45,12 @@ fn disk(
     (Rc::new(PeerDisk(link)), peers, attempts)
 }
 
-/// A way on which these attempts are made.
+/// A way on which these attempts are made; after them nobody is there.
 fn way(attempts: &Arc<Mutex<VecDeque<Attempt>>>) -> Way {
     let left = Arc::clone(attempts);
     let reopen = move || {
-        let attempt = left.lock().unwrap().pop_front().unwrap();
-        let connected = match attempt() {
+        let attempt = left.lock().unwrap().pop_front();
+        let connected = match attempt.map_or(Err(io::ErrorKind::ConnectionRefused), |it| it()) {
             Ok((stream, fence)) => Ok(opened(stream, Some(fence))),
             Err(kind) => Err(ConnectError::Unreachable {
                 address: "nbd://test/x".parse::<Address>().unwrap(),
@@ -175,13 +175,13 @@ fn a_connection_that_none_can_replace_has_failed() {
     for (name, fence, nonsense, other) in cases {
         on_ring(32, move |ring| {
             let ((first, mut old), (second, mut new)) = (pair(), pair());
-            let attempts: Vec<Attempt> = match other {
-                Some(other) => vec![Box::new(move || other(second))],
-                None => {
-                    drop(second);
-                    Vec::new()
-                }
+            // Where none is to be made, one would succeed.
+            let attempt: Attempt = match other {
+                Some(other) => Box::new(move || other(second)),
+                None => Box::new(move || Ok((second, FENCE))),
             };
+            let unused = usize::from(other.is_none());
+            let attempts = vec![attempt];
             let (disk, _, attempts) = disk(&ring, first, fence, attempts);
             let server = std::thread::spawn(move || {
                 old.next().unwrap();
@@ -198,8 +198,8 @@ fn a_connection_that_none_can_replace_has_failed() {
                 assert!(!data.in_use() && disk.in_flight() == 0);
             })
             .unwrap();
-            assert!(attempts.lock().unwrap().is_empty(), "{name}");
-            drop(attempts);
+            assert_eq!(attempts.lock().unwrap().len(), unused, "{name}");
+            attempts.lock().unwrap().clear();
             assert_eq!(server.join().unwrap(), None, "{name}");
         });
     }
@@ -214,14 +214,12 @@ fn nothing_goes_on_once_an_operation_was_given_up() {
             let ((tries, tried), (release, held)) = (mpsc::channel(), mpsc::channel::<()>());
             let connects: Attempt = Box::new(move || {
                 tries.send(()).unwrap();
-                held.recv().unwrap();
+                if !before {
+                    held.recv().unwrap();
+                }
                 Ok((second, FENCE))
             });
-            let mut attempts = vec![connects];
-            if before {
-                attempts.clear();
-            }
-            let (disk, peers, _) = disk(&ring, first, Some(FENCE), attempts);
+            let (disk, peers, attempts) = disk(&ring, first, Some(FENCE), vec![connects]);
             let (close, closes) = mpsc::channel::<()>();
             let server = std::thread::spawn(move || {
                 old.requests(2);
@@ -245,8 +243,10 @@ fn nothing_goes_on_once_an_operation_was_given_up() {
                 }
                 assert_eq!(other.await, Err(GONE));
                 assert!(disk.in_flight() == 0 && !data.iter().any(|it| it.in_use()));
-                // Comes too late.
+                // Comes too late, or is not asked for.
                 let _ = release.send(());
+                assert_eq!(attempts.lock().unwrap().len(), usize::from(before));
+                attempts.lock().unwrap().clear();
                 drop(disk);
                 peers.leave(&ours).await;
                 let asked = ours.blocking(move || server.join().unwrap()).await;
@@ -262,7 +262,8 @@ fn nothing_goes_on_once_an_operation_was_given_up() {
 fn who_leaves_stays_away() {
     on_ring(32, |ring| {
         let (first, mut server) = pair();
-        let (disk, peers, attempts) = disk(&ring, first, Some(FENCE), vec![]);
+        let refused: Attempt = Box::new(|| Err(io::ErrorKind::ConnectionRefused));
+        let (disk, peers, attempts) = disk(&ring, first, Some(FENCE), vec![refused]);
         let serving = std::thread::spawn(move || server.next());
         let ours = Rc::clone(&ring);
         ring.block_on(async move {
@@ -272,7 +273,8 @@ fn who_leaves_stays_away() {
             assert_eq!(write(&disk, 0, &data, false).await, Err(GONE));
         })
         .unwrap();
-        assert!(attempts.lock().unwrap().is_empty());
+        let left = attempts.lock().unwrap().len();
+        assert_eq!(left, 1, "it has connected again");
     });
 }
 
