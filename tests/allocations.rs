@@ -167,6 +167,8 @@ fn started(machine: &Rc<Machine>) -> Rc<Mirror<Still, MemoryDisk>> {
     let options = StartOptions {
         name: "m".into(),
         force: false,
+        reason: String::new(),
+        promote: false,
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,

@@ -54,6 +54,8 @@ fn options(force: bool) -> StartOptions {
     StartOptions {
         name: "m".to_owned(),
         force,
+        reason: String::new(),
+        promote: false,
         write_intent: true,
         deadline: Duration::from_secs(5),
         hot_budget: None,

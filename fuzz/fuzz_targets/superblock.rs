@@ -78,8 +78,8 @@ fn judge(found: &[Superblock]) {
             completed: superblock.updated_secs,
         })
         .collect();
-    for force in [false, true] {
-        if let Ok(plan) = assemble(&seen, AssembleOptions { force }) {
+    for (force, promote) in [(false, false), (false, true), (true, false)] {
+        if let Ok(plan) = assemble(&seen, AssembleOptions { force, promote }) {
             assert_eq!(plan.verdicts.len(), seen.len());
             let config = &seen[plan.newest].superblock;
             for (slot, _) in &plan.lost {
@@ -89,5 +89,6 @@ fn judge(found: &[Superblock]) {
     }
     for member in &seen {
         let _ = judge_return(&found[0], member);
+        let _ = mirror::split::changed_by(&found[0], member);
     }
 }

@@ -23,7 +23,9 @@
 //! # Who may start alone (R15)
 //!
 //! The mirror starts only when the superblock of every member that the newest one names
-//! in-sync has been read. Otherwise the absent one may hold newer data.
+//! in-sync has been read. Otherwise the absent one may hold newer data. A member to which the
+//! mirror was handed over may be promoted without them: they have stopped for it
+//! (`engine/stop.rs`).
 //!
 //! An older copy that a start leaves out is given that start's configuration and calls itself
 //! stale from then on (`records::disown`): by what it said before, it could serve later beside a
@@ -48,9 +50,10 @@
 //! otherwise; that would take a witness which was not put back with them (the members that are
 //! absent are such witnesses, and are refused when they return).
 
+pub use crate::epochs::short as short_epoch;
 use crate::epochs::{Stand, age, cut_off, cut_off_without, history, line, short};
 use crate::records;
-use crate::superblock::{Loss, SlotRecord, SlotState, Superblock};
+use crate::superblock::{LastStop, Loss, SlotRecord, SlotState, Superblock};
 use dirty_map::Stamp;
 
 /// A member whose superblock and maps were read in this start.
@@ -118,6 +121,14 @@ pub struct Plan {
     pub lost: Vec<(u8, String)>,
 }
 
+impl Plan {
+    /// Whether nobody but the member at `index` starts in-sync.
+    pub(crate) fn serves_alone(&self, index: usize) -> bool {
+        let in_sync = |&at: &usize| self.verdicts[at] == Verdict::InSync;
+        (0..self.verdicts.len()).filter(in_sync).eq([index])
+    }
+}
+
 /// Why the mirror does not start.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -129,7 +140,7 @@ pub enum Refusal {
     Foreign(String, String),
     /// Divergent histories.
     #[error(
-        "split brain: {first} and {second} were both written without the other since epoch {common}; nothing is chosen for you. {first}: {first_history}. {second}: {second_history}. Start with the one to keep alone and --force, then re-add the other with --full"
+        "split brain: {first} and {second} were both written without the other since epoch {common}; nothing is chosen for you. {first}: {first_history}. {second}: {second_history}. `mirrorctl resolve` shows what each has changed, and keeps the one that you choose"
     )]
     SplitBrain {
         /// One side.
@@ -161,6 +172,11 @@ pub enum Refusal {
         /// The other.
         second: String,
     },
+    /// Joins that were cut off.
+    #[error(
+        "a join of {0} was cut off and had begun to overwrite its maps, so nothing here says what it holds; attach the members that are missing, and re-add it with --full"
+    )]
+    Overwritten(String),
     /// No usable copy.
     #[error(
         "no member that is here holds a complete copy: {0}. Attach the members that are missing; to go on with what an older copy holds, start with it alone and --force"
@@ -173,6 +189,8 @@ pub enum Refusal {
 pub struct AssembleOptions {
     /// Start although an absent member may hold newer data.
     pub force: bool,
+    /// Start without members that have handed the mirror over to one that is here.
+    pub promote: bool,
 }
 
 /// Decides how to start from the members seen.
@@ -205,6 +223,7 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
         }
         verdicts.push(verdict);
     }
+    let handed_over = options.promote && handed_over(seen, config, &verdicts);
     for (slot, record) in config.slots.iter().enumerate() {
         let present = seen
             .iter()
@@ -214,7 +233,7 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
                 "the member in slot {slot} (last seen as {})",
                 record.address
             );
-            if !options.force {
+            if !options.force && !handed_over {
                 return Err(Refusal::MayBeOld { absent });
             }
             lost.push((
@@ -224,6 +243,13 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
         }
     }
     if !verdicts.contains(&Verdict::InSync) {
+        let serves = |s: &&Seen| names_in_sync(config, &s.superblock);
+        if let Some(only) = seen
+            .iter()
+            .find(|s| serves(s) && is_overwritten(&s.superblock))
+        {
+            return Err(Refusal::Overwritten(only.path.clone()));
+        }
         let reasons: Vec<String> = lost.into_iter().map(|(_, reason)| reason).collect();
         return Err(Refusal::NoSource(reasons.join("; ")));
     }
@@ -231,6 +257,20 @@ pub fn assemble(seen: &[Seen], options: AssembleOptions) -> Result<Plan, Refusal
         newest,
         verdicts,
         lost,
+    })
+}
+
+/// Whether a member may go on without the others: it says so, in the very state in which the mirror
+/// was stopped.
+fn handed_over(seen: &[Seen], config: &Superblock, verdicts: &[Verdict]) -> bool {
+    let same = |s: &Superblock| {
+        (s.epoch.id, s.event_count) == (config.epoch.id, config.event_count)
+            && s.last_stop == LastStop::Clean
+    };
+    let mut judged = seen.iter().zip(verdicts);
+    judged.any(|(member, verdict)| {
+        let superblock = &member.superblock;
+        superblock.handed_over && same(superblock) && *verdict == Verdict::InSync
     })
 }
 
@@ -265,7 +305,7 @@ pub fn judge_return(config: &Superblock, member: &Seen) -> Verdict {
         .all(|stand| stand.is_known(config, Some(loss.epoch)))
     {
         return refused(format!(
-            "split brain: {} went on without this mirror ({}), which is at {}; re-add it with --full to drop its changes",
+            "split brain: {} went on without this mirror ({}), which is at {}; `mirrorctl resolve` shows both sides; re-add it with --discard-changes to drop what it has changed, or with --full",
             member.path,
             history(superblock),
             history(config)
@@ -339,6 +379,9 @@ fn judge(config: &Superblock, member: &Seen, seen: &[Seen], reached: Reached) ->
     if left_out(superblock) && superblock.member != config.member {
         return full(left_out_before(member));
     }
+    if is_overwritten(superblock) {
+        return full(format!("a full resync of {} was cut off", member.path));
+    }
     if !epochs_in_sync(config, seen).contains(&superblock.epoch.id) {
         return full(format!(
             "{} is an older copy: its superblock stands at {}, the mirror's at {}",
@@ -398,6 +441,13 @@ pub(crate) fn left_out(superblock: &Superblock) -> bool {
     superblock.own_record().state == SlotState::Stale
 }
 
+/// Whether a join has begun to overwrite its maps: it calls itself in-sync, and they may be those of
+/// others.
+fn is_overwritten(superblock: &Superblock) -> bool {
+    let own = superblock.own_record();
+    own.full && own.state == SlotState::InSync
+}
+
 fn left_out_before(member: &Seen) -> String {
     format!(
         "{} was found to be an older copy at an earlier start",
@@ -451,7 +501,11 @@ fn newest(seen: &[Seen]) -> Result<usize, Refusal> {
         let pairs = (0..seen.len()).flat_map(|a| (0..seen.len()).map(move |b| (a, b)));
         let mut pairs = pairs.filter(|(a, b)| a != b);
         let apart = pairs.find(|&(a, b)| !knows(a, b) && !knows(b, a));
-        split_brain(seen, apart.unwrap_or((0, seen.len() - 1)))
+        let not_itself = (0..seen.len()).find(|&i| !knows(i, i));
+        match (apart, not_itself) {
+            (None, Some(i)) => Refusal::Overwritten(seen[i].path.clone()),
+            _ => split_brain(seen, apart.unwrap_or((0, seen.len() - 1))),
+        }
     })
 }
 
@@ -506,4 +560,4 @@ fn refused(reason: String) -> Verdict {
 
 #[cfg(test)]
 #[path = "assemble_tests.rs"]
-mod tests;
+pub(crate) mod tests;

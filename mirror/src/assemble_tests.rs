@@ -6,7 +6,12 @@ use uuid::Uuid;
 
 /// A superblock of slot `own` with `states` of all slots, at the last of `epochs` (oldest
 /// first).
-fn superblock(own: u8, epochs: &[u128], states: &[SlotState], event_count: u64) -> Superblock {
+pub(crate) fn superblock(
+    own: u8,
+    epochs: &[u128],
+    states: &[SlotState],
+    event_count: u64,
+) -> Superblock {
     let ordinal = |index: usize| u32::try_from(index).unwrap();
     let mut history: Vec<Epoch> = epochs
         .iter()
@@ -48,6 +53,10 @@ fn superblock(own: u8, epochs: &[u128], states: &[SlotState], event_count: u64) 
         last_stop: LastStop::Unclean,
         flush_failed: false,
         forced: false,
+        handed_over: false,
+        epoch_secs: 0,
+        forced_secs: 0,
+        forced_reason: String::new(),
         checksums: true,
         logical_block_bytes: 512,
         resync_cursor: 0,
@@ -56,7 +65,7 @@ fn superblock(own: u8, epochs: &[u128], states: &[SlotState], event_count: u64) 
     }
 }
 
-fn seen(superblock: Superblock, sequence: u64) -> Seen {
+pub(crate) fn seen(superblock: Superblock, sequence: u64) -> Seen {
     let path = format!("/dev/{}", superblock.own_slot);
     Seen {
         path,
@@ -88,7 +97,13 @@ fn word(verdict: &Verdict) -> &'static str {
 }
 
 fn decide(members: &[Seen], force: bool) -> String {
-    match assemble(members, AssembleOptions { force }) {
+    match assemble(
+        members,
+        AssembleOptions {
+            force,
+            ..AssembleOptions::default()
+        },
+    ) {
         Ok(plan) => plan.verdicts.iter().map(word).collect::<Vec<_>>().join(" "),
         Err(refusal) => match refusal {
             Refusal::NoMembers => "nobody".into(),
@@ -97,6 +112,7 @@ fn decide(members: &[Seen], force: bool) -> String {
             Refusal::MayBeOld { .. } => "may be old".into(),
             Refusal::Twice { .. } => "twice".into(),
             Refusal::NoSource(_) => "no source".into(),
+            Refusal::Overwritten(_) => "overwritten".into(),
         },
     }
 }
@@ -197,7 +213,13 @@ fn reasons_are_sentences_that_name_the_disk() {
     let refusal = assemble(&members, AssembleOptions::default())
         .unwrap_err()
         .to_string();
-    for part in ["split brain", "/dev/0", "/dev/1", "event 2", "--force"] {
+    for part in [
+        "split brain",
+        "/dev/0",
+        "/dev/1",
+        "event 2",
+        "mirrorctl resolve",
+    ] {
         assert!(refusal.contains(part), "{part}: {refusal}");
     }
 }

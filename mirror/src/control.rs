@@ -74,6 +74,9 @@ pub enum Request {
         path: String,
         /// Accept a full resync when a delta is not possible.
         full: bool,
+        /// It gives up what it has changed by itself (split brain).
+        #[serde(default)]
+        discard_changes: bool,
         /// Only say what would be done.
         dry_run: bool,
     },
@@ -122,6 +125,9 @@ pub enum Request {
     Stop {
         /// Stop even while the device is open.
         force: bool,
+        /// The member that may go on without the others.
+        #[serde(default)]
+        hand_over: Option<MemberRef>,
     },
 }
 

@@ -120,7 +120,8 @@ pub(crate) fn age(config: &Superblock, epoch: u128) -> usize {
 }
 
 /// The first eight digits of an epoch.
-pub(crate) fn short(epoch: u128) -> String {
+#[must_use]
+pub fn short(epoch: u128) -> String {
     format!("{epoch:032x}")[..8].to_owned()
 }
 

@@ -19,7 +19,7 @@ mod key;
 mod model;
 mod start;
 
-use join::Stop;
+use join::{Stop, Who};
 use key::key;
 use model::{Image, Slots, Violation, World};
 use start::Cut;
@@ -34,16 +34,23 @@ enum Action {
     CrashInRound(usize, Slots),
     Return(usize),
     CrashInReturn(usize, Stop),
+    /// After a split brain, without its changes.
+    GiveUp(usize),
+    CrashInGiveUp(usize, Stop),
     Replace(usize),
     CrashInReplace(usize, Stop),
     OlderImage(usize, Image),
     /// With a write and a commit that reached one member only.
     Crash(Option<usize>),
+    /// A clean stop, after which that member may be promoted alone.
+    HandOver(usize),
     /// Members present, one bit a slot.
     Start(Slots),
     CrashInStart(Slots, Cut),
     Force(Slots),
     CrashInForce(Slots, Cut),
+    Promote(Slots),
+    CrashInPromotion(Slots, Cut),
 }
 use Action::*;
 
@@ -52,32 +59,38 @@ fn act(world: &mut World, action: Action) -> Result<bool, Violation> {
         Lose(slot) => Ok(world.lose_one(slot, None)),
         LoseTwo(first, second) => Ok(world.lose_two(first, second)),
         CrashInRound(slot, reached) => Ok(world.lose_one(slot, Some(reached))),
-        Return(slot) => world.join(slot, false, Stop::Done),
-        CrashInReturn(slot, stop) => world.join(slot, false, stop),
-        Replace(slot) => world.join(slot, true, Stop::Done),
-        CrashInReplace(slot, stop) => world.join(slot, true, stop),
+        Return(slot) => world.join(slot, Who::Returns, Stop::Done),
+        CrashInReturn(slot, stop) => world.join(slot, Who::Returns, stop),
+        GiveUp(slot) => world.join(slot, Who::GivesUp, Stop::Done),
+        CrashInGiveUp(slot, stop) => world.join(slot, Who::GivesUp, stop),
+        Replace(slot) => world.join(slot, Who::New, Stop::Done),
+        CrashInReplace(slot, stop) => world.join(slot, Who::New, stop),
         OlderImage(slot, image) => Ok(world.older_image(slot, image)),
         Crash(reached) => Ok(world.crash(reached)),
-        Start(present) => start(world, present, false, None),
-        CrashInStart(present, reached) => start(world, present, false, Some(reached)),
-        Force(present) => start(world, present, true, None),
-        CrashInForce(present, reached) => start(world, present, true, Some(reached)),
+        HandOver(slot) => Ok(world.hand_over(slot)),
+        Start(present) => start(world, present, (false, false), None),
+        CrashInStart(present, reached) => start(world, present, (false, false), Some(reached)),
+        Force(present) => start(world, present, (true, false), None),
+        CrashInForce(present, reached) => start(world, present, (true, false), Some(reached)),
+        Promote(present) => start(world, present, (false, true), None),
+        CrashInPromotion(present, reached) => start(world, present, (false, true), Some(reached)),
     }
 }
 
+/// A start that is forced or promoted, or neither, if it has to be.
 fn start(
     world: &mut World,
     present: Slots,
-    force: bool,
+    how: (bool, bool),
     cut_off: Option<Cut>,
 ) -> Result<bool, Violation> {
     let decision = world.decide(present)?;
-    let decision = decision.filter(|decision| decision.forced == force);
+    let decision = decision.filter(|it| (it.forced, it.promoted) == how);
     Ok(decision.is_some_and(|decision| world.begin(&decision, cut_off)))
 }
 
 /// All but starts.
-fn actions(members: usize) -> Vec<Action> {
+fn actions(members: usize, two_hosts: bool) -> Vec<Action> {
     let mut all = vec![Crash(None)];
     for slot in 0..members {
         let sets = 1..model::one(members);
@@ -87,8 +100,14 @@ fn actions(members: usize) -> Vec<Action> {
         all.extend(sets.clone().map(|reached| CrashInRound(slot, reached)));
         let rounds = sets.flat_map(|r| [Stop::Exact(r), Stop::Round(r), Stop::Finish(r)]);
         let stops = [Stop::Maps, Stop::Joined].into_iter();
-        let stops = stops.chain([false, true].map(Stop::Resync)).chain(rounds);
-        all.extend(stops.flat_map(|stop| [CrashInReturn(slot, stop), CrashInReplace(slot, stop)]));
+        let stops = stops.chain([false, true].map(Stop::Resync));
+        let stops: Vec<Stop> = stops.chain(rounds).collect();
+        let crashes = |crash: fn(usize, Stop) -> Action| stops.iter().map(move |&s| crash(slot, s));
+        all.extend(crashes(CrashInReturn).chain(crashes(CrashInReplace)));
+        if two_hosts {
+            all.extend([HandOver(slot), GiveUp(slot)]);
+            all.extend(crashes(CrashInGiveUp));
+        }
     }
     all
 }
@@ -117,11 +136,13 @@ fn after(world: &World, actions: &[Action]) -> Result<Vec<(Action, World)>, (Act
         for cut_off in std::iter::once(None).chain(cuts.map(Some)) {
             let mut next = world.clone();
             if next.begin(&decision, cut_off) {
-                let action = match (decision.forced, cut_off) {
-                    (false, None) => Start(present),
-                    (false, Some(reached)) => CrashInStart(present, reached),
-                    (true, None) => Force(present),
-                    (true, Some(reached)) => CrashInForce(present, reached),
+                let action = match (decision.forced, decision.promoted, cut_off) {
+                    (_, true, None) => Promote(present),
+                    (_, true, Some(reached)) => CrashInPromotion(present, reached),
+                    (false, _, None) => Start(present),
+                    (false, _, Some(reached)) => CrashInStart(present, reached),
+                    (true, _, None) => Force(present),
+                    (true, _, Some(reached)) => CrashInForce(present, reached),
                 };
                 found.push((action, next));
             }
@@ -171,8 +192,8 @@ impl Explored {
     }
 }
 
-fn explore(members: usize, length: usize) -> Explored {
-    let actions = actions(members);
+fn explore(members: usize, length: usize, two_hosts: bool) -> Explored {
+    let actions = actions(members, two_hosts);
     let mut first = World::new(members);
     let starts = std::env::var("ASSEMBLY_STARTS");
     first.starts_are_cut_off = !starts.is_ok_and(|starts| starts == "whole");
@@ -207,10 +228,11 @@ fn explore(members: usize, length: usize) -> Explored {
     explored
 }
 
-fn explore_all(members: usize, length: usize) {
-    let explored = explore(members, length);
+fn explore_all(members: usize, length: usize, two_hosts: bool) {
+    let explored = explore(members, length, two_hosts);
     eprintln!(
-        "{members} members, up to {length} actions: {} worlds, {} histories",
+        "{members} members{}, up to {length} actions: {} worlds, {} histories",
+        if two_hosts { " on two hosts" } else { "" },
         explored.from.len(),
         explored.histories
     );
@@ -219,13 +241,25 @@ fn explore_all(members: usize, length: usize) {
 
 #[test]
 fn all_histories_of_two_members() {
-    explore_all(2, 7);
+    explore_all(2, 7, false);
+}
+
+/// How long histories of three members are.
+fn length() -> usize {
+    let length = std::env::var("ASSEMBLY_LENGTH");
+    length.map_or(5, |text| text.parse().unwrap())
 }
 
 #[test]
 fn all_histories_of_three_members() {
-    let length = std::env::var("ASSEMBLY_LENGTH");
-    explore_all(3, length.map_or(5, |text| text.parse().unwrap()));
+    explore_all(3, length(), false);
+}
+
+/// Also with hosts that hand the mirror over and are promoted, and with a split brain's end.
+#[test]
+fn all_histories_of_two_hosts() {
+    explore_all(2, length() + 1, true);
+    explore_all(3, length() - 1, true);
 }
 
 mod traces;

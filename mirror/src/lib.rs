@@ -11,6 +11,7 @@
 //! | [`superblock`] | the superblock: byte table, encoding, decoding |
 //! | [`create`] | what a new member is filled with |
 //! | [`assemble`] | the pure decision who is in-sync and whether to start |
+//! | [`split`] | the pure decision what a member has changed by itself |
 //! | [`verdict`] | the pure decision which copy of a block is right |
 //! | [`engine`] | the running mirror: write, read, flush, discard, loss, join, resync |
 //! | [`scrub_log`] | what scrubs have done and found |
@@ -37,6 +38,7 @@ mod records;
 pub mod scrub_log;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod split;
 pub mod superblock;
 pub mod verdict;
 

@@ -72,6 +72,20 @@ pub(crate) fn end_resyncs(config: &mut Superblock, reached: Reached) {
     }
 }
 
+/// Takes the mark of having been handed over from those who have it, as a start does before it
+/// writes anything else; returns their indexes. The only one that starts in-sync keeps it: that
+/// one's round takes it, and names everybody else lost (`engine/stop.rs`).
+pub(crate) fn revoke(seen: &mut [Seen], plan: &Plan) -> Vec<usize> {
+    let marked = |&at: &usize| seen[at].superblock.handed_over && !plan.serves_alone(at);
+    let marked: Vec<usize> = (0..seen.len()).filter(marked).collect();
+    for &at in &marked {
+        let superblock = &mut seen[at].superblock;
+        superblock.handed_over = false;
+        superblock.write_count += 1;
+    }
+    marked
+}
+
 /// The superblocks to be written to older copies before a start that leaves them out, with
 /// their indexes. By what its own superblock says such a copy might serve one day together with
 /// others that were lost before it, with what it was put back to. It is made to say who is
@@ -87,6 +101,7 @@ pub(crate) fn disown(seen: &[Seen], plan: &Plan) -> Vec<(usize, Superblock)> {
             member: own.member,
             own_slot: own.own_slot,
             server_instance: own.server_instance,
+            handed_over: false,
             write_count: own.write_count,
             event_count: own.event_count,
             updated_secs: own.updated_secs,
@@ -143,6 +158,8 @@ pub(crate) struct Join {
     pub(crate) new: bool,
     /// All that is written is copied to it.
     pub(crate) full: bool,
+    /// It was written to by itself: what never left *unwritten* here may not be zero on it.
+    pub(crate) parted: bool,
     /// Its position when it joins.
     pub(crate) base: Stamp,
 }
@@ -166,7 +183,7 @@ pub(crate) fn join(config: &mut Superblock, join: &Join, epoch: u128) {
     record.base = join.base;
     // A delta after a full resync that was cut off goes on with it.
     record.full |= join.full;
-    record.zeroed &= !join.full;
+    record.zeroed &= !join.full && !join.parted;
     config.begin_epoch(epoch);
 }
 

@@ -38,6 +38,10 @@ fn superblock(own: u8) -> Superblock {
         last_stop: LastStop::Unclean,
         flush_failed: false,
         forced: false,
+        handed_over: false,
+        epoch_secs: 0,
+        forced_secs: 0,
+        forced_reason: String::new(),
         checksums: true,
         logical_block_bytes: 512,
         resync_cursor: 0,
@@ -158,11 +162,12 @@ fn a_start_makes_in_sync_whom_the_plan_calls_so() {
 }
 
 #[test]
-fn what_is_known_to_be_zero_is_forgotten_by_a_full_resync() {
-    for (full, new, zeroed) in [
-        (false, false, true),
-        (true, false, false),
-        (true, true, false),
+fn what_is_known_to_be_zero_is_forgotten_where_it_may_not_be() {
+    for (full, new, parted, zeroed) in [
+        (false, false, false, true),
+        (false, false, true, false),
+        (true, false, false, false),
+        (true, true, false, false),
     ] {
         let mut config = superblock(0);
         let joins = Join {
@@ -171,6 +176,7 @@ fn what_is_known_to_be_zero_is_forgotten_by_a_full_resync() {
             address: "/dev/x".into(),
             new,
             full,
+            parted,
             base: stamp(80),
         };
         join(&mut config, &joins, 10);

@@ -6,7 +6,7 @@
 //! member's superblock, and a start makes unequal copies equal before it relies on anything.
 //!
 //! The configuration part is the same on all members and kept in step by rounds; `member`, `own
-//! slot` and `server instance` differ. All numbers are little-endian.
+//! slot`, `server instance` and `handed over` differ. All numbers are little-endian.
 //!
 //! | offset | bytes | field |
 //! |---|---|---|
@@ -28,7 +28,7 @@
 //! | 188 | 1 | own slot |
 //! | 189 | 1 | number of slots |
 //! | 190 | 1 | last stop: 0 clean, 1 unclean or running |
-//! | 191 | 1 | flags: bit 0 a flush failed everywhere (R7), bit 1 the epoch was forced (R15) |
+//! | 191 | 1 | flags: bit 0 a flush failed everywhere (R7), bit 1 the epoch was forced (R15), bit 2 handed over: the member may be promoted without the others (`engine/stop.rs`) |
 //! | 192 | 4 | logical block in bytes |
 //! | 196 | 1 | number of regions |
 //! | 197 | 1 | number of epochs in the history |
@@ -40,7 +40,10 @@
 //! | 1952 | 24 x 40 | region table |
 //! | 2912 | 48 x 20 | epoch history, newest first: epoch (16), ordinal (4) |
 //! | 3872 | 16 | server instance: that of the export server which this copy was written through; zero when none is known |
-//! | 3888 | 208 | zero |
+//! | 3888 | 8 | when the epoch began, seconds since 1970, for display only |
+//! | 3896 | 8 | when a start was last forced, likewise; zero when never |
+//! | 3904 | 128 | why it was, UTF-8 padded with zeroes, for display only |
+//! | 4032 | 64 | zero |
 //!
 //! A region record: kind (1: position, 2: state, 3: summary, 4: missed, 5: checksums, 6: scrub), slot
 //! (1), zero (6), copy A (8), copy B (8), length (8), extents (8).
@@ -69,6 +72,8 @@ const COUNT_MAX: u64 = 1 << 62;
 pub const HISTORY_MAX: usize = 48;
 /// Longest mirror name in bytes.
 pub const NAME_BYTES_MAX: usize = 64;
+/// Longest reason for a forced start in bytes.
+pub const REASON_BYTES_MAX: usize = 128;
 /// Longest address in bytes; longer ones are not recorded (they are only hints).
 pub const ADDRESS_BYTES_MAX: usize = 128;
 
@@ -85,8 +90,12 @@ const REGION_BYTES: usize = 40;
 const HISTORY_AT: usize = REGIONS_AT + REGIONS_MAX * REGION_BYTES;
 const HISTORY_BYTES: usize = 20;
 const INSTANCE_AT: usize = HISTORY_AT + HISTORY_MAX * HISTORY_BYTES;
-const END: usize = INSTANCE_AT + 16;
+const EPOCH_SECS_AT: usize = INSTANCE_AT + 16;
+const FORCED_SECS_AT: usize = EPOCH_SECS_AT + 8;
+const REASON_AT: usize = FORCED_SECS_AT + 8;
+const END: usize = REASON_AT + REASON_BYTES_MAX;
 const _: () = assert!(REGIONS_AT == 1952 && HISTORY_AT == 2912 && INSTANCE_AT == 3872);
+const _: () = assert!(EPOCH_SECS_AT == 3888 && REASON_AT == 3904 && END == 4032);
 const _: () = assert!(END <= COPY_BYTES);
 
 /// Identity of a set of members that receive writes, while degraded also of a run.
@@ -216,6 +225,15 @@ pub struct Superblock {
     pub flush_failed: bool,
     /// The epoch was begun by force (R15).
     pub forced: bool,
+    /// The member may be promoted without the others: they have stopped cleanly, and start no more
+    /// without it.
+    pub handed_over: bool,
+    /// When the epoch began; display only.
+    pub epoch_secs: u64,
+    /// When a start was last forced, 0 when never; display only.
+    pub forced_secs: u64,
+    /// Why it was, in the operator's words; display only.
+    pub forced_reason: String,
     /// Whether the checksum table is kept.
     pub checksums: bool,
     /// Smallest unit of I/O in bytes.
@@ -285,8 +303,7 @@ impl Superblock {
         put(&mut out, 24, read_only_compatible.to_le_bytes());
         put(&mut out, 40, self.mirror.into_bytes());
         put(&mut out, 56, self.member.into_bytes());
-        let name = &self.name.as_bytes()[..self.name.len().min(NAME_BYTES_MAX)];
-        out[72..72 + name.len()].copy_from_slice(name);
+        encode_text(&self.name, &mut out[72..72 + NAME_BYTES_MAX]);
         put(&mut out, 136, self.write_count.to_le_bytes());
         put(&mut out, 144, self.layout.size_bytes.to_le_bytes());
         put(&mut out, 152, self.layout.data_offset.to_le_bytes());
@@ -296,7 +313,9 @@ impl Superblock {
         out[188] = self.own_slot;
         out[189] = count_u8(self.slots.len());
         out[190] = u8::from(self.last_stop == LastStop::Unclean);
-        out[191] = u8::from(self.flush_failed) | u8::from(self.forced) << 1;
+        out[191] = u8::from(self.flush_failed)
+            | u8::from(self.forced) << 1
+            | u8::from(self.handed_over) << 2;
         put(&mut out, 192, self.logical_block_bytes.to_le_bytes());
         out[196] = count_u8(self.layout.regions.len().min(REGIONS_MAX));
         let history = self.history.len().min(HISTORY_MAX);
@@ -330,6 +349,9 @@ impl Superblock {
             INSTANCE_AT,
             self.server_instance.unwrap_or(0).to_le_bytes(),
         );
+        put(&mut out, EPOCH_SECS_AT, self.epoch_secs.to_le_bytes());
+        put(&mut out, FORCED_SECS_AT, self.forced_secs.to_le_bytes());
+        encode_text(&self.forced_reason, &mut out[REASON_AT..END]);
         let crc = crc32fast::hash(&out);
         put(&mut out, CRC_AT, crc.to_le_bytes());
         out
@@ -359,8 +381,7 @@ impl Superblock {
         if read.u64(32) != 0 || read.u64(24) & !CHECKSUMS != 0 {
             return Err(TooNew("unknown features"));
         }
-        let slots = usize::from(read.u8(189));
-        let own_slot = read.u8(188);
+        let (slots, own_slot) = (usize::from(read.u8(189)), read.u8(188));
         if !(1..=SLOTS_MAX).contains(&slots) || usize::from(own_slot) >= slots {
             return Err(Damaged("the slot numbers make no sense"));
         }
@@ -387,12 +408,10 @@ impl Superblock {
             history: decode_history(&read)?,
             own_slot,
             server_instance: Some(read.u128(INSTANCE_AT)).filter(|&it| it != 0),
-            slots: (0..slots)
-                .map(|slot| {
-                    decode_slot(&Reader(
-                        &bytes[SLOTS_AT + slot * SLOT_BYTES..][..SLOT_BYTES],
-                    ))
-                })
+            slots: bytes[SLOTS_AT..REGIONS_AT]
+                .chunks(SLOT_BYTES)
+                .take(slots)
+                .map(|record| decode_slot(&Reader(record)))
                 .collect::<Result<_, _>>()?,
             last_stop: if read.u8(190) == 0 {
                 LastStop::Clean
@@ -401,6 +420,11 @@ impl Superblock {
             },
             flush_failed: read.u8(191) & 1 != 0,
             forced: read.u8(191) & 2 != 0,
+            handed_over: read.u8(191) & 4 != 0,
+            epoch_secs: read.u64(EPOCH_SECS_AT),
+            forced_secs: read.u64(FORCED_SECS_AT),
+            // It decides nothing: what is no text is left out.
+            forced_reason: decode_text(&bytes[REASON_AT..END]).unwrap_or_default(),
             checksums: read.u64(24) & CHECKSUMS != 0,
             logical_block_bytes,
             resync_cursor: read.u64(200),
@@ -516,6 +540,15 @@ fn decode_history(read: &Reader<'_>) -> Result<Vec<Epoch>, SuperblockError> {
 }
 
 /// Text up to the first zero byte; `None` when it is not UTF-8.
+/// Text, padded with zeroes; what does not fit is left out.
+fn encode_text(text: &str, out: &mut [u8]) {
+    let mut len = text.len().min(out.len());
+    while !text.is_char_boundary(len) {
+        len -= 1;
+    }
+    out[..len].copy_from_slice(&text.as_bytes()[..len]);
+}
+
 fn decode_text(bytes: &[u8]) -> Option<String> {
     let len = bytes
         .iter()

@@ -38,6 +38,10 @@ pub(crate) fn sample() -> Superblock {
         last_stop: LastStop::Unclean,
         flush_failed: true,
         forced: false,
+        handed_over: false,
+        epoch_secs: 0,
+        forced_secs: 0,
+        forced_reason: String::new(),
         checksums: true,
         logical_block_bytes: 512,
         resync_cursor: 4096,
@@ -64,6 +68,25 @@ fn round_trip() {
             instance.unwrap_or(0).to_le_bytes()
         );
     }
+}
+
+#[test]
+fn what_is_said_of_forced_starts_and_of_handing_over_is_kept() {
+    let mut superblock = sample();
+    superblock.handed_over = true;
+    superblock.epoch_secs = 7;
+    superblock.forced_secs = 9;
+    // A character that would be cut in two goes as a whole.
+    superblock.forced_reason = "x".repeat(REASON_BYTES_MAX - 1) + "\u{e9}";
+    let mut bytes = superblock.encode();
+    assert_eq!(bytes[191], 0b101);
+    superblock.forced_reason.pop();
+    assert_eq!(Superblock::decode(&bytes).unwrap(), superblock);
+    // It is for display: what is no text costs nobody a superblock.
+    bytes[REASON_AT] = 0xff;
+    reseal(&mut bytes);
+    let decoded = Superblock::decode(&bytes).unwrap();
+    assert_eq!(decoded.forced_reason, "");
 }
 
 #[test]

@@ -18,6 +18,7 @@
 //! not stay in the background and keeps no configuration file.
 #![forbid(unsafe_code)]
 
+mod apart;
 mod client;
 mod cmd;
 mod daemon;

@@ -280,7 +280,8 @@ impl Medium {
         Ok(Superblock::load(&copy_a, &copy_b))
     }
 
-    fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+    /// Fills `bytes` from `offset` on.
+    pub(crate) fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         match &self.device {
             Device::Local(file, _) => file.read_exact_at(bytes, offset),
             Device::Peer(client) => locked(client).and_then(|mut c| c.read_at(bytes, offset)),

@@ -171,12 +171,12 @@ fn members_come_back_and_are_remembered() {
         (
             "re-add",
             &["--full", "--dry-run"][..],
-            json!({"request": "re-add", "path": disk, "full": true, "dry_run": true}),
+            json!({"request": "re-add", "path": disk, "full": true, "discard_changes": false, "dry_run": true}),
         ),
         (
             "re-add",
             &[],
-            json!({"request": "re-add", "path": disk, "full": false, "dry_run": false}),
+            json!({"request": "re-add", "path": disk, "full": false, "discard_changes": false, "dry_run": false}),
         ),
         (
             "add",
@@ -350,7 +350,7 @@ fn stop_returns_when_the_daemon_has_ended() {
     );
     assert_eq!(
         requests.join().unwrap()[1],
-        json!({"request": "stop", "force": true})
+        json!({"request": "stop", "force": true, "hand_over": null})
     );
 }
 

@@ -25,10 +25,12 @@ import t_life
 import t_links
 import t_offline
 import t_peer
+import t_roles
 import t_scrub
 import t_space
 
-MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export, t_links]
+MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export, t_links,
+           t_roles]
 
 
 def tests():

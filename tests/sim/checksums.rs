@@ -9,7 +9,7 @@ use crate::sums;
 use dirty_map::Extent;
 use mirror::Errno;
 use mirror::control::MemberState;
-use mirror::engine::{CheckOptions, Checked};
+use mirror::engine::{CheckOptions, Checked, Return};
 use mirror::sim::Faults;
 
 pub(crate) const SIZE: u64 = 64 << 20;
@@ -420,7 +420,7 @@ fn a_join_that_is_cut_off_leaves_no_old_page_behind() {
         machine.fail(1).unwrap();
         seconds(&machine, COOL);
         let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
-        let back = async move { mirror.re_add("disk1".into(), disk, false, false).await };
+        let back = async move { mirror.re_add("disk1".into(), disk, Return::DELTA).await };
         machine.world.spawn_task(async move {
             let _ = back.await;
         });

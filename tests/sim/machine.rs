@@ -6,7 +6,7 @@ use crate::rot::Rotten;
 use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
-use mirror::engine::HOT_CAP_BYTES;
+use mirror::engine::{HOT_CAP_BYTES, Return};
 use mirror::pace::Limits;
 use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
@@ -125,6 +125,8 @@ impl Machine {
         StartOptions {
             name: "m".into(),
             force,
+            reason: String::new(),
+            promote: false,
             write_intent: true,
             deadline: Duration::from_secs(5),
             hot_budget: None,
@@ -236,7 +238,7 @@ impl Machine {
         ended.get()
     }
 
-    fn candidates(&self, slots: &[usize]) -> Vec<Candidate<SimDisk>> {
+    pub(crate) fn candidates(&self, slots: &[usize]) -> Vec<Candidate<SimDisk>> {
         let candidate = |&slot: &usize| Candidate {
             path: path(slot),
             disk: self.disks[slot].clone(),
@@ -288,13 +290,13 @@ impl Machine {
         self.replace_machine();
     }
 
-    fn end_rules(&mut self) {
+    pub(crate) fn end_rules(&mut self) {
         if let Some(rules) = self.rules.take() {
             rules.end();
         }
     }
 
-    fn replace_machine(&mut self) {
+    pub(crate) fn replace_machine(&mut self) {
         self.mirror = None;
         self.end_rules();
         self.world.crash();
@@ -391,11 +393,8 @@ impl Machine {
     pub(crate) fn wait_in_sync(&self) {
         let mirror = self.mirror();
         let in_sync = || {
-            let status = mirror.status();
-            status
-                .members
-                .iter()
-                .all(|m| m.state == MemberState::InSync)
+            let members = mirror.status().members;
+            members.iter().all(|m| m.state == MemberState::InSync)
         };
         assert!(
             self.run_coarsely(in_sync),
@@ -405,9 +404,9 @@ impl Machine {
     }
 
     pub(crate) fn fail(&self, slot: u8) -> Result<String, mirror::ControlError> {
-        let mirror = self.mirror();
+        let (mirror, member) = (self.mirror(), MemberRef::Slot(slot));
         self.world
-            .block_on(async move { mirror.fail(&MemberRef::Slot(slot)).await })
+            .block_on(async move { mirror.fail(&member).await })
     }
 
     pub(crate) fn re_add(&self, slot: usize) -> Result<String, mirror::ControlError> {
@@ -421,8 +420,9 @@ impl Machine {
         full: bool,
     ) -> Result<String, mirror::ControlError> {
         let mirror = self.mirror();
-        self.world
-            .block_on(async move { mirror.re_add(path, disk, full, false).await })
+        let how = [Return::DELTA, Return::FULL][usize::from(full)];
+        let back = async move { mirror.re_add(path, disk, how).await };
+        self.world.block_on(back)
     }
 
     /// A new disk for whichever slot is free.
@@ -483,7 +483,7 @@ impl Drop for Machine {
 pub(crate) struct Client {
     pub(crate) mirror: Rc<SimMirror>,
     pub(crate) world: Rc<World>,
-    oracle: Rc<RefCell<Oracle>>,
+    pub(crate) oracle: Rc<RefCell<Oracle>>,
     next_version: Rc<Cell<Version>>,
     /// Where a member's data begins.
     pub(crate) data_offset: u64,

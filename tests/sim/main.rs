@@ -25,6 +25,7 @@ mod others;
 mod play;
 mod races;
 mod refused_writes;
+mod roles;
 mod rot;
 mod rounds;
 mod runner;

@@ -4,6 +4,7 @@
 use crate::machine::{Machine, path, superblock_on};
 use crate::races::{fl, gone, none, seeds, wr};
 use mirror::control::MemberState;
+use mirror::engine::Return;
 use mirror::sim::{Faults, Observer, SimBuffer, SimDisk, SimHost};
 use mirror::superblock::SlotState;
 use mirror::{DiskRequest, Host as _};
@@ -277,7 +278,7 @@ fn a_join_that_was_cut_off_is_no_age() {
         let writes = Rc::new(Writes::default());
         machine.disks[1].observe(Some(writes.clone()));
         let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
-        let back = async move { _ = mirror.re_add(path(1), disk, false, false).await };
+        let back = async move { _ = mirror.re_add(path(1), disk, Return::DELTA).await };
         machine.world.spawn_task(back);
         assert!(
             machine
@@ -320,7 +321,7 @@ fn a_loss_that_was_not_recorded_is_no_age() {
         machine.fail(2).unwrap();
         wr(&machine, 8192, 4096);
         let (mirror, disk) = (machine.mirror(), machine.disks[2].clone());
-        let back = async move { _ = mirror.re_add(path(2), disk, false, false).await };
+        let back = async move { _ = mirror.re_add(path(2), disk, Return::DELTA).await };
         machine.world.spawn_task(back);
         let joined = |disk: &SimDisk| {
             let superblock = superblock_on(disk);

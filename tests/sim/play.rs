@@ -7,6 +7,7 @@ use crate::rot::{self, Rotten};
 use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
 use crate::sums;
 use mirror::control::{MemberRef, MemberState};
+use mirror::engine::Return;
 use mirror::sim::{Faults, Rng, SimDisk, SimHost};
 use mirror::{Disk as _, Errno, Host as _};
 use std::cell::{Cell, RefCell};
@@ -374,7 +375,9 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
         rules.watch(&disk);
     }
     let before = client.mirror.status();
-    let by_delta = client.mirror.re_add(path(slot), disk.clone(), false, false);
+    let by_delta = client
+        .mirror
+        .re_add(path(slot), disk.clone(), Return::DELTA);
     let mut back = by_delta.await;
     if back
         .as_ref()
@@ -383,7 +386,7 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
         bench.rotten.put_right();
         back = client
             .mirror
-            .re_add(path(slot), disk.clone(), true, false)
+            .re_add(path(slot), disk.clone(), Return::FULL)
             .await;
     }
     tracing::trace!("bringing slot {slot} back: {back:?}");

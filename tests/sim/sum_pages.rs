@@ -6,6 +6,7 @@ use crate::older_images::{drop_all, seconds};
 use crate::races::{fl, none, seeds, wr};
 use crate::sums;
 use dirty_map::Extent;
+use mirror::engine::Return;
 use mirror::sim::{Faults, Observer, SimBuffer, SimDisk, SimHost};
 use mirror::{DiskRequest, Host as _};
 use std::rc::Rc;
@@ -114,7 +115,7 @@ fn a_read_does_not_wait_for_a_joiner() {
     let superblock = superblock_on(&machine.disks[1]).unwrap();
     let at = sums::page_offset(&superblock, Extent(0));
     let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
-    let back = async move { mirror.re_add("disk1".into(), disk, false, false).await };
+    let back = async move { mirror.re_add("disk1".into(), disk, Return::DELTA).await };
     machine.world.spawn_task(async move {
         let _ = back.await;
     });

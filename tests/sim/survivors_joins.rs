@@ -6,6 +6,7 @@ use crate::older_images::{drop_all, seconds, states, write_and_flush};
 use crate::races::{fl, gone, none, seeds, wr};
 use dirty_map::{Address, Kind, SECTOR_BYTES, Stamp};
 use mirror::control::{ErrorKind, MemberRef, MemberState, ResyncKind};
+use mirror::engine::Return;
 use mirror::layout::RegionKind;
 use mirror::sim::{Faults, SimDisk};
 use mirror::superblock::{COPY_A_OFFSET, SlotState};
@@ -151,7 +152,7 @@ fn a_joiner_that_fails_in_its_round_returns_by_delta() {
         let answer = std::rc::Rc::new(std::cell::RefCell::new(None));
         let answered = answer.clone();
         machine.world.spawn_task(async move {
-            let back = mirror.re_add(path(1), disk, false, false).await;
+            let back = mirror.re_add(path(1), disk, Return::DELTA).await;
             answered.replace(Some(back));
         });
         let disk = machine.disks[1].clone();
@@ -189,7 +190,7 @@ fn a_join_that_cannot_be_recorded_is_none() {
         let answer = std::rc::Rc::new(std::cell::RefCell::new(None));
         let answered = answer.clone();
         machine.world.spawn_task(async move {
-            let back = mirror.re_add(path(1), disk, false, false).await;
+            let back = mirror.re_add(path(1), disk, Return::DELTA).await;
             answered.replace(Some(back));
         });
         let first = machine.disks[0].clone();
@@ -246,7 +247,7 @@ fn a_full_resync_that_was_cut_off_is_no_delta() {
         assert!(refused.message.contains("split brain"), "{refused}");
         let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
         machine.world.spawn_task(async move {
-            let _ = mirror.re_add(path(1), disk, true, false).await;
+            let _ = mirror.re_add(path(1), disk, Return::FULL).await;
         });
         let begun = machine.disks[1].operations();
         let disk = machine.disks[1].clone();
@@ -363,9 +364,13 @@ fn a_dry_run_only_says() {
     machine.fail(1).unwrap();
     write_and_flush(&machine);
     let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
+    let dry = Return {
+        dry_run: true,
+        ..Return::FULL
+    };
     let said = machine
         .world
-        .block_on(async move { mirror.re_add(path(1), disk, true, true).await })
+        .block_on(async move { mirror.re_add(path(1), disk, dry).await })
         .unwrap();
     assert!(said.contains("by delta resync"), "{said}");
     assert_eq!(states(&machine)[1], MemberState::Faulty);
@@ -414,7 +419,7 @@ fn a_join_that_is_cut_off_anywhere_is_a_join_or_none() {
         }
         let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
         machine.world.spawn_task(async move {
-            let _ = mirror.re_add(path(1), disk, false, false).await;
+            let _ = mirror.re_add(path(1), disk, Return::DELTA).await;
         });
         let begun = machine.operations();
         machine
@@ -461,7 +466,7 @@ fn an_older_copy_stays_one_when_its_full_resync_is_cut_off() {
         assert!(refused.message.contains("older"), "{refused}");
         let (mirror, disk) = (machine.mirror(), machine.disks[1].clone());
         machine.world.spawn_task(async move {
-            let _ = mirror.re_add(path(1), disk, true, false).await;
+            let _ = mirror.re_add(path(1), disk, Return::FULL).await;
         });
         let begun = machine.disks[1].operations();
         let disk = machine.disks[1].clone();

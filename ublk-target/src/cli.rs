@@ -29,6 +29,12 @@ pub(crate) struct Args {
     /// Start although a member that is not here may hold newer data
     #[arg(long)]
     pub(crate) force: bool,
+    /// Why it is forced, in the operator's words; kept in the superblocks
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) reason: Option<String>,
+    /// Start without members that have handed the mirror over to one that is here
+    #[arg(long)]
+    pub(crate) promote: bool,
     /// The servers of peer members have ended every earlier session with them
     #[arg(long)]
     pub(crate) peer_sessions_over: bool,

@@ -14,6 +14,7 @@ use mirror::control::{
     ErrorKind, MAX_REQUEST_BYTES, MemberRef, MemberState, MemberStatus, Reply, Request, from_line,
     to_line,
 };
+use mirror::engine::Return;
 use scrubber::Start;
 
 use crate::batch::Batch;
@@ -141,6 +142,10 @@ fn in_one_form(mut request: Request) -> Request {
         | Request::Remove {
             member: MemberRef::Path(path),
             ..
+        }
+        | Request::Stop {
+            hand_over: Some(MemberRef::Path(path)),
+            ..
         } => *path = one_form(path),
         _ => {}
     }
@@ -166,9 +171,17 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
         Request::ReAdd {
             path,
             full,
+            discard_changes,
             dry_run,
         } => match open(daemon, &path).await {
-            Ok(disk) => engine.re_add(path, disk, full, dry_run).await,
+            Ok(disk) => {
+                let how = Return {
+                    full,
+                    discard_changes,
+                    dry_run,
+                };
+                engine.re_add(path, disk, how).await
+            }
             Err(refused) => Err(refused),
         },
         Request::Add {
@@ -200,7 +213,9 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             return Reply::ScrubMap(map);
         }
         Request::ClearFlushError => engine.clear_flush_error().await,
-        Request::Stop { force } => daemon.stop_on_request(force).await,
+        Request::Stop { force, hand_over } => {
+            daemon.stop_on_request(force, hand_over.as_ref()).await
+        }
     };
     match result {
         Ok(message) => Reply::Done { message },

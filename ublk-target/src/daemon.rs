@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 
-use mirror::control::{ErrorKind, MemberState};
+use mirror::control::{ErrorKind, MemberRef, MemberState};
 use mirror::engine::SUM_CACHE_BYTES_DEFAULT;
 use mirror::pace::Limits;
 use mirror::{Candidate, ControlError, Mirror, StartOptions};
@@ -84,7 +84,11 @@ pub(crate) struct Daemon {
     front: Front,
     name: String,
     stop_asked: Rc<Signal>,
-    outcome: RefCell<Option<Result<(), ControlError>>>,
+    /// Who is to go on without the others once the mirror has stopped.
+    successor: Cell<Option<u8>>,
+    /// Who was told so.
+    handed_over: Cell<Option<u8>>,
+    outcome: RefCell<Option<Result<String, ControlError>>>,
     outcome_waiters: RefCell<Vec<Rc<Signal>>>,
 }
 
@@ -93,19 +97,50 @@ impl Daemon {
     pub(crate) async fn stop_on_request(
         self: &Rc<Self>,
         force: bool,
+        hand_over: Option<&MemberRef>,
     ) -> Result<String, ControlError> {
+        let successor = hand_over.map(|member| self.may_take_over(member));
+        let successor = successor.transpose()?;
         if !force {
             self.refuse_while_used().await?;
+        }
+        if successor.is_some() {
+            self.successor.set(successor);
         }
         let waiter = Rc::new(Signal::default());
         self.outcome_waiters.borrow_mut().push(Rc::clone(&waiter));
         self.stop_asked.notify();
         loop {
             if let Some(outcome) = self.outcome.borrow().clone() {
-                return outcome.map(|()| format!("mirror {} stopped", self.name));
+                let message = format!("mirror {} {}", self.name, outcome?);
+                if successor.is_some() && successor != self.handed_over.get() {
+                    let message = format!("{message}: a stop was under way already");
+                    return Err(ControlError {
+                        kind: ErrorKind::Failed,
+                        message,
+                    });
+                }
+                return Ok(message);
             }
             waiter.wait().await;
         }
+    }
+
+    /// The slot of a member that may go on alone; nobody keeps other hosts from an unfenced one.
+    fn may_take_over(&self, member: &MemberRef) -> Result<u8, ControlError> {
+        let slot = self.engine.may_take_over(member)?;
+        let path = self.engine.path_of(slot);
+        if peer::is_address(&path) && !self.peers.is_fenced(&path) {
+            let message = format!(
+                "the server of {path} cannot keep other writers away, so nothing can be promised to \
+                 its host; stop the mirror (`mirrorctl stop`), and promote it there with --force"
+            );
+            return Err(ControlError {
+                kind: ErrorKind::Refused,
+                message,
+            });
+        }
+        Ok(slot)
     }
 
     /// An error that names the users of the device, when there are some that stay.
@@ -139,7 +174,7 @@ impl Daemon {
         }
     }
 
-    fn finish(&self, outcome: Result<(), ControlError>) {
+    fn finish(&self, outcome: Result<String, ControlError>) {
         self.outcome.replace(Some(outcome));
         for waiter in self.outcome_waiters.borrow().iter() {
             waiter.notify();
@@ -257,7 +292,7 @@ fn run_with_sockets(
         Ok(daemon) => daemon,
         Err(failure) => {
             // The front end did not come up: leave the members as a clean stop does.
-            let stopping = stop_engine(&engine, &ring, &peers);
+            let stopping = stop_engine(&engine, &ring, &peers, None);
             if let Err(error) = ring.block_on(stopping).map_err(broken)? {
                 tracing::error!("the mirror did not stop cleanly: {}", error.message);
             }
@@ -267,12 +302,16 @@ fn run_with_sockets(
     let scrubber = Rc::clone(&daemon.scrubber);
     ring.block_on(async move { scrubber.stop().await })
         .map_err(broken)?;
-    let stopping = stop_engine(&engine, &ring, &peers);
+    daemon.handed_over.set(daemon.successor.get());
+    let stopping = stop_engine(&engine, &ring, &peers, daemon.successor.get());
     let outcome = ring.block_on(stopping).map_err(broken)?;
     daemon.finish(outcome.clone());
     ring.block_on(farewell(Rc::clone(&daemon)))
         .map_err(broken)?;
-    outcome.map_err(|error| Failure::new(error.kind, error.message))
+    match outcome {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::new(error.kind, error.message)),
+    }
 }
 
 /// What the front ends need to come up and to go down.
@@ -307,6 +346,8 @@ impl Life<'_> {
             front,
             name: self.args.name.clone(),
             stop_asked: Rc::clone(self.stop_asked),
+            successor: Cell::new(None),
+            handed_over: Cell::new(None),
             outcome: RefCell::new(None),
             outcome_waiters: RefCell::default(),
         });
@@ -414,9 +455,12 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
     if candidates.is_empty() {
         return Err(Failure::new(kind, missing.join("; ")));
     }
+    refuse_unfenced(&args, candidates.iter().map(|it| it.path.as_str()), &peers)?;
     let options = StartOptions {
         name: args.name.clone(),
         force: args.force,
+        reason: args.reason.clone().unwrap_or_default(),
+        promote: args.promote,
         write_intent: !args.no_intent_unsafe_for_benchmarks,
         deadline,
         hot_budget: args.hot_budget,
@@ -449,6 +493,26 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
         })
 }
 
+/// A host that is promoted must not meet another one at the same member.
+fn refuse_unfenced<'a>(
+    args: &Args,
+    mut paths: impl Iterator<Item = &'a str>,
+    peers: &Peers,
+) -> Result<(), Failure> {
+    let promoted = args.promote && !args.force;
+    let unfenced = |path: &&str| promoted && peer::is_address(path) && !peers.is_fenced(path);
+    match paths.find(unfenced) {
+        None => Ok(()),
+        Some(path) => Err(Failure::new(
+            ErrorKind::Refused,
+            format!(
+                "the server of {path} cannot keep other hosts from writing, so nothing shows that \
+                 the one before has ended; see that it has, and promote with --force"
+            ),
+        )),
+    }
+}
+
 /// Opens a member; waits a little while a dead daemon still holds it (R13).
 async fn open_member(ring: &Rc<Ring>, path: &str, claimant: Claimant) -> Result<Opened, OpenError> {
     let give_up = ring::now()
@@ -475,10 +539,14 @@ fn stop_engine(
     engine: &Rc<Engine>,
     ring: &Rc<Ring>,
     peers: &Rc<Peers>,
-) -> impl Future<Output = Result<(), ControlError>> + use<> {
+    successor: Option<u8>,
+) -> impl Future<Output = Result<String, ControlError>> + use<> {
     let (engine, ring, peers) = (Rc::clone(engine), Rc::clone(ring), Rc::clone(peers));
     async move {
-        let outcome = engine.stop().await;
+        let outcome = match successor {
+            Some(slot) => engine.hand_over(slot).await,
+            None => engine.stop().await.map(|()| "stopped".to_owned()),
+        };
         peers.leave(&ring).await;
         outcome
     }

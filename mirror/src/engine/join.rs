@@ -20,14 +20,19 @@
 //!    member would need bits that are cleared from now on.
 //! 6. The member receives; the gate opens; missed blocks are copied.
 //!
+//! A member that went on by itself, and gives its changes up, lacks those as well (step 2,
+//! `split.rs`). It is marked like one that gets a full resync: once step 4 has overwritten its
+//! maps, nothing there says what it has changed.
+//!
 //! A crash before 5 leaves a member that is still lost, with nothing cleared. A crash inside 5
 //! leaves a member one epoch back whose position is the base: it returns by delta.
 
 use super::maps::{Page, page_offset, pages_of};
-use super::member_io::{self, MemberError, Surveyed, own_hot_extents, survey};
-use super::slots::refuse;
+use super::member_io::{self, MemberError, own_hot_extents, survey};
+use super::slots::{Return, refuse};
+use super::stop::take_mark;
 use super::{Mirror, PIECE_BYTES, Running, Slot, length};
-use crate::assemble::{Seen, Verdict, judge_return};
+use crate::assemble::Seen;
 use crate::control::{ErrorKind, ResyncKind, ResyncStatus};
 use crate::create::{blank_maps, hint, random_uuid};
 use crate::host::{Disk, Errno, Host};
@@ -58,6 +63,8 @@ struct Joiner<D> {
     reason: String,
     /// Extents that join its missed map (R12).
     own_hot: Vec<Extent>,
+    /// It went on by itself, and gives its changes up.
+    parted: bool,
     /// Extents of which its checksums may be old though it lacks no block of them, in order.
     old_sums: Vec<Extent>,
 }
@@ -68,9 +75,14 @@ impl<D> Joiner<D> {
         self.was.is_none()
     }
 
+    /// Whether a former member's maps are of no use once they are overwritten.
+    fn is_marked(&self) -> bool {
+        self.kind == ResyncKind::Full || self.parted
+    }
+
     /// The update counter that its superblock has before the round.
     fn write_count(&self) -> u64 {
-        let marked = u64::from(self.kind == ResyncKind::Full);
+        let marked = u64::from(self.is_marked());
         self.was
             .as_ref()
             .map_or(0, |was| was.superblock.write_count + marked)
@@ -82,8 +94,7 @@ fn failed(message: String) -> ControlError {
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
-    /// Brings a former member back, by delta where that is safe; by full resync only when
-    /// `full` allows it. With `dry_run` only says what would be done.
+    /// Brings a former member back, by delta where that is safe.
     ///
     /// # Errors
     ///
@@ -92,10 +103,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self: &Rc<Self>,
         path: String,
         disk: D,
-        full: bool,
-        dry_run: bool,
+        how: Return,
     ) -> Result<String, ControlError> {
-        self.bring_back(path, disk, full, dry_run, true).await
+        self.bring_back(path, disk, how, true).await
     }
 
     /// [`Mirror::re_add`], for the operator or by itself. Only the operator undoes what the
@@ -104,37 +114,51 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self: &Rc<Self>,
         path: String,
         disk: D,
-        full: bool,
-        dry_run: bool,
+        how: Return,
         by_operator: bool,
     ) -> Result<String, ControlError> {
         let _joining = self.joining.enter().await;
         self.owes_nothing(&path)?;
-        let surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
+        let mut surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
             MemberError::Superblock(SuperblockError::NotAMember) => refuse(format!(
                 "{path} holds no superblock of this mirror; use `mirrorctl add` to bring it in as a new disk"
             )),
             error => failed(format!("{path} cannot be re-added: {error}")),
         })?;
-        let superblock = &surveyed.seen.superblock;
-        let slot = superblock.own_slot;
-        let (kind, reason, own_hot) = self.decide_return(&surveyed, full)?;
-        let old_sums = match kind {
+        let (slot, member) = {
+            let superblock = &surveyed.seen.superblock;
+            (superblock.own_slot, superblock.member)
+        };
+        let decision = self.decide_return(&surveyed, how)?;
+        let old_sums = match decision.kind {
             ResyncKind::Delta => own_hot_extents(&surveyed.states, self.maps.borrow().states.len()),
             // It gets all of them with their blocks.
             ResyncKind::Full => Vec::new(),
         };
         self.may_join(slot, &path)?;
-        if dry_run {
+        if how.dry_run {
             return Ok(format!(
-                "{path} would come back by {} resync: {reason}",
-                kind.word()
+                "{path} would come back by {} resync: {}",
+                decision.kind.word(),
+                decision.reason
             ));
         }
         if by_operator {
             self.slots.borrow_mut()[usize::from(slot)].held_out = false;
         }
-        let member = superblock.member;
+        if surveyed.seen.superblock.handed_over {
+            take_mark(&*self.host, &disk, &mut surveyed)
+                .await
+                .map_err(|errno| {
+                    failed(format!(
+                        "{path} cannot be told that it is not alone: {errno}"
+                    ))
+                })?;
+        }
+        if let Some(slots) = &decision.parted {
+            let superblock = &surveyed.seen.superblock;
+            self.miss_what_it_changed(&disk, superblock, slots).await;
+        }
         let disk = Rc::new(disk);
         self.join(Joiner {
             slot,
@@ -142,47 +166,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             disk,
             member,
             was: Some(surveyed.seen),
-            kind,
-            reason,
-            own_hot,
+            kind: decision.kind,
+            reason: decision.reason,
+            own_hot: decision.own_hot,
+            parted: decision.parted.is_some(),
             old_sums,
         })
         .await
-    }
-
-    /// Step 1 for a former member: which resync, why, and which of its own hot extents join
-    /// its missed map.
-    fn decide_return(
-        &self,
-        surveyed: &Surveyed,
-        full: bool,
-    ) -> Result<(ResyncKind, String, Vec<Extent>), ControlError> {
-        let config = self.config.borrow();
-        let superblock = &surveyed.seen.superblock;
-        let record = config.slots.get(usize::from(superblock.own_slot));
-        let in_config = record.and_then(|r| r.member) == Some(superblock.member);
-        let verdict = judge_return(&config, &surveyed.seen);
-        let refusal = verdict.refusal().unwrap_or_default();
-        match verdict {
-            Verdict::InSync => Err(refuse(format!("{} is in-sync already", surveyed.seen.path))),
-            Verdict::Delta { own_hot: false } => {
-                let reason = "its loss was recorded block-exactly".to_owned();
-                Ok((ResyncKind::Delta, reason, Vec::new()))
-            }
-            Verdict::Delta { own_hot: true } => {
-                let extents = self.maps.borrow().states.len();
-                let own_hot = own_hot_extents(&surveyed.states, extents);
-                let count = own_hot.len();
-                let reason =
-                    format!("what it missed is known, with {count} extents it was writing");
-                Ok((ResyncKind::Delta, reason, own_hot))
-            }
-            Verdict::Full { reason } if full => Ok((ResyncKind::Full, reason, Vec::new())),
-            Verdict::Refused { reason } if full && in_config => {
-                Ok((ResyncKind::Full, reason, Vec::new()))
-            }
-            Verdict::Full { .. } | Verdict::Refused { .. } => Err(refuse(refusal)),
-        }
     }
 
     /// Brings a new disk into an empty slot, or into the slot of a member that is gone. What it
@@ -239,6 +229,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             kind: ResyncKind::Full,
             reason: "it is a new disk".to_owned(),
             own_hot: Vec::new(),
+            parted: false,
             old_sums: Vec::new(),
         };
         self.join(joiner).await
@@ -387,8 +378,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// With its own hot extents durable in its missed map (step 2), that map says exactly what
     /// a former member lacks.
     async fn make_exact(&self, joiner: &Joiner<D>) -> Result<(), Errno> {
-        let delta = joiner.kind == ResyncKind::Delta;
-        let Some(was) = joiner.was.as_ref().filter(|_| delta) else {
+        // One that is marked does not come back by delta after a crash in the middle.
+        let Some(was) = joiner.was.as_ref().filter(|_| !joiner.is_marked()) else {
             return Ok(());
         };
         self.round_inside(|config| records::exact(config, joiner.slot, was.position))
@@ -418,6 +409,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             address: hint(&joiner.path),
             new: joiner.is_new(),
             full: joiner.kind == ResyncKind::Full,
+            parted: joiner.parted,
             base,
         };
         let round = self.round_inside(|config| {
@@ -449,7 +441,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.stamp
         };
         let config = self.config.borrow().clone();
-        if joiner.kind == ResyncKind::Full {
+        if joiner.is_marked() {
             self.mark_full(joiner).await?;
         }
         if joiner.is_new() {
@@ -468,6 +460,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 member_io::write_bytes(&*self.host, &*joiner.disk, offset, &bytes).await?;
             }
         }
+        let marked = joiner.is_marked();
         for run in self
             .pages_of_all_maps(joiner.slot)
             .chunk_by(|a, b| (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index))
@@ -484,6 +477,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 for copy in [region.copy_a, region.copy_b] {
                     let offset = copy + page_offset(page.index);
                     member_io::write_bytes(&*self.host, &*joiner.disk, offset, &images).await?;
+                }
+                if marked && page == Page::POSITION {
+                    // It names our epoch: from here on nobody takes its maps for its own.
+                    member_io::flush(&*self.host, &*joiner.disk).await?;
                 }
             }
         }

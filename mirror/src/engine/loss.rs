@@ -177,6 +177,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         next.event_count = base.event_count + 1;
         next.updated_secs = self.host.wall_clock_secs();
+        if next.epoch != config.epoch {
+            next.epoch_secs = next.updated_secs;
+        }
         Some(next)
     }
 
@@ -308,7 +311,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// The shared configuration as the member in `slot` carries it, for one attempt to write it.
     /// Counts the attempt: what a failed one has left on the disk is not what the next one says.
-    fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
+    pub(super) fn superblock_for(&self, config: &Superblock, slot: u8) -> Superblock {
         let (write_count, server_instance) = {
             let state = &mut self.slots.borrow_mut()[usize::from(slot)];
             state.write_count += 1;
@@ -323,6 +326,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             member,
             own_slot: slot,
             server_instance,
+            handed_over: false,
             write_count,
             ..config.clone()
         }
@@ -499,7 +503,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         })
     }
 
-    pub(super) fn path_of(&self, slot: u8) -> String {
+    /// Where the member in `slot` is, or was last.
+    ///
+    /// # Panics
+    ///
+    /// When the mirror has no such slot.
+    pub fn path_of(&self, slot: u8) -> String {
         self.slots.borrow()[usize::from(slot)].path.clone()
     }
 
@@ -532,6 +541,7 @@ fn says_the_same(one: &Superblock, other: &Superblock) -> bool {
         history: Vec::new(),
         event_count: 0,
         updated_secs: 0,
+        epoch_secs: 0,
         ..config.clone()
     };
     undated(one) == undated(other)

@@ -337,8 +337,17 @@ pub(super) async fn survey<H: Host, D: Disk<Buffer = H::Buffer>>(
 
 /// The extents that a member's own map calls hot, in order; a damaged sector counts as hot throughout.
 pub(super) fn own_hot_extents(states: &RegionImage, extents: u32) -> Vec<Extent> {
+    own_extents(states, extents, |state| state == ExtentState::Hot)
+}
+
+/// The extents of which a member's own map says that, in order; all of a damaged sector.
+pub(super) fn own_extents(
+    states: &RegionImage,
+    extents: u32,
+    wanted: impl Fn(ExtentState) -> bool,
+) -> Vec<Extent> {
     let mut map = StateMap::new(extents);
-    let mut hot = Vec::new();
+    let mut found = Vec::new();
     for (index, sector) in (0..).zip(&states.sectors) {
         let first = u64::from(index) * STATES_PER_SECTOR;
         if first >= u64::from(extents) {
@@ -351,17 +360,15 @@ pub(super) fn own_hot_extents(states: &RegionImage, extents: u32) -> Vec<Extent>
             Some(payload) => map.load_payload(index, payload),
             None => {
                 let last = (first + STATES_PER_SECTOR).min(u64::from(extents));
-                hot.extend((first..last).map(|e| Extent(u32::try_from(e).unwrap_or(u32::MAX))));
+                found.extend((first..last).map(|e| Extent(u32::try_from(e).unwrap_or(u32::MAX))));
             }
         }
     }
-    let mut from = Extent(0);
-    while let Some(extent) = map.next_in(ExtentState::Hot, from) {
-        hot.push(extent);
-        from = Extent(extent.0 + 1);
-    }
-    hot.sort_unstable();
-    hot
+    let known = (0..extents).map(Extent).filter(|&e| wanted(map.get(e)));
+    found.extend(known);
+    found.sort_unstable();
+    found.dedup();
+    found
 }
 
 #[cfg(test)]

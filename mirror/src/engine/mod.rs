@@ -23,11 +23,13 @@
 //! | `commit.rs` | group commit of map pages |
 //! | `loss.rs` | losing a member, rounds of superblock updates |
 //! | `join.rs` | bringing a member back or a new one in |
-//! | `slots.rs` | whether a device may have a slot |
+//! | `stop.rs` | the clean stop; handing over, so that another host may go on with its member alone |
+//! | `split.rs` | what a member has changed by itself, which it gives up |
+//! | `slots.rs` | whether a device may have a slot, and how a former member comes back |
 //! | `resync.rs` | copying missed blocks |
 //! | `equalise.rs` | making copies equal after an unclean stop |
 //! | `cool.rs` | cooling quiet extents, the position tick, the stall watch |
-//! | `start.rs` | from superblocks and maps to a running mirror; clean stop |
+//! | `start.rs` | from superblocks and maps to a running mirror |
 //! | `maps.rs` | the maps in memory and their pages on the members |
 //! | `member_io.rs` | superblocks and map pages of one member |
 //! | `fan_out.rs`, `wait.rs` | one request on several members; waiting |
@@ -67,9 +69,11 @@ mod read;
 mod resync;
 mod settle;
 mod slots;
+mod split;
 mod stall;
 mod start;
 mod status;
+mod stop;
 mod sums;
 mod wait;
 mod write;
@@ -94,6 +98,7 @@ use wait::{Exclusive, Gate, RangeLocks, ReadPhases, WaitList};
 
 pub use background::ExtentLook;
 pub use check::{CheckOptions, Checked};
+pub use slots::Return;
 pub use start::StartError;
 
 /// Largest piece in which the engine itself moves data, in bytes.
@@ -112,6 +117,10 @@ pub struct StartOptions {
     pub name: String,
     /// Start although an absent member may hold newer data (R15).
     pub force: bool,
+    /// Why, in the operator's words.
+    pub reason: String,
+    /// Start without members that have handed the mirror over (`stop.rs`).
+    pub promote: bool,
     /// Record write intent. `false` is unsafe and for benchmarks only.
     pub write_intent: bool,
     /// How long a member may take to answer.

@@ -1,10 +1,11 @@
-//! From opened devices to a running mirror, and the clean stop.
+//! From opened devices to a running mirror.
 //!
 //! # Order of a start, and why
 //!
 //! 1. Every candidate's superblock and state map are read; unequal superblock copies are made
 //!    equal before anything relies on them.
-//! 2. [`assemble`] decides who is in-sync and whether to start at all.
+//! 2. [`assemble`] decides who is in-sync and whether to start at all. A member that the mirror was
+//!    handed over to loses that mark (`stop.rs`).
 //! 3. The maps are put together: of each sector the newest valid content on any in-sync
 //!    member. A sector bad everywhere never reads as *clear*: the start is refused
 //!    unless forced, then its extents are hot; its blocks are missed.
@@ -19,9 +20,9 @@
 
 use super::maps::{Maps, Page, pages_of};
 use super::member_io::{self, RegionImage, Surveyed, read_pages, read_region, survey};
+use super::slots::Return;
 use super::sums::{STORED_EVERY, SumIo};
 use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
-use crate::ControlError;
 use crate::assemble::{AssembleOptions, Plan, Refusal, Seen, Verdict, assemble};
 use crate::budget::ErrorBudgets;
 use crate::control::{ErrorKind, IoCounts};
@@ -34,7 +35,6 @@ use dirty_map::{Base, Extent, ExtentState, STATES_PER_SECTOR};
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
-use std::time::Duration;
 
 /// Why a mirror did not start; the message is a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -87,12 +87,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         candidates: Vec<Candidate<D>>,
         options: StartOptions,
     ) -> Result<Rc<Self>, StartError> {
-        let present = survey_all(&*host, candidates).await?;
+        let mut present = survey_all(&*host, candidates).await?;
         let seen: Vec<_> = present.iter().map(|p| p.surveyed.seen.clone()).collect();
         let plan = assemble(
             &seen,
             AssembleOptions {
                 force: options.force,
+                promote: options.promote,
             },
         )?;
         let config = &present[plan.newest].surveyed.seen.superblock;
@@ -105,6 +106,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 ),
             ));
         }
+        revoke(&*host, &mut present, seen, &plan).await?;
+        let config = &present[plan.newest].surveyed.seen.superblock;
         let mirror = Rc::new(Self::new(host, options, config.clone()));
         mirror.attach(&present, &plan);
         mirror.load_maps(&present, &plan).await?;
@@ -113,7 +116,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(mirror)
     }
 
-    fn new(host: Rc<H>, options: StartOptions, config: Superblock) -> Self {
+    fn new(host: Rc<H>, options: StartOptions, mut config: Superblock) -> Self {
+        // It is one member's own.
+        config.handed_over = false;
         let slots = config
             .slots
             .iter()
@@ -450,6 +455,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let round = self.round(|config| {
             config.last_stop = LastStop::Unclean;
             records::start(config, &seen, plan, self.options.force, self.host.random());
+            if self.options.force && !plan.lost.is_empty() {
+                config.forced_secs = self.host.wall_clock_secs();
+                config.forced_reason.clone_from(&self.options.reason);
+            }
         });
         round.await.map_err(failed)?;
         {
@@ -489,54 +498,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             for (path, disk) in returning {
                 let resynced = || mirror.resync.borrow().is_none().then_some(());
                 mirror.changed.until(resynced).await;
-                let back = mirror.bring_back(path.clone(), disk, false, false, false);
+                let back = mirror.bring_back(path.clone(), disk, Return::DELTA, false);
                 if let Err(error) = back.await {
                     tracing::warn!("{path} could not return by itself: {error}");
                 }
             }
         });
-    }
-
-    /// Flushes, cools every extent and records the clean stop. The front end has stopped
-    /// sending requests; what still comes is answered with EIO.
-    ///
-    /// # Errors
-    ///
-    /// When the stop could not be recorded: nothing is lost, the next start is that after a
-    /// crash.
-    pub async fn stop(self: &Rc<Self>) -> Result<(), ControlError> {
-        let _closed = self.gate.close().await;
-        let result = self.stop_inside().await;
-        self.stopping.set(true);
-        result.map_err(|errno| {
-            ControlError::new(
-                ErrorKind::Failed,
-                format!("the clean stop could not be recorded ({errno}); the next start will be as after a crash, nothing is lost"),
-            )
-        })
-    }
-
-    async fn stop_inside(&self) -> Result<(), Errno> {
-        self.flush_inside().await?;
-        let quiet =
-            self.maps
-                .borrow_mut()
-                .hot
-                .coolable(self.host.now(), Duration::ZERO, usize::MAX);
-        if self.options.write_intent {
-            self.cool(quiet).await?;
-            // So that every member's maps name the last commit that wrote something (R16).
-            self.maps.borrow_mut().queue_log();
-            self.maps.borrow_mut().dirty.insert(Page::POSITION);
-            self.commit().await?;
-        }
-        let clean = self.maps.borrow().hot.is_empty();
-        self.round(|config| {
-            if clean {
-                config.last_stop = LastStop::Clean;
-            }
-        })
-        .await
     }
 }
 
@@ -567,6 +534,32 @@ async fn survey_all<H: Host, D: Disk<Buffer = H::Buffer>>(
         ));
     }
     Ok(present)
+}
+
+/// Takes the mark of having been handed over from those present, durably.
+async fn revoke<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    present: &mut [Present<D>],
+    mut seen: Vec<Seen>,
+    plan: &Plan,
+) -> Result<(), StartError> {
+    for at in records::revoke(&mut seen, plan) {
+        let Present {
+            path,
+            disk,
+            surveyed,
+        } = &mut present[at];
+        surveyed.seen.superblock.clone_from(&seen[at].superblock);
+        let superblock = &surveyed.seen.superblock;
+        let stored = member_io::store_superblock(host, &**disk, superblock).await;
+        stored.map_err(|errno| {
+            let message = format!(
+                "{path} says that the mirror was handed over to it, and cannot be told otherwise ({errno}); detach it, and start with --force if it is lost for good"
+            );
+            StartError::new(ErrorKind::Failed, message)
+        })?;
+    }
+    Ok(())
 }
 
 /// The newest content of a sector over several members.

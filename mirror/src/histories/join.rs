@@ -1,8 +1,9 @@
 //! Joins in the model: of a former member and of a new disk, up to the end of the resync.
 
-use super::model::{HOLDS, HOT, Image, MISSED, Slots, Violation, World, one};
+use super::model::{HOLDS, HOT, Image, MISSED, Slots, Violation, World, one, slots_of};
 use crate::assemble::{Verdict, judge_return};
 use crate::records;
+use crate::split;
 use crate::superblock::Superblock;
 use std::rc::Rc;
 use uuid::Uuid;
@@ -26,13 +27,43 @@ pub(crate) enum Stop {
     Done,
 }
 
+/// Who joins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Who {
+    /// A former member, by full resync where a delta is not allowed.
+    Returns,
+    /// A former member that went on by itself, and gives up what it has changed.
+    GivesUp,
+    /// A new disk.
+    New,
+}
+
+/// What a join copies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Lacks {
+    /// All that is written.
+    full: bool,
+    /// What its own missed maps for these slots name.
+    parted: Option<Slots>,
+}
+
+impl Lacks {
+    const KNOWN: Self = Self {
+        full: false,
+        parted: None,
+    };
+    const ALL: Self = Self {
+        full: true,
+        parted: None,
+    };
+}
+
 impl World {
-    /// A former member returns, by full resync where a delta is not allowed, or a new disk
-    /// takes its slot.
-    pub(crate) fn join(&mut self, slot: usize, new: bool, stop: Stop) -> Result<bool, Violation> {
-        let in_sync = self.in_sync();
+    /// Somebody takes a slot.
+    pub(crate) fn join(&mut self, slot: usize, who: Who, stop: Stop) -> Result<bool, Violation> {
+        let (in_sync, new) = (self.in_sync(), who == Who::New);
         let allowed = match stop {
-            Stop::Exact(_) if new => false,
+            Stop::Exact(_) if who != Who::Returns => false,
             Stop::Exact(reached) | Stop::Round(reached) | Stop::Finish(reached) => {
                 reached & !in_sync == 0
             }
@@ -42,14 +73,15 @@ impl World {
             return Ok(false);
         }
         let mut config = self.config();
-        let Some(full) = self.decide_join(&config, slot, new)? else {
+        let Some(lacks) = self.decide_join(&config, slot, who)? else {
             return Ok(false);
         };
+        let full = lacks.full;
         if full && matches!(stop, Stop::Exact(_)) {
             return Ok(false);
         }
         self.keep_images(Image::Changed);
-        self.begin_join(&mut config, slot, new, full, stop);
+        self.begin_join(&mut config, slot, new, lacks, stop);
         let join = records::Join {
             slot: u8::try_from(slot).unwrap(),
             member: if new {
@@ -60,6 +92,7 @@ impl World {
             address: format!("/dev/{slot}"),
             new,
             full,
+            parted: lacks.parted.is_some(),
             base: self.disks[slot].position,
         };
         if matches!(stop, Stop::Exact(_) | Stop::Maps) {
@@ -92,15 +125,15 @@ impl World {
         judge_return(&self.config(), &self.seen(slot).unwrap())
     }
 
-    /// Whether by full resync; none when it must not come in.
+    /// What is copied; none when it must not come in.
     fn decide_join(
         &self,
         config: &Superblock,
         slot: usize,
-        new: bool,
-    ) -> Result<Option<bool>, Violation> {
-        if new {
-            return Ok(Some(true));
+        who: Who,
+    ) -> Result<Option<Lacks>, Violation> {
+        if who == Who::New {
+            return Ok(Some(Lacks::ALL));
         }
         let Some(seen) = self.seen(slot) else {
             return Ok(None);
@@ -108,10 +141,22 @@ impl World {
         let verdict = judge_return(config, &seen);
         self.judge_words(&verdict, self.untouched)?;
         let ours = config.slots[slot].member == Some(seen.superblock.member);
+        if who == Who::GivesUp {
+            let refused = ours && matches!(verdict, Verdict::Refused { .. });
+            let slots = split::changed_by(config, &seen).ok().filter(|_| refused);
+            return Ok(slots.map(|slots| Lacks {
+                full: false,
+                parted: Some(
+                    slots
+                        .into_iter()
+                        .fold(0, |set, s| set | one(usize::from(s))),
+                ),
+            }));
+        }
         Ok(match verdict {
-            Verdict::Delta { .. } => Some(false),
-            Verdict::Full { .. } => Some(true),
-            Verdict::Refused { .. } => ours.then_some(true),
+            Verdict::Delta { .. } => Some(Lacks::KNOWN),
+            Verdict::Full { .. } => Some(Lacks::ALL),
+            Verdict::Refused { .. } => ours.then_some(Lacks::ALL),
             Verdict::InSync => return Err("in-sync, and it returns".into()),
         })
     }
@@ -122,7 +167,7 @@ impl World {
         config: &mut Superblock,
         slot: usize,
         new: bool,
-        full: bool,
+        Lacks { full, parted }: Lacks,
         stop: Stop,
     ) {
         let in_sync = self.in_sync();
@@ -136,12 +181,13 @@ impl World {
         let lacks = if full {
             self.bit(memory, HOLDS) | self.bit(slot, HOLDS)
         } else {
-            own
+            let own_missed = |s| self.bit(slot, MISSED + s);
+            slots_of(parted.unwrap_or(0)).fold(own, |bits, s| bits | own_missed(s))
         };
         self.mark(lacks, missed);
         self.store_missed(in_sync, slot);
         self.commit_now(in_sync, 1);
-        if !full {
+        if !full && parted.is_none() {
             let before = config.clone();
             let position = self.disks[slot].position;
             records::exact(config, u8::try_from(slot).unwrap(), position);

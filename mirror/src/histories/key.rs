@@ -237,7 +237,8 @@ impl Words<'_> {
         for past in &superblock.history {
             self.epoch(past.id);
         }
-        self.words.push(u64::MAX - 1);
+        let handed_over = u64::from(superblock.handed_over);
+        self.words.push(u64::MAX - 1 - handed_over);
         for &slot in order {
             let record = &superblock.slots[slot];
             let member = record.member.map_or(0, |member| member.as_u128());

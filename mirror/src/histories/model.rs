@@ -84,44 +84,57 @@ pub(crate) fn one(slot: usize) -> Slots {
     1 << slot
 }
 
+/// What a member's uuid is when a world begins.
+fn uuid(slot: usize) -> Uuid {
+    Uuid::from_u128(1 + slot as u128)
+}
+
+/// The first superblock of the first member.
+fn template(members: usize) -> Superblock {
+    let slots = (0..members).map(|slot| SlotRecord {
+        member: Some(uuid(slot)),
+        state: SlotState::InSync,
+        address: format!("/dev/{slot}"),
+        ..SlotRecord::empty()
+    });
+    Superblock {
+        mirror: Uuid::from_u128(99),
+        member: uuid(0),
+        name: "m".into(),
+        write_count: 1,
+        layout: Layout {
+            regions: Vec::new(),
+            data_offset: 0,
+            size_bytes: 0,
+        },
+        event_count: 1,
+        epoch: Epoch {
+            id: 1 << 96,
+            ordinal: 0,
+        },
+        history: Vec::new(),
+        own_slot: 0,
+        server_instance: None,
+        slots: slots.collect(),
+        last_stop: LastStop::Clean,
+        flush_failed: false,
+        forced: false,
+        handed_over: false,
+        epoch_secs: 0,
+        forced_secs: 0,
+        forced_reason: String::new(),
+        checksums: true,
+        logical_block_bytes: 512,
+        resync_cursor: 0,
+        created_secs: 0,
+        updated_secs: 0,
+    }
+}
+
 impl World {
     /// Freshly created, and started once.
     pub(crate) fn new(members: usize) -> Self {
-        let uuid = |slot| Uuid::from_u128(1 + slot as u128);
-        let slots = (0..members).map(|slot| SlotRecord {
-            member: Some(uuid(slot)),
-            state: SlotState::InSync,
-            address: format!("/dev/{slot}"),
-            ..SlotRecord::empty()
-        });
-        let template = Superblock {
-            mirror: Uuid::from_u128(99),
-            member: uuid(0),
-            name: "m".into(),
-            write_count: 1,
-            layout: Layout {
-                regions: Vec::new(),
-                data_offset: 0,
-                size_bytes: 0,
-            },
-            event_count: 1,
-            epoch: Epoch {
-                id: 1 << 96,
-                ordinal: 0,
-            },
-            history: Vec::new(),
-            own_slot: 0,
-            server_instance: None,
-            slots: slots.collect(),
-            last_stop: LastStop::Clean,
-            flush_failed: false,
-            forced: false,
-            checksums: true,
-            logical_block_bytes: 512,
-            resync_cursor: 0,
-            created_secs: 0,
-            updated_secs: 0,
-        };
+        let template = template(members);
         let disk = |slot| Disk {
             superblock: Some(Rc::new(Superblock {
                 member: uuid(slot),
@@ -434,6 +447,28 @@ impl World {
             }
             None => {}
         }
+        self.stop();
+        true
+    }
+
+    /// A clean stop, after which the member in `slot` may go on without the others.
+    pub(crate) fn hand_over(&mut self, slot: usize) -> bool {
+        let in_sync = self.in_sync();
+        if in_sync & one(slot) == 0 {
+            return false;
+        }
+        // All cools: what is missed is durable before.
+        for absent in 0..self.members {
+            self.store_missed(in_sync, absent);
+        }
+        self.clear(self.bits(in_sync, HOT));
+        self.commit_now(in_sync, 1);
+        let mut config = self.config();
+        config.last_stop = LastStop::Clean;
+        config.event_count += 1;
+        self.round(&config, in_sync);
+        let marked = self.disks[slot].superblock.as_mut().unwrap();
+        Rc::make_mut(marked).handed_over = true;
         self.stop();
         true
     }

@@ -5,10 +5,21 @@ use super::model::{
 };
 use crate::assemble::{AssembleOptions, Plan, Refusal, Seen, Verdict, assemble};
 use crate::records;
+use crate::superblock::{LastStop, Superblock};
 use std::rc::Rc;
 
-const PLAIN: AssembleOptions = AssembleOptions { force: false };
-const FORCED: AssembleOptions = AssembleOptions { force: true };
+const PLAIN: AssembleOptions = AssembleOptions {
+    force: false,
+    promote: false,
+};
+const PROMOTED: AssembleOptions = AssembleOptions {
+    force: false,
+    promote: true,
+};
+const FORCED: AssembleOptions = AssembleOptions {
+    force: true,
+    promote: false,
+};
 
 /// A start that is allowed.
 pub(crate) struct Decision {
@@ -17,6 +28,8 @@ pub(crate) struct Decision {
     pub(crate) in_sync: Slots,
     /// Only by force.
     pub(crate) forced: bool,
+    /// Only because the mirror was handed over.
+    pub(crate) promoted: bool,
 }
 
 impl World {
@@ -27,14 +40,22 @@ impl World {
         }
         let seen: Vec<Seen> = slots_of(present).filter_map(|s| self.seen(s)).collect();
         let plain = assemble(&seen, PLAIN);
+        let handed_over = assemble(&seen, PROMOTED);
         let by_force = assemble(&seen, FORCED);
         order_decides_nothing(&seen, &plain)?;
+        let promoted = plain.is_err() && handed_over.is_ok();
         let (plan, forced) = match (plain, by_force) {
             (Ok(plan), by_force) => {
-                if by_force.as_ref() != Ok(&plan) {
+                if by_force.as_ref() != Ok(&plan) || handed_over.as_ref() != Ok(&plan) {
                     return Err("force changes a start that needs none".into());
                 }
                 (plan, false)
+            }
+            (Err(_), by_force) if promoted => {
+                if by_force != handed_over {
+                    return Err("force changes a promotion that needs none".into());
+                }
+                (by_force.unwrap(), false)
             }
             (Err(refusal), by_force) => {
                 self.judge_refusal(&refusal, present)?;
@@ -60,6 +81,7 @@ impl World {
             plan,
             in_sync,
             forced,
+            promoted,
         }))
     }
 
@@ -148,7 +170,7 @@ impl World {
             let path = old.path.clone();
             let mut more = seen.to_vec();
             more.push(old);
-            let other = assemble(&more, PLAIN).map_err(|refusal| refusal.to_string())?;
+            let other = assemble(&more, PROMOTED).map_err(|refusal| refusal.to_string())?;
             let same = other.verdicts[..seen.len()] == plan.verdicts;
             if !same || !matches!(other.verdicts.last(), Some(Verdict::Refused { .. })) {
                 return Err(format!("the old disk of {path} changes the start"));
@@ -172,9 +194,27 @@ impl World {
         slots_of(in_sync).max_by_key(sequence).unwrap()
     }
 
+    /// A start takes the permission to go on alone before anything else.
+    fn revoke(&mut self, seen: &mut [Seen], plan: &Plan) {
+        for at in records::revoke(seen, plan) {
+            let superblock = seen[at].superblock.clone();
+            let slot = usize::from(superblock.own_slot);
+            self.disks[slot].superblock = Some(Rc::new(superblock));
+        }
+    }
+
+    /// The rest is given up: by the operator, or because nobody here knows of it. Also when a crash
+    /// cuts the start off, since the next one goes on from it.
+    fn give_up_all_but(&mut self, holds: u64) {
+        let given_up = |write: &&mut u64| **write & holds == 0;
+        let lost = self.writes.iter_mut().filter(given_up);
+        lost.for_each(|write| *write &= !ACKNOWLEDGED);
+    }
+
     /// Starts, or is cut off in the middle by a crash.
     pub(crate) fn begin(&mut self, decision: &Decision, cut: Option<Cut>) -> bool {
-        let (seen, plan, forced) = (&decision.seen, &decision.plan, decision.forced);
+        let (plan, forced) = (&decision.plan, decision.forced);
+        let mut seen = decision.seen.clone();
         let in_sync = decision.in_sync;
         // By force somebody who is not here may go on alone, not knowing of this. The same
         // holds when all who serve have been put back to what they were.
@@ -193,12 +233,10 @@ impl World {
         self.keep_images(Image::Changed);
         let holds = self.bits(in_sync, HOLDS);
         if gives_up && !nothing_said {
-            // The rest is given up: by the operator, or because nobody here knows of it. Also
-            // when a crash cuts this start off, since the next one goes on from it.
-            let given_up = |write: &&mut u64| **write & holds == 0;
-            let lost = self.writes.iter_mut().filter(given_up);
-            lost.for_each(|write| *write &= !ACKNOWLEDGED);
+            self.give_up_all_but(holds);
         }
+        self.revoke(&mut seen, plan);
+        let seen = seen.as_slice();
         let named = slots_of(in_sync).map(|slot| self.disks[slot].completed);
         let newest = self.newest(in_sync);
         self.running = Some(Running {
@@ -206,7 +244,11 @@ impl World {
             sequence: self.disks[newest].position.sequence,
             completed: named.max().unwrap(),
         });
-        let mut config = seen[plan.newest].superblock.clone();
+        let mut config = Superblock {
+            handed_over: false,
+            last_stop: LastStop::Unclean,
+            ..seen[plan.newest].superblock.clone()
+        };
         let reached = match cut {
             Some(Cut::Commit(reached)) => reached,
             _ => in_sync,
@@ -297,7 +339,14 @@ fn order_decides_nothing(seen: &[Seen], plain: &Result<Plan, Refusal>) -> Result
 
 /// Words that name a member and what to do.
 fn explains(words: &str) -> Result<(), Violation> {
-    let advice = ["attach", "--force", "--full", "`add`", "detach"];
+    let advice = [
+        "attach",
+        "--force",
+        "--full",
+        "`add`",
+        "detach",
+        "`mirrorctl",
+    ];
     if words.contains("/dev/") && advice.iter().any(|word| words.contains(word)) {
         Ok(())
     } else {

@@ -13,6 +13,7 @@ use crate::cmd::slot_state;
 use crate::failure::Failure;
 use crate::medium::{Access, Medium};
 use crate::size::human;
+use crate::when::moment;
 use crate::{Context, output, probe};
 
 #[derive(Debug, clap::Args)]
@@ -46,6 +47,12 @@ struct Document {
     last_stop: &'static str,
     flush_failed: bool,
     forced: bool,
+    /// May be promoted without the others.
+    handed_over: bool,
+    epoch_secs: u64,
+    /// When a start was last forced, 0 when never, and why.
+    forced_secs: u64,
+    forced_reason: String,
     checksums: bool,
     resync_cursor: u64,
     created_secs: u64,
@@ -154,6 +161,10 @@ fn document(path: String, superblock: &Superblock, copies: [&[u8]; 2]) -> Docume
         },
         flush_failed: superblock.flush_failed,
         forced: superblock.forced,
+        handed_over: superblock.handed_over,
+        epoch_secs: superblock.epoch_secs,
+        forced_secs: superblock.forced_secs,
+        forced_reason: superblock.forced_reason.clone(),
         checksums: superblock.checksums,
         resync_cursor: superblock.resync_cursor,
         created_secs: superblock.created_secs,
@@ -221,6 +232,14 @@ fn yes(value: bool) -> &'static str {
     if value { "yes" } else { "no" }
 }
 
+fn last_forced(document: &Document) -> String {
+    match (document.forced_secs, document.forced_reason.as_str()) {
+        (0, _) => "never".to_owned(),
+        (secs, "") => moment(secs),
+        (secs, reason) => format!("{}: {reason}", moment(secs)),
+    }
+}
+
 /// What is said once, by name.
 fn facts(document: &Document) -> Vec<Vec<String>> {
     let facts = [
@@ -253,6 +272,8 @@ fn facts(document: &Document) -> Vec<Vec<String>> {
         ("last stop", document.last_stop.to_owned()),
         ("flush failed", yes(document.flush_failed).to_owned()),
         ("epoch forced", yes(document.forced).to_owned()),
+        ("last forced", last_forced(document)),
+        ("handed over", yes(document.handed_over).to_owned()),
         ("checksums", yes(document.checksums).to_owned()),
         ("resync cursor", format!("{} bytes", document.resync_cursor)),
         (

@@ -5,14 +5,17 @@ mod assemble;
 mod check;
 mod clear_flush_error;
 mod create;
+mod demote;
 mod destroy;
 mod examine;
 mod export;
 mod fail;
 mod inspection;
+mod promote;
 mod re_add;
 mod remove;
 mod repair;
+mod resolve;
 mod scrub;
 mod start;
 mod status;
@@ -41,6 +44,12 @@ pub(crate) enum Command {
     Assemble(assemble::Args),
     /// Stop a running mirror
     Stop(stop::Args),
+    /// Stop a running mirror, so that the host of a peer member can go on with it
+    Demote(demote::Args),
+    /// Start a mirror that another host has served
+    Promote(promote::Args),
+    /// After two hosts have gone on without each other: show both sides, and keep one
+    Resolve(Box<resolve::Args>),
     /// Show the state of one running mirror, or of all
     Status(status::Args),
     /// Show what a member's superblock says
@@ -80,6 +89,9 @@ impl Command {
             Self::Start(args) => start::run(&args, context),
             Self::Assemble(args) => assemble::run(&args, context),
             Self::Stop(args) => stop::run(&args, context),
+            Self::Demote(args) => demote::run(&args, context),
+            Self::Promote(args) => promote::run(&args, context),
+            Self::Resolve(args) => resolve::run(&args, context),
             Self::Status(args) => status::run(&args, context),
             Self::Examine(args) => examine::run(&args, context),
             Self::Check(args) => check::run(&args, context),

@@ -21,6 +21,9 @@ pub(crate) struct Args {
     /// Accept a full resync where a delta is not possible
     #[arg(long)]
     full: bool,
+    /// It has gone on by itself, and gives up what it has changed (split brain)
+    #[arg(long)]
+    discard_changes: bool,
     /// Only say what would be done
     #[arg(long)]
     dry_run: bool,
@@ -43,6 +46,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let request = Request::ReAdd {
         path: path.clone(),
         full: args.full,
+        discard_changes: args.discard_changes,
         dry_run: args.dry_run,
     };
     let message = client::command(&context.run_dir, &args.name, &request)?;

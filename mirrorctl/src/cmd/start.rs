@@ -14,6 +14,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use mirror::budget::ErrorBudget;
 use mirror::control::MemberState;
+use mirror::superblock::REASON_BYTES_MAX;
 
 use crate::client;
 use crate::daemon::{self, Ready};
@@ -64,6 +65,9 @@ pub(crate) struct Options {
     /// Start although an absent member may hold newer data
     #[arg(long)]
     force: bool,
+    /// Why it is forced; kept in the superblocks
+    #[arg(long, value_name = "TEXT", requires = "force", value_parser = reason)]
+    reason: Option<String>,
     /// The servers of peer members have ended every earlier session with them (or were restarted)
     #[arg(long)]
     peer_sessions_over: bool,
@@ -134,6 +138,17 @@ impl CheckReads {
 }
 
 impl Options {
+    /// Whoever goes on without the other host by force says why.
+    pub(crate) fn refuse_force_without_reason(&self) -> Result<(), Failure> {
+        if self.force && self.reason.is_none() {
+            return Err(Failure::usage(
+                "With --force the other host loses what it alone holds: say why with --reason, so \
+                 that whoever finds two histories later can tell.",
+            ));
+        }
+        Ok(())
+    }
+
     fn arguments(&self, run_dir: &RunDir, name: &str, members: &[PathBuf]) -> Vec<OsString> {
         let mut args: Vec<OsString> = vec!["--name".into(), name.into()];
         args.extend(["--run-dir".into(), run_dir.path().into(), "--front".into()]);
@@ -169,6 +184,7 @@ impl Options {
             self.error_budget.map(|budget| budget.to_string().into()),
         );
         option("--check-reads", self.check_reads.map(|c| c.word().into()));
+        option("--reason", self.reason.as_ref().map(OsString::from));
         let cache = self.checksum_cache.map(|n| number(n.into()));
         option("--checksum-cache", cache);
         if self.force {
@@ -200,7 +216,7 @@ impl Options {
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     check_name(&args.name)?;
     refuse_running(context, &args.name)?;
-    let members = candidates(args, context)?;
+    let members = candidates(&args.name, &args.paths, &args.scan, context)?;
     if args.foreground {
         context.run_dir.ensure()?;
         context.run_dir.set_hints(&args.name, &members);
@@ -213,6 +229,15 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     start(context, &args.name, &members, &args.options)
 }
 
+/// How a mirror is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verb {
+    /// With every member that could hold newer data.
+    Start,
+    /// Also without members that have handed the mirror over.
+    Promote,
+}
+
 /// Starts a mirror and prints the sentence that says so.
 pub(crate) fn start(
     context: &Context,
@@ -220,9 +245,23 @@ pub(crate) fn start(
     members: &[PathBuf],
     options: &Options,
 ) -> Result<(), Failure> {
+    launch(context, name, members, options, Verb::Start)
+}
+
+/// [`start`], or a promotion.
+pub(crate) fn launch(
+    context: &Context,
+    name: &str,
+    members: &[PathBuf],
+    options: &Options,
+    verb: Verb,
+) -> Result<(), Failure> {
     refuse_running(context, name)?;
     context.run_dir.ensure()?;
-    let arguments = options.arguments(&context.run_dir, name, members);
+    let mut arguments = options.arguments(&context.run_dir, name, members);
+    if verb == Verb::Promote {
+        arguments.insert(0, "--promote".into());
+    }
     let ready = daemon::launch(&context.run_dir, name, &arguments, options.patience())?;
     context.run_dir.set_hints(name, members);
     report(context, name, &ready)
@@ -258,9 +297,15 @@ fn refuse_running(context: &Context, name: &str) -> Result<(), Failure> {
     )))
 }
 
-fn candidates(args: &Args, context: &Context) -> Result<Vec<PathBuf>, Failure> {
-    if !args.paths.is_empty() {
-        for path in &args.paths {
+/// The members to start with: those given, or what a scan finds.
+pub(crate) fn candidates(
+    name: &str,
+    paths: &[PathBuf],
+    places: &[PathBuf],
+    context: &Context,
+) -> Result<Vec<PathBuf>, Failure> {
+    if !paths.is_empty() {
+        for path in paths {
             // Only to say in time that it is not there or no device. Of an export the daemon says
             // it as well, and decides whether the mirror may start without it.
             if medium::is_address(path) {
@@ -269,10 +314,24 @@ fn candidates(args: &Args, context: &Context) -> Result<Vec<PathBuf>, Failure> {
                 medium::Medium::open(path, medium::Access::Look)?;
             }
         }
-        let absolute = args.paths.iter().map(|path| medium::absolute(path));
+        let absolute = paths.iter().map(|path| medium::absolute(path));
         return absolute.collect();
     }
-    Ok(scan::named(&context.run_dir, &args.name, &args.scan)?.paths())
+    Ok(scan::named(&context.run_dir, name, places)?.paths())
+}
+
+/// A reason has to fit into a superblock.
+fn reason(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() || text.chars().any(char::is_control) {
+        return Err("a reason has some words, and no control characters".to_owned());
+    }
+    if text.len() > REASON_BYTES_MAX {
+        return Err(format!(
+            "it has {} bytes, and a superblock has room for {REASON_BYTES_MAX}",
+            text.len()
+        ));
+    }
+    Ok(text.to_owned())
 }
 
 /// ublk where the kernel has it or can load it.
@@ -305,6 +364,7 @@ mod tests {
             nbd_socket: Some("/s".into()),
             nbd_tcp: Some("[::1]:10809".parse().unwrap()),
             force: true,
+            reason: Some("because".into()),
             peer_sessions_over: true,
             other_paths: vec!["nbd://b:10809/m".parse().unwrap()],
             take_over: true,
@@ -329,7 +389,7 @@ mod tests {
             "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
              --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
-             --error-budget unlimited --check-reads scrub-only --checksum-cache 8 --force \
+             --error-budget unlimited --check-reads scrub-only --reason because --checksum-cache 8 --force \
              --peer-sessions-over --path nbd://b/m --take-over --no-intent-unsafe-for-benchmarks -- /a -b"
         );
         assert_eq!(options.patience(), Duration::from_secs(7));

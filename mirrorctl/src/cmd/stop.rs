@@ -4,7 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use mirror::control::Request;
+use mirror::control::{MemberRef, Request};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -24,10 +24,20 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
-    let status = client::status(&context.run_dir, &args.name)?;
+    stop(context, &args.name, args.force, None).and_then(|done| output::done(context.json, &done))
+}
+
+/// Stops a mirror and waits until its daemon has gone; says what has come of it.
+pub(crate) fn stop(
+    context: &Context,
+    name: &str,
+    force: bool,
+    hand_over: Option<MemberRef>,
+) -> Result<String, Failure> {
+    let status = client::status(&context.run_dir, name)?;
     let daemon = handle_of(status.daemon_pid);
-    let request = Request::Stop { force: args.force };
-    let message = client::command(&context.run_dir, &args.name, &request)?;
+    let request = Request::Stop { force, hand_over };
+    let message = client::command(&context.run_dir, name, &request)?;
     if let Some(daemon) = daemon {
         wait_for_end(&daemon).map_err(|e| {
             Failure::busy(format!(
@@ -35,11 +45,11 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
                 status.daemon_pid,
                 LEAVE_TAKING.as_secs(),
                 crate::failure::words(&e),
-                context.run_dir.log(&args.name).display()
+                context.run_dir.log(name).display()
             ))
         })?;
     }
-    output::done(context.json, &message)
+    Ok(message)
 }
 
 /// A handle of the process; `None` when it has gone or runs in another namespace.

@@ -28,7 +28,7 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let mut progress = Progress::new();
-    let ended = wait(args, context, &mut progress);
+    let ended = wait(args, context, &mut progress, is_in_sync);
     progress.end();
     let status = ended?;
     if context.json {
@@ -47,12 +47,33 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-fn wait(args: &Args, context: &Context, progress: &mut Progress) -> Result<Status, Failure> {
+/// Waits until the member at `path` is in-sync, however long that takes.
+pub(crate) fn until_back(context: &Context, name: &str, path: &str) -> Result<(), Failure> {
+    let is_back = |status: &Status| {
+        let mut members = status.members.iter();
+        members.any(|m| m.path == path && m.state == MemberState::InSync)
+    };
+    let args = Args {
+        name: name.to_owned(),
+        timeout: None,
+    };
+    let mut progress = Progress::new();
+    let ended = wait(&args, context, &mut progress, is_back);
+    progress.end();
+    ended.map(|_| ())
+}
+
+fn wait(
+    args: &Args,
+    context: &Context,
+    progress: &mut Progress,
+    is_done: impl Fn(&Status) -> bool,
+) -> Result<Status, Failure> {
     let began = Instant::now();
     let mut idle_since: Option<Instant> = None;
     loop {
         let status = client::status(&context.run_dir, &args.name)?;
-        if is_in_sync(&status) {
+        if is_done(&status) {
             return Ok(status);
         }
         if status.resync.is_some() || status.state == MirrorState::Resyncing {

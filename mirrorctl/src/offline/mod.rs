@@ -227,10 +227,16 @@ fn decide(seen: &[Option<Seen>]) -> Result<Option<Assembly>, Failure> {
     }
     let refused =
         |refusal: Refusal| Failure::refused(format!("{}.", output::capital(&refusal.to_string())));
-    let (plan, refusal) = match assemble(&usable, AssembleOptions { force: false }) {
+    let (plan, refusal) = match assemble(&usable, AssembleOptions::default()) {
         Ok(plan) => (plan, None),
         Err(why @ Refusal::MayBeOld { .. }) => {
-            let forced = assemble(&usable, AssembleOptions { force: true });
+            let forced = assemble(
+                &usable,
+                AssembleOptions {
+                    force: true,
+                    ..AssembleOptions::default()
+                },
+            );
             (forced.map_err(refused)?, Some(why.to_string()))
         }
         Err(why) => return Err(refused(why)),
