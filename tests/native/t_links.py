@@ -3,7 +3,7 @@
 import time
 
 import nbd
-from harness import BLOCK, MIB, Model, check
+from harness import BLOCK, MIB, Model, check, until
 from servers import Between, Exported, Nbdkit
 
 BLOCKS = 64 * MIB // BLOCK
@@ -161,6 +161,53 @@ def an_unfenced_connection_is_not_taken_up_again(area):
             between.cut(at_once=True)
 
         _load(area, model, client, breaks, "faulty", writes=300)
+        area.put_back(between.address)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def _is_back(area):
+    return area.states() == ["in-sync", "in-sync"]
+
+
+def a_member_comes_back_when_its_network_does(area):
+    """By itself, by what it missed; not when only the operator can know that it may."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server, options=("--deadline", "1", "--returns", "3"))
+    with area.client() as client:
+        _load(area, model, client, between.cut, "faulty", writes=300)
+        between.mend()
+        until(lambda: _is_back(area), "it does not come back")
+        check(area.status()["last-resync"]["kind"] == "delta", f"{area.status()}")
+        model.check(client)
+        # A server that was started anew may not be the only one there is.
+        between.cut()
+        server.kill()
+        model.load(client, area.random, writes=50)
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        server.start()
+        between.mend()
+        until(lambda: "does not return by itself" in area.log(), "nothing is said of it")
+        area.put_back(between.address)
+        model.check(client)
+    area.stop()
+    area.compare([local, server.backing])
+
+
+def a_network_that_comes_and_goes_is_damped(area):
+    """So many returns a minute and no more."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server, options=("--deadline", "1", "--returns", "2"))
+    with area.client() as client:
+        for _ in range(2):
+            _load(area, model, client, between.cut, "faulty", writes=300)
+            between.mend()
+            until(lambda: _is_back(area), "it does not come back")
+        _load(area, model, client, between.cut, "faulty", writes=300)
+        between.mend()
+        until(lambda: "has come back 2 times within a minute" in area.log(), "it is not held back")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
         area.put_back(between.address)
         model.check(client)
     area.stop()

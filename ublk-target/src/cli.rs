@@ -65,6 +65,10 @@ pub(crate) struct Args {
     /// Memory for checksums that have been read [default: decided by the engine]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) checksum_cache: Option<u16>,
+    /// How often a minute a peer member may come back by itself when the network does; 0: only by
+    /// command
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(0..=60))]
+    pub(crate) returns: u8,
     /// Days from the begin of one scrub pass to that of the next; 0: only by command
     /// [default: as chosen by command, else 14]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=3650))]

@@ -30,6 +30,7 @@ use crate::log;
 use crate::member::{self, MemberDisk, OpenError, Opened};
 use crate::peer_disk::{Peers, one_form};
 use crate::ready::{Failure, Ready};
+use crate::returns;
 use crate::ring::{self, Ring};
 use crate::rundir::{RunDir, listen_tcp, listen_unix};
 use crate::signal::Signal;
@@ -352,6 +353,10 @@ impl Life<'_> {
             outcome_waiters: RefCell::default(),
         });
         control::serve(&daemon, Rc::clone(&self.control));
+        if self.args.returns > 0 {
+            let most = usize::from(self.args.returns);
+            self.ring.spawn(returns::run(Rc::clone(&daemon), most));
+        }
         let message = daemon.up_message();
         tracing::info!("{message}");
         self.ready.up(&daemon.device, &message);
@@ -423,8 +428,7 @@ fn watch_signals(ring: &Rc<Ring>, signals: OwnedFd, stop_asked: &Rc<Signal>) {
 }
 
 async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc<Engine>, Failure> {
-    let deadline = args.deadline();
-    let mut candidates = Vec::new();
+    let (deadline, mut candidates) = (args.deadline(), Vec::new());
     // The engine decides whether the mirror may start without these (R15).
     let mut missing = Vec::new();
     let mut kind = ErrorKind::NotFound;
@@ -444,6 +448,7 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
             },
             Err(error) if error.is_absence() => {
                 tracing::warn!("{error}");
+                peers.was_absent(&path);
                 missing.push(error.to_string());
                 if error.may_pass() && kind == ErrorKind::NotFound {
                     kind = ErrorKind::Busy;

@@ -29,6 +29,7 @@ mod log;
 mod member;
 mod peer_disk;
 mod ready;
+mod returns;
 mod ring;
 mod rundir;
 mod signal;

@@ -86,6 +86,14 @@ impl Opened {
         }
     }
 
+    /// Whether it is behind a server that ends older sessions before it admits a new one.
+    pub(crate) fn is_fenced(&self) -> bool {
+        match self {
+            Self::Local(_) => false,
+            Self::Peer(peer) => peer.is_fenced(),
+        }
+    }
+
     /// Binds it to the ring that does its I/O; `deadline` and `peers` matter to peers.
     pub(crate) fn bind(self, ring: &Rc<Ring>, deadline: Duration, peers: &Peers) -> MemberDisk {
         match self {

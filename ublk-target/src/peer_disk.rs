@@ -51,6 +51,7 @@ mod link;
 mod opened;
 mod peers;
 
+use std::cell::Cell;
 use std::future::Future;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -64,13 +65,31 @@ use self::link::Link;
 pub(crate) use self::opened::OpenedPeer;
 pub(crate) use self::peers::{Peers, one_form};
 use crate::ring::Ring;
+use crate::stream::StreamError;
 use crate::sys::{IoBuffer, Lend};
 
 /// What every operation answers when the connection has failed (ECONNRESET).
 pub(crate) const GONE: Errno = Errno(104);
 
-/// A member behind the network.
-pub(crate) struct PeerDisk(Rc<Link>);
+/// What a task of a connection ends with.
+enum Trouble {
+    /// The connection has failed.
+    Broken(String),
+    /// The other end is not to be understood.
+    Nonsense(String),
+}
+
+impl From<StreamError> for Trouble {
+    fn from(error: StreamError) -> Self {
+        match error {
+            StreamError::Closed | StreamError::Socket(_) => Self::Broken(error.to_string()),
+            StreamError::Protocol(_) => Self::Nonsense(error.to_string()),
+        }
+    }
+}
+
+/// A member behind the network, and what to tell when its connection has failed.
+pub(crate) struct PeerDisk(Rc<Link>, Rc<Cell<bool>>);
 
 impl PeerDisk {
     /// Binds a connection to the ring that does its I/O. `deadline` is when the engine gives an
@@ -82,14 +101,18 @@ impl PeerDisk {
         peers: &Peers,
     ) -> Self {
         let ways = peers.ways_to(&opened);
+        let cut_off = peers.cut_off(&opened.address);
+        cut_off.set(false);
         let link = Link::new(ring, opened, ways, deadline);
         peers.add(&link);
-        Self(link)
+        Self(link, cut_off)
     }
 }
 
 impl Drop for PeerDisk {
     fn drop(&mut self) {
+        // Whoever has failed otherwise has a connection still.
+        self.1.set(self.0.has_ended());
         self.0.say_farewell();
         self.0.end("it is not needed any more");
     }

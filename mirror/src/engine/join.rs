@@ -108,6 +108,19 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.bring_back(path, disk, how, true).await
     }
 
+    /// Brings a former member back by delta, not because the operator says so.
+    ///
+    /// # Errors
+    ///
+    /// As [`Mirror::re_add`]; and when the operator has taken it out.
+    pub async fn return_by_itself(
+        self: &Rc<Self>,
+        path: String,
+        disk: D,
+    ) -> Result<String, ControlError> {
+        self.bring_back(path, disk, Return::DELTA, false).await
+    }
+
     /// [`Mirror::re_add`], for the operator or by itself. Only the operator undoes what the
     /// operator has done: a member that was taken out meanwhile stays out.
     pub(super) async fn bring_back(

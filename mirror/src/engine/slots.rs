@@ -107,6 +107,20 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
+    /// Where the members were that are away, and that nobody has taken out or still owes answers to.
+    pub fn may_return(&self) -> Vec<String> {
+        if self.stopping.get() {
+            return Vec::new();
+        }
+        self.release_idle_disks();
+        let (config, slots) = (self.config.borrow(), self.slots.borrow());
+        let away = slots.iter().zip(&config.slots).filter(|(slot, record)| {
+            let idle = slot.running == Running::Absent && slot.disk.is_none();
+            idle && !slot.held_out && record.member.is_some()
+        });
+        away.map(|(slot, _)| slot.path.clone()).collect()
+    }
+
     /// The slot for a new disk: an empty one, else one whose member is gone.
     pub(super) fn free_slot(&self) -> Option<u8> {
         let config = self.config.borrow();

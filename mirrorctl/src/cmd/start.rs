@@ -97,6 +97,11 @@ pub(crate) struct Options {
     /// Check reads against the checksums of their blocks: `always`, or `scrub-only` [default: always]
     #[arg(long, value_enum)]
     check_reads: Option<CheckReads>,
+    /// How often a minute a peer member may come back by itself when the network does; 0: only by
+    /// command [default: 3]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(0..=60))]
+    #[arg(env = "UBLK_MIRROR_RETURNS", hide_env_values = true)]
+    returns: Option<u8>,
     /// Days from the begin of one scrub pass to that of the next; 0: only by command
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(0..=3650))]
     #[arg(env = "UBLK_MIRROR_SCRUB_DAYS", hide_env_values = true)]
@@ -175,6 +180,7 @@ impl Options {
         option("--deadline", self.deadline.map(number));
         option("--hot-budget", self.hot_budget.map(number));
         option("--hot-memory", self.hot_memory.map(|n| number(n.into())));
+        option("--returns", self.returns.map(|n| number(n.into())));
         option("--scrub-days", self.scrub_days.map(|n| number(n.into())));
         option("--scrub-ceiling", self.scrub_ceiling.map(number));
         option("--resync-floor", self.resync_floor.map(number));
@@ -373,6 +379,7 @@ mod tests {
             deadline: Some(7),
             hot_budget: Some(9),
             hot_memory: Some(64),
+            returns: Some(5),
             scrub_days: Some(0),
             scrub_ceiling: Some(90),
             resync_floor: Some(3),
@@ -388,7 +395,7 @@ mod tests {
             text.join(" "),
             "--name m --run-dir /r --front nbd --nbd-socket /s --nbd-tcp [::1]:10809 \
              --queue-depth 64 --deadline 7 --hot-budget 9 --hot-memory 64 \
-             --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
+             --returns 5 --scrub-days 0 --scrub-ceiling 90 --resync-floor 3 --resync-ceiling 70 \
              --error-budget unlimited --check-reads scrub-only --reason because --checksum-cache 8 --force \
              --peer-sessions-over --path nbd://b/m --take-over --no-intent-unsafe-for-benchmarks -- /a -b"
         );

@@ -4,7 +4,7 @@
 //! Of a sector the newest valid content counts, as at a start: in both copies of one member,
 //! and on all in-sync members. Position pages are each member's own, and maps of slots that are
 //! in-sync count for nobody (they begin anew with the next loss), so of these only damage is
-//! told, not age. The scrub log is not looked at.
+//! told, not age.
 //!
 //! # Mending
 //!
@@ -69,6 +69,7 @@ pub(super) fn look(
         )?;
         look.missed(Map::of(RegionKind::Missed, slot, counts), &summary)?;
     }
+    look.whole(Map::of(RegionKind::Scrub, 0, true), |_, _| {})?;
     look.report(findings);
     Ok(states)
 }
@@ -108,7 +109,8 @@ impl Map {
             RegionKind::State => "the extent-state map".to_owned(),
             RegionKind::Summary => format!("the summary of slot {}'s missed map", self.slot),
             RegionKind::Missed => format!("slot {}'s missed map", self.slot),
-            RegionKind::Checksums | RegionKind::Scrub => "a map".to_owned(),
+            RegionKind::Scrub => "the scrub's log".to_owned(),
+            RegionKind::Checksums => "a map".to_owned(),
         }
     }
 }
@@ -394,6 +396,7 @@ fn consequence(map: Map, in_sync: bool) -> &'static str {
         }
         RegionKind::State => "; when the member returns, its extents are copied whole",
         RegionKind::Position => "; the next start writes it anew",
+        RegionKind::Scrub => "; the next start forgets what it held of scrubs and their findings",
         _ if map.shared && in_sync => "; the next start takes all its blocks as missed",
         _ => "; it is written anew before it counts",
     }

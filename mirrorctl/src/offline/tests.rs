@@ -237,12 +237,18 @@ fn unreadable_metadata_is_taken_from_the_other_copy() {
     let before = made.members.everything();
     made.unreadable(0, 4096..4097);
     made.unreadable(1, 8192..8193);
-    for kind in [RegionKind::State, RegionKind::Position, RegionKind::Summary] {
+    let kinds = [
+        RegionKind::State,
+        RegionKind::Position,
+        RegionKind::Summary,
+        RegionKind::Scrub,
+    ];
+    for kind in kinds {
         let at = made.members.map_at(kind, 0, 1) + 600;
         made.unreadable(1, at..at + 1);
     }
     let (_, found) = made.run(Mode::Repair);
-    assert_eq!(found.len(), 5, "{found:?}");
+    assert_eq!(found.len(), 6, "{found:?}");
     assert!(
         found.iter().all(|f| f.outcome == Outcome::Mended),
         "{found:?}"

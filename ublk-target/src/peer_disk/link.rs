@@ -15,11 +15,12 @@ use peer::{Ask, Export, Session};
 use rustix::net::{SendFlags, Shutdown, sockopt};
 
 use super::GONE;
+use super::Trouble;
 use super::opened::{OpenedPeer, Reopened, Way};
 use crate::batch::Batch;
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
-use crate::stream::{Inbox, StreamError, send_all};
+use crate::stream::{Inbox, send_all};
 use crate::sys::Lend;
 
 /// Between attempts to connect again: at first, and at last.
@@ -133,23 +134,6 @@ impl State {
     fn release(&mut self, op: u32) {
         self.ops[op as usize] = Op::Free;
         self.free.push(op);
-    }
-}
-
-/// What a task of a connection ends with.
-enum Trouble {
-    /// The connection has failed.
-    Broken(String),
-    /// The other end is not to be understood.
-    Nonsense(String),
-}
-
-impl From<StreamError> for Trouble {
-    fn from(error: StreamError) -> Self {
-        match error {
-            StreamError::Closed | StreamError::Socket(_) => Self::Broken(error.to_string()),
-            StreamError::Protocol(_) => Self::Nonsense(error.to_string()),
-        }
     }
 }
 
@@ -278,6 +262,11 @@ impl Link {
         if self.in_flight.get() > 0 || self.state.borrow().broken {
             self.end("the daemon ends");
         }
+    }
+
+    /// Whether nothing is sent or asked on it any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.state.borrow().ended
     }
 
     /// Whether nothing of it is left, a connection that is tried included.

@@ -177,6 +177,11 @@ impl OpenedPeer {
         })
     }
 
+    /// Whether its server ends older sessions before it admits a new one.
+    pub(crate) fn is_fenced(&self) -> bool {
+        self.fence.is_some()
+    }
+
     /// Why it must not be used without the operator's word (R13), if so.
     pub(crate) fn unfinished_session(&self) -> Option<String> {
         let why = match self.unfinished? {

@@ -1,6 +1,6 @@
 //! The connections to peer members that a daemon has, and what it knows of their servers.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::time::Duration;
@@ -28,6 +28,8 @@ struct Known {
     owner: u128,
     /// Its server admits one writer.
     fenced: bool,
+    /// There is no connection because the last one failed, or there was none to be had.
+    cut_off: Rc<Cell<bool>>,
 }
 
 /// An address as connections have it, whichever way it was given.
@@ -82,6 +84,7 @@ impl Peers {
         let known = known.entry(one_form(address)).or_insert_with(|| Known {
             owner: u128::from_le_bytes(random_bytes()),
             fenced: false,
+            cut_off: Rc::default(),
         });
         Claimant {
             owner: known.owner,
@@ -112,6 +115,28 @@ impl Peers {
     pub(crate) fn is_fenced(&self, address: &str) -> bool {
         let known = self.known.borrow();
         known.get(&one_form(address)).is_some_and(|it| it.fenced)
+    }
+
+    /// Whether the member at `address` is away because its connection has failed.
+    pub(crate) fn is_cut_off(&self, address: &str) -> bool {
+        let known = self.known.borrow();
+        known
+            .get(&one_form(address))
+            .is_some_and(|it| it.cut_off.get())
+    }
+
+    /// Its server was not there when the mirror was started.
+    pub(crate) fn was_absent(&self, address: &str) {
+        if let Some(known) = self.known.borrow().get(&one_form(address)) {
+            known.cut_off.set(true);
+        }
+    }
+
+    /// What to tell when a connection to `address` has failed.
+    pub(super) fn cut_off(&self, address: &str) -> Rc<Cell<bool>> {
+        let known = self.known.borrow();
+        let cut_off = known.get(address).map(|it| Rc::clone(&it.cut_off));
+        cut_off.unwrap_or_default()
     }
 
     /// Cuts the connections to `address` that are waiting for answers, and says whether nothing

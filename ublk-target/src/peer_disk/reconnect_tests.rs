@@ -42,7 +42,7 @@ fn disk(
     let link = Link::new(ring, opened(first, fence), ways, Duration::from_secs(30));
     let peers = Rc::new(Peers::default());
     peers.add(&link);
-    (Rc::new(PeerDisk(link)), peers, attempts)
+    (Rc::new(PeerDisk(link, Rc::default())), peers, attempts)
 }
 
 /// A way on which these attempts are made; after them nobody is there.
@@ -291,7 +291,10 @@ fn a_silent_connection_is_given_up_for_another_way() {
         let other = queue(vec![Box::new(move || Ok((second, FENCE)))]);
         let ways = vec![way(&own), way(&other)];
         let opened = opened(first, Some(FENCE));
-        let disk = PeerDisk(Link::new(&ring, opened, ways, Duration::from_secs(30)));
+        let disk = PeerDisk(
+            Link::new(&ring, opened, ways, Duration::from_secs(30)),
+            Rc::default(),
+        );
         let server = std::thread::spawn(move || {
             let asked = old.next().unwrap();
             assert!(old.next().is_none(), "given up");
@@ -329,7 +332,10 @@ fn a_slow_disk_is_not_a_silent_connection() {
         };
         let ways = vec![own, way(&none)];
         let opened = opened(first, Some(FENCE));
-        let disk = PeerDisk(Link::new(&ring, opened, ways, Duration::from_secs(30)));
+        let disk = PeerDisk(
+            Link::new(&ring, opened, ways, Duration::from_secs(30)),
+            Rc::default(),
+        );
         let serving = std::thread::spawn(move || {
             let request = server.next().unwrap();
             // Asked twice whether it is there, it answers in the end.
