@@ -11,7 +11,7 @@
 //!
 //! * Each lost the other in an epoch that lies in the other's past too.
 //! * Each had come equally far when they parted, but for a commit under way: one that has been
-//!   put back and went on from there has not (R16). How far either has come since says nothing,
+//!   put back and went on from there has not, be it by one commit (R16). How far either has come since says nothing,
 //!   sequences of two lines cannot be compared.
 //! * No join after the loss has taken bits from the map again: it would have left a base that is
 //!   younger than the epoch of the loss.
@@ -49,6 +49,11 @@ pub fn changed_by(config: &Superblock, member: &Seen) -> Result<Vec<u8>, String>
             "{path} does not know the epoch in which this mirror lost it"
         ));
     }
+    if !is_before(own, own.own_record(), loss.epoch) {
+        return Err(format!(
+            "{path} has joined others since this mirror lost it"
+        ));
+    }
     let mut slots = Vec::new();
     for (slot, here) in (0..).zip(&config.slots) {
         let Some(uuid) = here.member.filter(|_| slot != own.own_slot) else {
@@ -64,7 +69,7 @@ pub fn changed_by(config: &Superblock, member: &Seen) -> Result<Vec<u8>, String>
             ));
         };
         let (one, other) = (loss.position.sequence, there.position.sequence);
-        if one.abs_diff(other) > 1 {
+        if !may_have_parted(&loss, &there) {
             return Err(format!(
                 "{path} or slot {slot} has been put back to what it was once (they parted at positions {other} and {one})"
             ));
@@ -91,6 +96,21 @@ pub fn loss_on_record(superblock: &Superblock, slot: u8, member: Uuid) -> Option
     let loss = record.loss.filter(|_| gone)?;
     let same = record.member == Some(member);
     (same && is_before(superblock, record, loss.epoch)).then_some(loss)
+}
+
+/// Whether two losses of each other can be of one moment, by how far each side says that had come.
+/// Of one that was lost while the mirror ran (block-exactly) it is how far it had come for certain: a
+/// commit under way may have reached it. When both were started without the other it may have
+/// reached either.
+fn may_have_parted(here: &Loss, there: &Loss) -> bool {
+    let (here_at, there_at) = (here.position.sequence, there.position.sequence);
+    let reaches = |certain: u64, real: u64| real == certain || real == certain.saturating_add(1);
+    match (here.block_exact, there.block_exact) {
+        (true, true) => here_at == there_at,
+        (true, false) => reaches(here_at, there_at),
+        (false, true) => reaches(there_at, here_at),
+        (false, false) => here_at.abs_diff(there_at) <= 1,
+    }
 }
 
 /// Whether the last join of a slot came before `epoch`.

@@ -25,7 +25,7 @@ fn what_each_has_changed_is_counted_from_a_common_epoch() {
 #[test]
 fn every_doubt_is_said() {
     type Change = fn(&mut Superblock, &mut Seen);
-    let doubts: [(&str, Change); 14] = [
+    let doubts: [(&str, Change); 15] = [
         ("not on record as a whole", |here, _| {
             here.slots[1].loss = None
         }),
@@ -52,6 +52,9 @@ fn every_doubt_is_said() {
                 .position
                 .sequence = 48;
         }),
+        ("has joined others", |_, there| {
+            there.superblock.slots[1].base.ordinal = 1
+        }),
         ("cut off", |_, there| there.superblock.slots[1].full = true),
         ("cut off", |_, there| {
             there.superblock.slots[1].state = SlotState::Stale
@@ -76,13 +79,29 @@ fn every_doubt_is_said() {
     }
 }
 
-/// A commit that was under way reaches some only.
+/// A commit that was under way may have reached the other one besides: of one whose position was
+/// known for certain it tells when it has been put back, be it by one commit.
 #[test]
-fn one_commit_may_lie_between() {
-    for position in [49, 51] {
-        let mut here = here();
-        here.slots[1].loss.as_mut().unwrap().position.sequence = position;
-        assert_eq!(changed_by(&here, &there()), Ok(vec![0]), "{position}");
+fn a_commit_under_way_may_lie_between() {
+    for (exact_here, exact_there, allowed) in [
+        (true, true, [false, true, false]),
+        (true, false, [false, true, true]),
+        (false, true, [true, true, false]),
+        (false, false, [true, true, true]),
+    ] {
+        for (position, allowed) in (49..).zip(allowed) {
+            let (mut here, mut there) = (here(), there());
+            here.slots[1].loss.as_mut().unwrap().block_exact = exact_here;
+            let loss = there.superblock.slots[0].loss.as_mut().unwrap();
+            loss.block_exact = exact_there;
+            loss.position.sequence = position;
+            let found = changed_by(&here, &there);
+            assert_eq!(
+                found.is_ok(),
+                allowed,
+                "{exact_here} {exact_there} {position}"
+            );
+        }
     }
 }
 

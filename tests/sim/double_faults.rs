@@ -2,7 +2,7 @@
 //! may be gone: while extents are zeroed, and while superblocks are written. Every one of these
 //! failed once.
 
-use crate::checksums::COOL;
+use crate::checksums::{self, COOL, check, rd, rot};
 use crate::machine::Machine;
 use crate::older_images::seconds;
 use crate::races::{flushes, gone, none, seeds, wr};
@@ -356,4 +356,48 @@ fn only_a_repair_ends_damage() {
     seconds(&machine, COOL);
     check(true);
     assert_eq!(damaged(), 0);
+}
+
+/// Nobody can read the rest of a block, and one copy of it has rotted: what is known of the block is
+/// not given up for a part of it.
+#[test]
+fn a_part_of_a_block_that_nobody_can_read_is_not_written() {
+    for seed in seeds(20) {
+        let mut machine = checksums::machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        seconds(&machine, COOL);
+        rd(&machine, 0, 4096).unwrap();
+        rot(&machine, (seed % 2) as usize, 3);
+        let fault = if seed % 4 < 2 {
+            Faults {
+                hang: true,
+                ..Faults::default()
+            }
+        } else {
+            Faults {
+                reads: true,
+                ..Faults::default()
+            }
+        };
+        faults(&machine, fault);
+        let client = machine.client();
+        let written = async move { client.write(3 * 4096 + 2048, 512, false).await };
+        let done = Rc::new(Cell::new(false));
+        let end = done.clone();
+        machine.world.spawn_task(async move {
+            _ = written.await;
+            end.set(true);
+        });
+        seconds(&machine, 4);
+        faults(&machine, Faults::default());
+        machine.world.run(1_000_000, || done.get());
+        let heard = rd(&machine, 3 * 4096, 4096);
+        assert!(heard.is_ok() || fault.reads, "seed {seed}: {heard:?}");
+        wr(&machine, 3 * 4096, 4096);
+        seconds(&machine, COOL);
+        check(&machine, 0, true);
+        machine.compare_members();
+        machine.check_all("after");
+    }
 }

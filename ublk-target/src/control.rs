@@ -20,7 +20,7 @@ use scrubber::Start;
 use crate::batch::Batch;
 use crate::daemon::Daemon;
 use crate::member::{self, MemberDisk};
-use crate::peer_disk::{Peers, one_form};
+use crate::peer_disk::{Peers, Turn, one_form};
 use crate::ring;
 use crate::stream::{Inbox, StreamError, send_all};
 use crate::sys::Prepared;
@@ -174,7 +174,7 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             discard_changes,
             dry_run,
         } => match open(daemon, &path).await {
-            Ok(disk) => {
+            Ok((disk, _turn)) => {
                 let how = Return {
                     full,
                     discard_changes,
@@ -189,7 +189,7 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             force,
             dry_run,
         } => match open(daemon, &path).await {
-            Ok(disk) => engine.add(path, disk, force, dry_run).await,
+            Ok((disk, _turn)) => engine.add(path, disk, force, dry_run).await,
             Err(refused) => Err(refused),
         },
         Request::ScrubStart {
@@ -261,7 +261,8 @@ async fn remove(
     }
 }
 
-async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<MemberDisk, ControlError> {
+async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<(MemberDisk, Turn), ControlError> {
+    let turn = daemon.peers.turn(&daemon.ring, path).await;
     let path = path.to_owned();
     // A command given by mistake must not take the export from the member that is served by it.
     let receiving = |state| matches!(state, MemberState::InSync | MemberState::Resyncing);
@@ -273,7 +274,10 @@ async fn open(daemon: &Rc<Daemon>, path: &str) -> Result<MemberDisk, ControlErro
     };
     let opening = daemon.ring.blocking(move || member::open(&path, claimant));
     match opening.await {
-        Ok(opened) => Ok(opened.bind(&daemon.ring, daemon.deadline, &daemon.peers)),
+        Ok(opened) => {
+            let disk = opened.bind(&daemon.ring, daemon.deadline, &daemon.peers);
+            Ok((disk, turn))
+        }
         Err(error) => Err(ControlError {
             kind: error.kind(),
             message: error.to_string(),

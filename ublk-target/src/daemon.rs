@@ -448,7 +448,7 @@ async fn start_engine(args: Args, ring: Rc<Ring>, peers: Rc<Peers>) -> Result<Rc
             },
             Err(error) if error.is_absence() => {
                 tracing::warn!("{error}");
-                peers.was_absent(&path);
+                peers.set_cut_off(&path, true);
                 missing.push(error.to_string());
                 if error.may_pass() && kind == ErrorKind::NotFound {
                     kind = ErrorKind::Busy;

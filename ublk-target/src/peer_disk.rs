@@ -63,7 +63,7 @@ use peer::{Ask, Kind};
 
 use self::link::Link;
 pub(crate) use self::opened::OpenedPeer;
-pub(crate) use self::peers::{Peers, one_form};
+pub(crate) use self::peers::{Peers, Turn, one_form};
 use crate::ring::Ring;
 use crate::stream::StreamError;
 use crate::sys::{IoBuffer, Lend};
@@ -102,7 +102,6 @@ impl PeerDisk {
     ) -> Self {
         let ways = peers.ways_to(&opened);
         let cut_off = peers.cut_off(&opened.address);
-        cut_off.set(false);
         let link = Link::new(ring, opened, ways, deadline);
         peers.add(&link);
         Self(link, cut_off)
@@ -112,7 +111,9 @@ impl PeerDisk {
 impl Drop for PeerDisk {
     fn drop(&mut self) {
         // Whoever has failed otherwise has a connection still.
-        self.1.set(self.0.has_ended());
+        if self.0.has_failed() {
+            self.1.set(true);
+        }
         self.0.say_farewell();
         self.0.end("it is not needed any more");
     }

@@ -8,8 +8,11 @@
 //!   are over (R13): there `mirrorctl re-add` is the operator's word that they are.
 //! * It comes back by delta or not at all (R16). What only the operator may decide is said in the
 //!   log, and not tried again until they have.
-//! * A network that comes and goes costs no more than so many returns a minute (`--returns`), each of
-//!   which is a round with the gate closed and a resync.
+//! * Nobody's session ends by it: what the member says of itself is read first, without a claim, and
+//!   a member that somebody else has gone on with is left to them.
+//! * A network that comes and goes costs no more than so many joins a minute (`--returns`), and ten
+//!   times as many an hour. Each is a round with the gate closed, a resync, and two of the epochs that
+//!   a superblock remembers. One that fails counts as well.
 //!
 //! Tried is after [`FIRST`], then after twice as long each time, up to [`LONGEST`].
 
@@ -18,9 +21,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use mirror::control::ErrorKind;
+use peer::Address;
 
 use crate::daemon::Daemon;
 use crate::member;
+use crate::peer_disk::OpenedPeer;
 use crate::ring;
 
 /// How often it is looked who is away.
@@ -29,14 +34,17 @@ const EVERY: Duration = Duration::from_millis(500);
 const FIRST: Duration = Duration::from_secs(1);
 /// Between tries at the most.
 const LONGEST: Duration = Duration::from_secs(30);
-/// Within which returns are counted.
+/// Within which so many joins are allowed.
 const WINDOW: Duration = Duration::from_secs(60);
+/// Within which [`LONG_SHARE`] times as many are.
+const LONG_WINDOW: Duration = Duration::from_secs(3600);
+const LONG_SHARE: usize = 10;
 
 /// When to try again.
 #[derive(Debug, Default)]
 struct Tries {
-    /// When the last returns were, as many as are allowed in a window.
-    returns: VecDeque<Duration>,
+    /// When joins began, within the last hour.
+    joins: VecDeque<Duration>,
     /// The next try is due then; none while the member is in service.
     due: Option<Duration>,
     /// Between this try and the next.
@@ -47,7 +55,7 @@ struct Tries {
 
 /// What is to be done about a member that is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
+enum Next {
     Wait,
     Try,
     /// It has come back as often as it may; until then.
@@ -61,29 +69,45 @@ impl Tries {
         self.given_up = false;
     }
 
-    fn turn(&mut self, now: Duration, most: usize) -> Turn {
+    fn next(&mut self, now: Duration, most: usize) -> Next {
         if self.given_up {
-            return Turn::Wait;
+            return Next::Wait;
         }
         let Some(due) = self.due else {
             self.pause = FIRST;
             self.due = Some(now + FIRST);
-            return Turn::Wait;
+            return Next::Wait;
         };
         if now < due {
-            return Turn::Wait;
+            return Next::Wait;
         }
-        while self.returns.len() >= most {
-            let over = self.returns.front().map_or(now, |first| *first + WINDOW);
-            if now < over {
-                self.due = Some(over);
-                return Turn::HeldBack(over - now);
-            }
-            self.returns.pop_front();
+        let free = self.free_at(WINDOW, most);
+        let free = free.max(self.free_at(LONG_WINDOW, most * LONG_SHARE));
+        if now < free {
+            self.due = Some(free);
+            return Next::HeldBack(free - now);
         }
+        Next::Try
+    }
+
+    /// From when on there are fewer than `most` joins in a window.
+    fn free_at(&self, window: Duration, most: usize) -> Duration {
+        let last = self.joins.len().checked_sub(most);
+        let last = last.and_then(|at| self.joins.get(at));
+        last.map_or(Duration::ZERO, |at| *at + window)
+    }
+
+    fn join_begins(&mut self, now: Duration) {
+        self.joins.push_back(now);
+        while self.joins.front().is_some_and(|at| *at + LONG_WINDOW < now) {
+            self.joins.pop_front();
+        }
+    }
+
+    /// A try is over.
+    fn tried(&mut self, now: Duration) {
         self.pause = (self.pause * 2).min(LONGEST);
         self.due = Some(now + self.pause);
-        Turn::Try
     }
 }
 
@@ -96,28 +120,33 @@ pub(crate) async fn run(daemon: Rc<Daemon>, most: usize) {
         for (path, tries) in &mut all {
             if !away.contains(path) {
                 tries.in_service();
+                daemon.peers.set_cut_off(path, false);
             }
         }
-        for path in away.into_iter().filter(|it| daemon.peers.is_cut_off(it)) {
+        let cut_off = |path: &String| peer::is_address(path) && daemon.peers.is_cut_off(path);
+        for path in away.into_iter().filter(cut_off) {
             let tries = all.entry(path.clone()).or_default();
-            match tries.turn(ring::now(), most) {
-                Turn::Wait => {}
-                Turn::HeldBack(time) => tracing::warn!(
-                    "{path} has come back {most} times within a minute; it may again in {} s",
+            match tries.next(ring::now(), most) {
+                Next::Wait => {}
+                Next::HeldBack(time) => tracing::warn!(
+                    "{path} has come back too often ({most} times a minute, {} an hour); it may \
+                     again in {} s",
+                    most * LONG_SHARE,
                     time.as_secs()
                 ),
-                Turn::Try => match bring_back(&daemon, &path).await {
-                    Ok(()) => tries.returns.push_back(ring::now()),
-                    Err(Failed::ForNow(why)) => {
-                        // Also when there was a connection already.
-                        daemon.peers.was_absent(&path);
-                        tracing::debug!("{path} does not return yet: {why}");
+                Next::Try => {
+                    match bring_back(&daemon, &path, tries).await {
+                        Ok(()) => {}
+                        Err(Failed::ForNow(why)) => {
+                            tracing::debug!("{path} does not return yet: {why}");
+                        }
+                        Err(Failed::ForGood(why)) => {
+                            tracing::warn!("{path} does not return by itself: {why}");
+                            tries.given_up = true;
+                        }
                     }
-                    Err(Failed::ForGood(why)) => {
-                        tracing::warn!("{path} does not return by itself: {why}");
-                        tries.given_up = true;
-                    }
-                },
+                    tries.tried(ring::now());
+                }
             }
         }
     }
@@ -131,23 +160,31 @@ enum Failed {
     ForGood(String),
 }
 
-async fn bring_back(daemon: &Rc<Daemon>, path: &str) -> Result<(), Failed> {
-    let claimant = daemon.peers.claimant(path, false);
-    let owned = path.to_owned();
-    let opening = daemon.ring.blocking(move || member::open(&owned, claimant));
-    let opened = opening.await.map_err(|error| {
-        if error.is_absence() || error.may_pass() {
-            Failed::ForNow(error.to_string())
-        } else {
-            Failed::ForGood(error.to_string())
-        }
-    })?;
+async fn bring_back(daemon: &Rc<Daemon>, path: &str, tries: &mut Tries) -> Result<(), Failed> {
+    let for_now = |why: &dyn ToString| Failed::ForNow(why.to_string());
+    let address: Address = path
+        .parse()
+        .map_err(|error: peer::AddressError| Failed::ForGood(error.to_string()))?;
+    let _turn = daemon.peers.turn(&daemon.ring, path).await;
+    let looking = daemon.ring.try_blocking(move || OpenedPeer::look(&address));
+    let says = looking.map_err(|e| for_now(&e))?.await;
+    if !daemon.engine.is_past(&says.map_err(|e| for_now(&e))?) {
+        let why = "somebody else has gone on with it, or it belongs to another mirror";
+        return Err(Failed::ForGood(why.to_owned()));
+    }
+    let (claimant, owned) = (daemon.peers.claimant(path, false), path.to_owned());
+    let opening = daemon
+        .ring
+        .try_blocking(move || member::open(&owned, claimant));
+    let opened = opening.map_err(|e| for_now(&e))?.await;
+    let opened = opened.map_err(|e| for_now(&e))?;
     if let Some(why) = opened.unfinished_session() {
         return Err(Failed::ForGood(why));
     }
     if !opened.is_fenced() {
         return Err(Failed::ForGood("its server is none of ours".to_owned()));
     }
+    tries.join_begins(ring::now());
     let disk = opened.bind(&daemon.ring, daemon.deadline, &daemon.peers);
     let back = daemon.engine.return_by_itself(path.to_owned(), disk).await;
     back.map(|_| ()).map_err(|error| match error.kind {
@@ -168,36 +205,56 @@ mod tests {
     fn tries_are_further_and_further_apart() {
         let mut tries = Tries::default();
         let mut tried = Vec::new();
-        for now in 0..200 {
-            if tries.turn(secs(now), 3) == Turn::Try {
-                tried.push(now);
+        for now in (0..200).map(secs) {
+            if tries.next(now, 3) == Next::Try {
+                tried.push(now.as_secs());
+                tries.tried(now);
             }
         }
         assert_eq!(tried, [1, 3, 7, 15, 31, 61, 91, 121, 151, 181]);
         tries.in_service();
-        assert_eq!(tries.turn(secs(200), 3), Turn::Wait);
-        assert_eq!(tries.turn(secs(201), 3), Turn::Try);
+        assert_eq!(tries.next(secs(200), 3), Next::Wait);
+        assert_eq!(tries.next(secs(201), 3), Next::Try);
+    }
+
+    /// When it joins, if it is lost again at once each time.
+    fn joins(most: usize, until: u64) -> Vec<u64> {
+        let mut tries = Tries::default();
+        let mut joins = Vec::new();
+        for now in (0..until).map(secs) {
+            if tries.next(now, most) == Next::Try {
+                tries.join_begins(now);
+                joins.push(now.as_secs());
+                tries.tried(now);
+                tries.in_service();
+            }
+        }
+        joins
     }
 
     #[test]
-    fn a_network_that_comes_and_goes_brings_a_member_back_so_often_a_minute() {
+    fn a_network_that_comes_and_goes_is_held_back_by_the_minute_and_by_the_hour() {
+        assert_eq!(joins(3, 150), [1, 3, 5, 61, 63, 65, 121, 123, 125]);
+        let within = |joins: &[u64], at: u64| {
+            let hour = joins.iter().filter(|join| (at..at + 3600).contains(*join));
+            hour.count()
+        };
+        let joins = joins(2, 3 * 3600);
+        assert!(
+            joins.iter().all(|at| within(&joins, *at) <= 20),
+            "{joins:?}"
+        );
+        assert!(joins.len() >= 60, "{joins:?}");
+    }
+
+    #[test]
+    fn a_join_that_takes_long_and_fails_is_followed_by_a_pause() {
         let mut tries = Tries::default();
-        let mut back = Vec::new();
-        for now in 0..150 {
-            match tries.turn(secs(now), 3) {
-                Turn::Try => {
-                    back.push(now);
-                    tries.returns.push_back(secs(now));
-                    // And is lost again at once.
-                    tries.in_service();
-                }
-                Turn::HeldBack(time) => {
-                    assert_eq!(secs(now) + time, secs(back[back.len() - 3] + 60))
-                }
-                Turn::Wait => {}
-            }
-        }
-        assert_eq!(back, [1, 3, 5, 61, 63, 65, 121, 123, 125]);
+        tries.next(secs(0), 3);
+        assert_eq!(tries.next(secs(1), 3), Next::Try);
+        tries.tried(secs(40));
+        assert_eq!(tries.next(secs(41), 3), Next::Wait);
+        assert_eq!(tries.next(secs(42), 3), Next::Try);
     }
 
     #[test]
@@ -206,8 +263,8 @@ mod tests {
             given_up: true,
             ..Tries::default()
         };
-        assert!((0..100).all(|now| tries.turn(secs(now), 3) == Turn::Wait));
+        assert!((0..100).all(|now| tries.next(secs(now), 3) == Next::Wait));
         tries.in_service();
-        assert!((100..103).any(|now| tries.turn(secs(now), 3) == Turn::Try));
+        assert!((100..103).any(|now| tries.next(secs(now), 3) == Next::Try));
     }
 }

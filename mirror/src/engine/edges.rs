@@ -3,7 +3,9 @@
 //! The checksum of a block is of all of it, so the rest is read before a part of it is written.
 //! The write holds the lock of the whole block from before that: two writes to parts of one block
 //! take turns. What is read has to fit the checksum it has had; where no copy is right any more,
-//! the block keeps its old checksum, so that what is left of it stays known to be wrong.
+//! the block keeps its old checksum, so that what is left of it stays known to be wrong. Where nobody
+//! can read it now the write is refused: its checksum would be forgotten, and a copy that has rotted
+//! would pass for a right one later.
 
 use super::settle::Look;
 use super::{Mirror, length};
@@ -28,8 +30,8 @@ enum Edge<B> {
     Content(Span<B>),
     /// No copy of it is right.
     Damaged,
-    /// What it holds is not known now.
-    Unreadable,
+    /// What it holds cannot be checked: its checksum cannot be read.
+    Unchecked,
 }
 
 impl<B> Edges<B> {
@@ -59,7 +61,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     ///
     /// # Errors
     ///
-    /// When the copies could not be made equal first.
+    /// When the copies could not be made equal first, or nobody can read the rest of a block.
     pub(super) async fn read_edges(
         self: &Rc<Self>,
         range: &Range<u64>,
@@ -95,13 +97,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let read = self.read_settled(own, span.clone(), Look::READ).await;
         if !self.page_at_hand(block.extent()).await {
             // What was read has not been checked.
-            return Ok(Edge::Unreadable);
+            return Ok(Edge::Unchecked);
         }
         match read {
             Ok(moved) => Ok(Edge::Content(moved.unwrap_or(span))),
             // As any write would, the write goes on, and finds out about its own part.
             Err(_) if self.maps.borrow().damaged.any_in(block.0..block.0 + 1) => Ok(Edge::Damaged),
-            Err(_) => Ok(Edge::Unreadable),
+            Err(errno) => Err(errno),
         }
     }
 
@@ -175,7 +177,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 let tail = &old[length(end - own.start)..];
                 Sum::of_parts(block, [head, new, tail])
             })),
-            Some(Edge::Unreadable | Edge::Damaged) => None,
+            Some(Edge::Unchecked | Edge::Damaged) => None,
         }
     }
 }

@@ -131,6 +131,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         by_operator: bool,
     ) -> Result<String, ControlError> {
         let _joining = self.joining.enter().await;
+        if self.stopping.get() {
+            return Err(failed("the mirror is stopping".to_owned()));
+        }
         self.owes_nothing(&path)?;
         let mut surveyed = survey(&*self.host, &disk, &path).await.map_err(|error| match error {
             MemberError::Superblock(SuperblockError::NotAMember) => refuse(format!(
@@ -474,6 +477,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         let marked = joiner.is_marked();
+        // With the gate closed nobody waits longer for it than for any member.
+        let limit = self.options.deadline.min(member_io::PATIENCE);
         for run in self
             .pages_of_all_maps(joiner.slot)
             .chunk_by(|a, b| (a.kind, a.slot, a.index + 1) == (b.kind, b.slot, b.index))
@@ -489,7 +494,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
                 for copy in [region.copy_a, region.copy_b] {
                     let offset = copy + page_offset(page.index);
-                    member_io::write_bytes(&*self.host, &*joiner.disk, offset, &images).await?;
+                    let written =
+                        member_io::write_within(&*self.host, &*joiner.disk, offset, &images, limit);
+                    written.await?;
                 }
                 if marked && page == Page::POSITION {
                     // It names our epoch: from here on nobody takes its maps for its own.

@@ -38,7 +38,7 @@ pub(super) enum MemberError {
 }
 
 /// How long a member's metadata may take to be read or written, a request.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Waits for an operation, but not longer than `limit`; it is an orphan afterwards.
 pub(super) async fn timed<H: Host>(
@@ -117,22 +117,29 @@ pub(super) async fn write_bytes<H: Host, D: Disk<Buffer = H::Buffer>>(
     offset: u64,
     bytes: &[u8],
 ) -> Result<(), Errno> {
+    write_within(host, disk, offset, bytes, PATIENCE).await
+}
+
+/// [`write_bytes`], of which no request may take longer than `limit`.
+pub(super) async fn write_within<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    disk: &D,
+    offset: u64,
+    bytes: &[u8],
+    limit: Duration,
+) -> Result<(), Errno> {
     let chunk_bytes = length(CHUNK_BYTES);
     let buffer = host.allocate(bytes.len().min(chunk_bytes));
     let mut at = offset;
     for chunk in bytes.chunks(chunk_bytes) {
         let span = front(&buffer, chunk.len());
         span.fill(|out| out.copy_from_slice(chunk));
-        submit(
-            host,
-            disk,
-            DiskRequest::Write {
-                offset: at,
-                span,
-                fua: false,
-            },
-        )
-        .await?;
+        let write = DiskRequest::Write {
+            offset: at,
+            span,
+            fua: false,
+        };
+        timed(host, disk.submit(write), limit).await?;
         at += chunk.len() as u64;
     }
     Ok(())

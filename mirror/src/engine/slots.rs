@@ -7,7 +7,7 @@ use crate::assemble::{Verdict, judge_return};
 use crate::control::{ErrorKind, ResyncKind};
 use crate::host::{Disk, Host};
 use crate::split;
-use crate::superblock::SlotState;
+use crate::superblock::{SlotState, Superblock};
 use dirty_map::{Extent, ExtentState};
 
 /// How a former member is to be brought back.
@@ -105,6 +105,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             Verdict::Full { .. } | Verdict::Refused { .. } => Err(refuse(refusal)),
         }
+    }
+
+    /// Whether a member has come no further than this mirror knows: nobody has gone on with it.
+    pub fn is_past(&self, member: &Superblock) -> bool {
+        let config = self.config.borrow();
+        let record = config.slots.get(usize::from(member.own_slot));
+        let lost_at = record.and_then(|record| record.loss).map(|loss| loss.epoch);
+        let epoch = member.epoch.id;
+        member.mirror == config.mirror && (config.descends_from(epoch) || lost_at == Some(epoch))
     }
 
     /// Where the members were that are away, and that nobody has taken out or still owes answers to.

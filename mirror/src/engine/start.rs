@@ -119,10 +119,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     fn new(host: Rc<H>, options: StartOptions, mut config: Superblock) -> Self {
         // It is one member's own.
         config.handed_over = false;
-        let slots = config
-            .slots
-            .iter()
-            .map(|record| Slot::absent(record.address.clone()));
+        let slots = config.slots.iter().map(|record| Slot {
+            // What was failed on purpose, or for its errors, does not come back by itself.
+            held_out: record.state == SlotState::Faulty,
+            ..Slot::absent(record.address.clone())
+        });
         let maps = Maps::new(&config, &options);
         Self {
             slots: RefCell::new(slots.collect()),

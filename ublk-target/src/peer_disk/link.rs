@@ -73,6 +73,7 @@ struct State {
     /// Whose reply was begun when the connection broke.
     unanswered: Option<Part>,
     orphans: usize,
+    gave_up: bool,
     /// The connection has failed: another one may go on in its place.
     broken: bool,
     /// Its server is expected to close it.
@@ -245,6 +246,7 @@ impl Link {
                 *orphaned = true;
                 *waker = None;
                 state.orphans += 1;
+                state.gave_up = true;
             }
             _ => state.release(op),
         }
@@ -264,9 +266,10 @@ impl Link {
         }
     }
 
-    /// Whether nothing is sent or asked on it any more.
-    pub(super) fn has_ended(&self) -> bool {
-        self.state.borrow().ended
+    /// Whether it has ended, or has ever owed an answer for longer than anybody waited.
+    pub(super) fn has_failed(&self) -> bool {
+        let state = self.state.borrow();
+        state.ended || state.gave_up
     }
 
     /// Whether nothing of it is left, a connection that is tried included.

@@ -177,6 +177,18 @@ impl OpenedPeer {
         })
     }
 
+    /// What the member at `address` says of itself, without a claim: nobody's session ends by it.
+    pub(crate) fn look(address: &Address) -> Result<Superblock, String> {
+        let mut client = Client::look(address, CONNECT_PATIENCE).map_err(|e| e.to_string())?;
+        let mut copies = [[0; COPY_BYTES]; 2];
+        for (copy, offset) in copies.iter_mut().zip([COPY_A_OFFSET, COPY_B_OFFSET]) {
+            let read = client.read_at(copy, offset);
+            read.map_err(|e| e.to_string())?;
+        }
+        let loaded = Superblock::load(&copies[0], &copies[1]).map_err(|e| e.to_string())?;
+        Ok(loaded.superblock)
+    }
+
     /// Whether its server ends older sessions before it admits a new one.
     pub(crate) fn is_fenced(&self) -> bool {
         self.fence.is_some()

@@ -1,7 +1,7 @@
 //! The connections to peer members that a daemon has, and what it knows of their servers.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
 
@@ -32,6 +32,15 @@ struct Known {
     cut_off: Rc<Cell<bool>>,
 }
 
+/// Nobody else brings in the member at an address: two that do would end each other's sessions.
+pub(crate) struct Turn(Rc<RefCell<HashSet<String>>>, String);
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.borrow_mut().remove(&self.1);
+    }
+}
+
 /// An address as connections have it, whichever way it was given.
 pub(crate) fn one_form(address: &str) -> String {
     let parsed = address.parse::<Address>();
@@ -44,6 +53,8 @@ pub(crate) struct Peers {
     links: RefCell<Vec<Weak<Link>>>,
     /// More addresses of the servers of members.
     paths: Vec<Address>,
+    /// Whose members are being brought in.
+    turns: Rc<RefCell<HashSet<String>>>,
     /// By the addresses in their one form.
     known: RefCell<HashMap<String, Known>>,
 }
@@ -125,11 +136,21 @@ impl Peers {
             .is_some_and(|it| it.cut_off.get())
     }
 
-    /// Its server was not there when the mirror was started.
-    pub(crate) fn was_absent(&self, address: &str) {
+    /// Its server was not there when the mirror was started; or the member is in service.
+    pub(crate) fn set_cut_off(&self, address: &str, cut_off: bool) {
         if let Some(known) = self.known.borrow().get(&one_form(address)) {
-            known.cut_off.set(true);
+            known.cut_off.set(cut_off);
         }
+    }
+
+    /// Waits until nobody else brings the member at `address` in.
+    pub(crate) async fn turn(&self, ring: &Rc<Ring>, address: &str) -> Turn {
+        let address = one_form(address);
+        while !self.turns.borrow_mut().insert(address.clone()) {
+            let soon = ring::now() + Duration::from_millis(10);
+            ring.sleep_until(soon).await;
+        }
+        Turn(Rc::clone(&self.turns), address)
     }
 
     /// What to tell when a connection to `address` has failed.
