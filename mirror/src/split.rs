@@ -11,8 +11,8 @@
 //!
 //! * Each lost the other in an epoch that lies in the other's past too.
 //! * Each had come equally far when they parted, but for a commit under way: one that has been
-//!   put back and went on from there has not, be it by one commit (R16). How far either has come since says nothing,
-//!   sequences of two lines cannot be compared.
+//!   put back and went on from there has not, be it by one commit (R16). How far either has come
+//!   since says nothing: sequences of two lines cannot be compared.
 //! * No join after the loss has taken bits from the map again: it would have left a base that is
 //!   younger than the epoch of the loss.
 //! * Only those count who have been in-sync here since before the loss. One that has joined since
