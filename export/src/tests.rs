@@ -9,10 +9,9 @@ use std::future::Future;
 use std::rc::Rc;
 use std::time::Duration;
 
+use mirror::create::first_superblock;
 use mirror::layout::Layout;
-use mirror::superblock::{
-    COPY_A_OFFSET, COPY_B_OFFSET, Epoch, LastStop, SlotRecord, SlotState, Superblock,
-};
+use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, Epoch, SlotRecord, SlotState, Superblock};
 use peer::claim::{Claim, Fence, Seen, encode};
 use peer::server::{EPERM, EVERYTHING, Export, MAX_PAYLOAD_BYTES};
 use peer::wire::{
@@ -65,30 +64,11 @@ fn superblock(epoch: u128, history: &[u128]) -> Vec<u8> {
         id: *id,
         ordinal: 0,
     };
+    let (mirror, layout) = (Uuid::from_u128(9), Layout::for_size(1 << 30));
     Superblock {
-        mirror: Uuid::from_u128(9),
         member: Uuid::from_u128(7),
-        name: "data".into(),
-        write_count: 12,
-        layout: Layout::for_size(1 << 30),
-        event_count: 5,
-        epoch: numbered(&epoch),
         history: history.iter().map(numbered).collect(),
-        own_slot: 0,
-        server_instance: None,
-        slots,
-        last_stop: LastStop::Clean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
-        resync_cursor: 0,
-        created_secs: 1,
-        updated_secs: 2,
+        ..first_superblock(mirror, "data", layout, numbered(&epoch), slots)
     }
     .encode()
 }

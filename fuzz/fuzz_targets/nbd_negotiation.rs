@@ -12,9 +12,10 @@ use std::sync::LazyLock;
 use std::task::{Context, Poll, Waker};
 
 use libfuzzer_sys::fuzz_target;
+use mirror::create::first_superblock;
 use mirror::layout::Layout;
 use mirror::superblock::{
-    DECODED_BYTES_MAX, Epoch, HISTORY_MAX, LastStop, SlotRecord, SlotState, Superblock,
+    DECODED_BYTES_MAX, Epoch, HISTORY_MAX, SlotRecord, SlotState, Superblock,
 };
 use peer::claim::{Claim, Fence, judge};
 use peer::server::{
@@ -39,30 +40,11 @@ static DISK: LazyLock<Vec<u8>> = LazyLock::new(|| {
     slots[0].member = Some(Uuid::from_u128(7));
     slots[0].state = SlotState::InSync;
     let epoch = |id| Epoch { id, ordinal: 0 };
+    let (mirror, layout) = (Uuid::from_u128(9), Layout::for_size(1 << 30));
     Superblock {
-        mirror: Uuid::from_u128(9),
         member: Uuid::from_u128(7),
-        name: "data".to_owned(),
-        write_count: 1,
-        layout: Layout::for_size(1 << 30),
-        event_count: 1,
-        epoch: epoch(EPOCH),
         history: vec![epoch(20), epoch(10)],
-        own_slot: 0,
-        server_instance: None,
-        slots,
-        last_stop: LastStop::Clean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
-        resync_cursor: 0,
-        created_secs: 0,
-        updated_secs: 0,
+        ..first_superblock(mirror, "data", layout, epoch(EPOCH), slots)
     }
     .encode()
 });

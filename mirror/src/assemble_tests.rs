@@ -1,6 +1,7 @@
 //! The table of cases: what is on the disks, and what must be decided.
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::create::first_superblock;
 use crate::superblock::{Epoch, LastStop};
 use uuid::Uuid;
 
@@ -38,30 +39,14 @@ pub(crate) fn superblock(
         }),
         ..SlotRecord::empty()
     });
+    let layout = crate::layout::Layout::for_size(1 << 30);
     Superblock {
-        mirror: Uuid::from_u128(1),
         member: Uuid::from_u128(100 + u128::from(own)),
-        name: "m".into(),
-        write_count: 1,
-        layout: crate::layout::Layout::for_size(1 << 30),
         event_count,
-        epoch,
         history,
         own_slot: own,
-        server_instance: None,
-        slots: slots.collect(),
         last_stop: LastStop::Unclean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
-        resync_cursor: 0,
-        created_secs: 0,
-        updated_secs: 0,
+        ..first_superblock(Uuid::from_u128(1), "m", layout, epoch, slots.collect())
     }
 }
 

@@ -160,29 +160,18 @@ pub fn plan(request: &CreateRequest) -> Result<CreatePlan, CreateError> {
         .map(|_| random_uuid(draw()))
         .collect();
     let template = Superblock {
-        mirror,
-        member: Uuid::nil(),
-        name: request.name.clone(),
-        write_count: 1,
-        layout,
-        event_count: 1,
-        epoch,
-        history: Vec::new(),
-        own_slot: 0,
-        server_instance: None,
-        slots: first_slots(request, &members),
-        last_stop: LastStop::Clean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: request.now_secs,
-        forced_secs: 0,
-        forced_reason: String::new(),
         checksums: request.checksums,
         logical_block_bytes,
-        resync_cursor: 0,
+        epoch_secs: request.now_secs,
         created_secs: request.now_secs,
         updated_secs: request.now_secs,
+        ..first_superblock(
+            mirror,
+            &request.name,
+            layout,
+            epoch,
+            first_slots(request, &members),
+        )
     };
     let plans = request
         .members
@@ -281,6 +270,42 @@ fn blank_region(kind: Kind, slot: u8, tag: u32, stamp: Stamp, len: u64) -> Vec<u
         ));
     }
     bytes
+}
+
+/// The first superblock of a mirror, as stopped; of nobody yet: `member` and `own_slot` are to be set.
+#[must_use]
+pub fn first_superblock(
+    mirror: Uuid,
+    name: &str,
+    layout: Layout,
+    epoch: Epoch,
+    slots: Vec<SlotRecord>,
+) -> Superblock {
+    Superblock {
+        mirror,
+        member: Uuid::nil(),
+        name: name.to_owned(),
+        write_count: 1,
+        layout,
+        event_count: 1,
+        epoch,
+        history: Vec::new(),
+        own_slot: 0,
+        server_instance: None,
+        slots,
+        last_stop: LastStop::Clean,
+        flush_failed: false,
+        forced: false,
+        handed_over: false,
+        epoch_secs: 0,
+        forced_secs: 0,
+        forced_reason: String::new(),
+        checksums: true,
+        logical_block_bytes: 512,
+        resync_cursor: 0,
+        created_secs: 0,
+        updated_secs: 0,
+    }
 }
 
 /// A version 4 uuid from random bits.

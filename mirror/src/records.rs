@@ -72,18 +72,18 @@ pub(crate) fn end_resyncs(config: &mut Superblock, reached: Reached) {
     }
 }
 
-/// Takes the mark of having been handed over from those who have it, as a start does before it
-/// writes anything else; returns their indexes. The only one that starts in-sync keeps it: that
-/// one's round takes it, and names everybody else lost (`engine/stop.rs`).
-pub(crate) fn revoke(seen: &mut [Seen], plan: &Plan) -> Vec<usize> {
+/// Of whom a start takes the mark of having been handed over before it writes anything else, by
+/// their indexes. The only one that starts in-sync keeps it: that one's round takes it, and names
+/// everybody else lost (`engine/stop.rs`).
+pub(crate) fn to_revoke(seen: &[Seen], plan: &Plan) -> Vec<usize> {
     let marked = |&at: &usize| seen[at].superblock.handed_over && !plan.serves_alone(at);
-    let marked: Vec<usize> = (0..seen.len()).filter(marked).collect();
-    for &at in &marked {
-        let superblock = &mut seen[at].superblock;
-        superblock.handed_over = false;
-        superblock.write_count += 1;
-    }
-    marked
+    (0..seen.len()).filter(marked).collect()
+}
+
+/// A superblock without that mark.
+pub(crate) fn revoke(superblock: &mut Superblock) {
+    superblock.handed_over = false;
+    superblock.write_count += 1;
 }
 
 /// The superblocks to be written to older copies before a start that leaves them out, with

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::create::first_superblock;
 use crate::epochs;
 use crate::superblock::{Epoch, HISTORY_MAX, LastStop};
 
@@ -23,30 +24,15 @@ fn superblock(own: u8) -> Superblock {
         address: format!("/dev/{slot}"),
         ..SlotRecord::empty()
     });
+    let layout = crate::layout::Layout::for_size(1 << 30);
     Superblock {
-        mirror: Uuid::from_u128(1),
         member: Uuid::from_u128(100 + u128::from(own)),
-        name: "m".into(),
-        write_count: 1,
-        layout: crate::layout::Layout::for_size(1 << 30),
         event_count: 20,
-        epoch: epoch(9),
         history: vec![epoch(8), epoch(7)],
         own_slot: own,
-        server_instance: None,
-        slots: slots.collect(),
         last_stop: LastStop::Unclean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
-        resync_cursor: 0,
-        created_secs: 0,
         updated_secs: 50,
+        ..first_superblock(Uuid::from_u128(1), "m", layout, epoch(9), slots.collect())
     }
 }
 

@@ -1,5 +1,6 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use crate::create::first_superblock;
 use proptest::prelude::*;
 
 pub(crate) fn sample() -> Superblock {
@@ -23,30 +24,18 @@ pub(crate) fn sample() -> Superblock {
         ordinal: 2,
         sequence: 500,
     };
+    let (mirror, layout) = (Uuid::from_u128(0xabcd), Layout::for_size(1 << 30));
     Superblock {
-        mirror: Uuid::from_u128(0xabcd),
         member: Uuid::from_u128(0x100),
-        name: "data".into(),
         write_count: 12,
-        layout: Layout::for_size(1 << 30),
         event_count: 5,
-        epoch: Epoch { id: 78, ordinal: 4 },
         history: vec![Epoch { id: 77, ordinal: 3 }, Epoch { id: 1, ordinal: 0 }],
-        own_slot: 0,
-        server_instance: None,
-        slots,
         last_stop: LastStop::Unclean,
         flush_failed: true,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
         resync_cursor: 4096,
         created_secs: 1,
         updated_secs: 2,
+        ..first_superblock(mirror, "data", layout, Epoch { id: 78, ordinal: 4 }, slots)
     }
 }
 

@@ -11,8 +11,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use dirty_map::{
-    Address, BLOCK_BYTES, BLOCKS_PER_EXTENT, Extent, ExtentState, Kind, MissedMap, PAYLOAD_BYTES,
-    SECTOR_BYTES, STATES_PER_SECTOR, Stamp, StateMap, Summary, decode,
+    Address, BLOCK_BYTES, BLOCKS_PER_EXTENT, Extent, ExtentState, MissedMap, PAYLOAD_BYTES,
+    SECTOR_BYTES, Stamp, StateMap, Summary, decode,
 };
 use mirror::layout::{
     PAGE_BYTES, Region, RegionKind, SECTORS_PER_PAGE, extents_of, missed_pages_of,
@@ -21,9 +21,8 @@ use mirror::superblock::{SlotState, Superblock};
 
 use crate::failure::{Failure, words};
 use crate::medium::Medium;
+use crate::offline::{CHUNK_PAGES, chunks, load_states, narrow, sector_kind};
 
-/// Pages of a map that are read at once.
-const CHUNK_PAGES: u64 = 64;
 /// Blocks that are copied at once.
 const CHUNK_BLOCKS: u64 = 256;
 
@@ -81,21 +80,6 @@ fn extents_that(states: &StateMap, wanted: impl Fn(ExtentState) -> bool) -> Miss
     found
 }
 
-/// What cannot be told reads as hot.
-fn load_states(states: &mut StateMap, sector: u32, payload: Content) {
-    if sector >= states.sectors() {
-        return;
-    }
-    if let Some(payload) = payload {
-        states.load_payload(sector, &payload);
-        return;
-    }
-    let first = u64::from(sector) * STATES_PER_SECTOR;
-    for extent in first..(first + STATES_PER_SECTOR).min(u64::from(states.len())) {
-        states.force(Extent(narrow(extent)), ExtentState::Hot);
-    }
-}
-
 /// Reads a member's maps.
 struct Reader<'a> {
     medium: &'a Medium,
@@ -107,7 +91,7 @@ impl Reader<'_> {
         let extents = extents_of(self.superblock.layout.size_bytes);
         let mut states = StateMap::new(narrow(extents));
         self.region(RegionKind::State, 0, |sector, payload| {
-            load_states(&mut states, sector, payload);
+            load_states(&mut states, sector, payload.as_ref());
         });
         states
     }
@@ -117,12 +101,8 @@ impl Reader<'_> {
         let Some(region) = self.superblock.layout.find(kind, slot) else {
             return;
         };
-        let pages = region.len / PAGE_BYTES;
-        let mut first = 0;
-        while first < pages {
-            let part = first..(first + CHUNK_PAGES).min(pages);
-            self.part(region, part.clone(), &mut visit);
-            first = part.end;
+        for pages in chunks(region) {
+            self.part(region, pages, &mut visit);
         }
     }
 
@@ -136,6 +116,7 @@ impl Reader<'_> {
             }
         });
         let Some(region) = layout.find(RegionKind::Missed, slot) else {
+            missed.set_all();
             return missed;
         };
         let used: Vec<u32> = used.iter().collect();
@@ -173,11 +154,7 @@ impl Reader<'_> {
         let (copy_b, _) = copies[1].as_chunks::<SECTOR_BYTES>();
         for (sector, (a, b)) in (first..).zip(copy_a.iter().zip(copy_b)) {
             let address = Address {
-                kind: match region.kind {
-                    RegionKind::State => Kind::State,
-                    RegionKind::Summary => Kind::Summary,
-                    _ => Kind::Missed,
-                },
+                kind: sector_kind(region.kind),
                 slot: region.slot,
                 index: sector,
             };
@@ -209,7 +186,13 @@ pub(crate) fn save(
     };
     let size_bytes = superblock.layout.size_bytes;
     let file = OpenOptions::new().write(true).create_new(true).open(path);
-    let file = file.map_err(|e| failed(&e))?;
+    let file = file.map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => Failure::refused(format!(
+            "{} is there already and is not written over: give --save a new name.",
+            path.display()
+        )),
+        _ => failed(&e),
+    })?;
     file.set_len(size_bytes).map_err(|e| failed(&e))?;
     let mut unreadable = 0;
     let mut from = 0;
@@ -242,9 +225,4 @@ fn copy(medium: &Medium, superblock: &Superblock, file: &File, run: Range<u64>) 
         unreadable += copy(medium, superblock, file, block..block + 1)?;
     }
     Ok(unreadable)
-}
-
-/// Page and sector numbers fit 32 bits for every size that a superblock may name.
-fn narrow(number: u64) -> u32 {
-    u32::try_from(number).unwrap_or(u32::MAX)
 }

@@ -28,7 +28,8 @@
 //!
 //! The answer to both kinds is an information ([`INFO_FENCE`](crate::wire::INFO_FENCE)) and an
 //! acknowledgement; or an error with a sentence. One error is of our own
-//! ([`REP_ERR_IN_USE`](crate::wire::REP_ERR_IN_USE)): another session, which lives, may write. Trying again may help then, because the server may not have noticed yet that it is a dead
+//! ([`REP_ERR_IN_USE`](crate::wire::REP_ERR_IN_USE)): another session, which lives, may write.
+//! Trying again may help then, because the server may not have noticed yet that it is a dead
 //! daemon's. The information:
 //!
 //! | bytes | what |

@@ -1,7 +1,8 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
+use mirror::create::first_superblock;
 use mirror::layout::Layout;
-use mirror::superblock::{COPY_BYTES, Epoch, LastStop, SlotRecord};
+use mirror::superblock::{COPY_BYTES, Epoch, SlotRecord};
 use proptest::prelude::*;
 use uuid::Uuid;
 
@@ -15,33 +16,15 @@ pub(crate) fn disk(mirror: u128, epoch: u128, history: &[u128]) -> Vec<u8> {
         id: *id,
         ordinal: ordinal(back),
     });
+    let (mirror, layout) = (Uuid::from_u128(mirror), Layout::for_size(1 << 30));
+    let epoch = Epoch {
+        id: epoch,
+        ordinal: ordinal(0),
+    };
     Superblock {
-        mirror: Uuid::from_u128(mirror),
         member: Uuid::from_u128(7),
-        name: "data".into(),
-        write_count: 12,
-        layout: Layout::for_size(1 << 30),
-        event_count: 5,
-        epoch: Epoch {
-            id: epoch,
-            ordinal: ordinal(0),
-        },
         history: past.collect(),
-        own_slot: 0,
-        server_instance: None,
-        slots,
-        last_stop: LastStop::Clean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
-        resync_cursor: 0,
-        created_secs: 1,
-        updated_secs: 2,
+        ..first_superblock(mirror, "data", layout, epoch, slots)
     }
     .encode()
 }

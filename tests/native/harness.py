@@ -216,6 +216,22 @@ class Area:
         return Path(path)
 
 
+class Host(Area):
+    """Another host, which ends with the first one's area."""
+
+    def __init__(self, area):
+        super().__init__(area.random.random())
+        area.children.append(self)
+
+    def kill(self):
+        """Ends it."""
+        self.close()
+
+    def promote(self, paths, options=(), code=0):
+        """What mirrorctl said."""
+        return self.ctl("promote", "m", *paths, "--front", "nbd", *options, code=code)
+
+
 def block(number, version):
     """The content of a block at a version; version 0 is zeroes."""
     if version == 0:

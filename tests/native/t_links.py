@@ -3,7 +3,7 @@
 import time
 
 import nbd
-from harness import BLOCK, MIB, Model, check, until
+from harness import BLOCK, MIB, Host, Model, check, until
 from servers import Between, Exported, Nbdkit
 
 BLOCKS = 64 * MIB // BLOCK
@@ -212,3 +212,25 @@ def a_network_that_comes_and_goes_is_damped(area):
         model.check(client)
     area.stop()
     area.compare([local, server.backing])
+
+
+def a_member_that_another_host_has_taken_over_is_left_to_it(area):
+    """Who returns by itself looks first, and ends nobody's session."""
+    server = Exported(area, "peer")
+    local, between, model = _mirror(area, server, options=("--deadline", "1", "--returns", "3"))
+    other = Host(area)
+    with area.client() as client:
+        model.load(client, area.random, writes=100)
+        between.cut()
+        other.promote([server.address], options=["--force", "--reason", "test", "--take-over"])
+        _load(area, model, client, lambda: None, "faulty", writes=100)
+        between.mend()
+        until(lambda: "somebody else has gone on with it" in area.log(), "nothing is said of it")
+        model.check(client)
+    with other.client() as client:
+        client.write(0, b"x" * BLOCK)
+        client.flush()
+    states = other.states()
+    check(states == ["missing", "in-sync"], f"states there are {states}")
+    area.stop()
+    other.stop()

@@ -7,32 +7,16 @@ and the export of B's; B is promoted from that disk.
 import json
 import os
 
-from harness import BLOCK, BUSY, MIB, REFUSED, USAGE, Area, Model, block, check
+from harness import BLOCK, BUSY, MIB, REFUSED, USAGE, Host, Model, block, check
 from servers import Exported, Nbdkit
 
 SIZE = 64 * MIB
 BLOCKS = SIZE // BLOCK
 
 
-class _Host(Area):
-    """Another host, which ends with the first one's area."""
-
-    def __init__(self, area):
-        super().__init__(area.random.random())
-        area.children.append(self)
-
-    def kill(self):
-        """Ends it."""
-        self.close()
-
-    def promote(self, paths, options=(), code=0):
-        """What mirrorctl said."""
-        return self.ctl("promote", "m", *paths, "--front", "nbd", *options, code=code)
-
-
 def _hosts(area, server_type=Exported):
     """The mirror runs on A, the area itself; its disk, B, and the server of B's disk."""
-    other = _Host(area)
+    other = Host(area)
     server = server_type(other, "disk")
     server.start()
     local = area.file("disk.img")

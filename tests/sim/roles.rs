@@ -5,7 +5,7 @@ use crate::machine::{Machine, SimMirror, path, superblock_on};
 use crate::older_images::seconds;
 use crate::oracle::Caches;
 use crate::races::{fl, wr};
-use mirror::control::{MemberState, ResyncKind};
+use mirror::control::{MemberRef, MemberState, ResyncKind};
 use mirror::engine::Return;
 use mirror::sim::{Faults, SimHost};
 use mirror::superblock::SlotState;
@@ -392,4 +392,42 @@ fn who_was_given_up_does_not_start_alone() {
         }
     }
     assert!(refusals > 0, "no cut came between");
+}
+
+/// Once a member may go on alone nobody loses it any more: those that stay would start without it.
+#[test]
+fn after_handing_over_there_is_no_round() {
+    for seed in 0..6 {
+        let machine = running(seed, 2);
+        let mirror = machine.mirror();
+        let handing = mirror.clone();
+        machine
+            .world
+            .block_on(async move { handing.hand_over(1).await })
+            .unwrap();
+        machine.world.spawn_task(async move {
+            let _ = mirror.fail(&MemberRef::Slot(1)).await;
+        });
+        machine.world.run(10_000, || false);
+        let here = superblock_on(&machine.disks[0]).unwrap();
+        assert_eq!(here.slots[1].state, SlotState::InSync, "seed {seed}");
+        assert!(superblock_on(&machine.disks[1]).unwrap().handed_over);
+    }
+}
+
+/// Who is away may return by itself; not who was failed, also not after a restart.
+#[test]
+fn who_was_failed_waits_for_the_operator() {
+    let mut machine = running(1, 2);
+    machine.stop().unwrap();
+    machine.start_on(&[0], true).unwrap();
+    assert_eq!(machine.mirror().may_return(), [path(1)]);
+    machine.re_add(1).unwrap();
+    machine.wait_in_sync();
+    assert!(machine.mirror().may_return().is_empty());
+    machine.fail(1).unwrap();
+    assert!(machine.mirror().may_return().is_empty());
+    machine.stop().unwrap();
+    machine.start_on(&[0], false).unwrap();
+    assert!(machine.mirror().may_return().is_empty());
 }

@@ -115,7 +115,10 @@ impl Daemon {
             if let Some(outcome) = self.outcome.borrow().clone() {
                 let message = format!("mirror {} {}", self.name, outcome?);
                 if successor.is_some() && successor != self.handed_over.get() {
-                    let message = format!("{message}: a stop was under way already");
+                    let message = format!(
+                        "{message}, and not handed over: a stop was under way already; start it \
+                         again and demote, or promote there with --force"
+                    );
                     return Err(ControlError {
                         kind: ErrorKind::Failed,
                         message,

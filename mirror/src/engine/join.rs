@@ -167,7 +167,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .await
                 .map_err(|errno| {
                     failed(format!(
-                        "{path} cannot be told that it is not alone: {errno}"
+                        "{path} says that the mirror was handed over to it, and cannot be told otherwise ({errno}); see to the disk, and re-add it again"
                     ))
                 })?;
         }
@@ -500,11 +500,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
                 if marked && page == Page::POSITION {
                     // It names our epoch: from here on nobody takes its maps for its own.
-                    member_io::flush(&*self.host, &*joiner.disk).await?;
+                    member_io::flush_within(&*self.host, &*joiner.disk, limit).await?;
                 }
             }
         }
-        member_io::flush(&*self.host, &*joiner.disk).await?;
+        member_io::flush_within(&*self.host, &*joiner.disk, limit).await?;
         Ok(stamp)
     }
 

@@ -81,7 +81,16 @@ pub(super) async fn flush<H: Host, D: Disk<Buffer = H::Buffer>>(
     host: &H,
     disk: &D,
 ) -> Result<(), Errno> {
-    submit(host, disk, DiskRequest::Flush).await
+    flush_within(host, disk, PATIENCE).await
+}
+
+/// [`flush`], which may not take longer than `limit`.
+pub(super) async fn flush_within<H: Host, D: Disk<Buffer = H::Buffer>>(
+    host: &H,
+    disk: &D,
+    limit: Duration,
+) -> Result<(), Errno> {
+    timed(host, disk.submit(DiskRequest::Flush), limit).await
 }
 
 /// Reads `len` bytes at `offset`; both multiples of 4 KiB.

@@ -3,8 +3,8 @@
 //! Unwritten and discarded extents read as zeroes (R11). Everything else is read from one
 //! in-sync member: one of this machine if there is one, and of those the one with the least in
 //! flight. Blocks that may differ between members are equalised first (R5). When a member cannot
-//! read, another one answers, and the bad copy gets a second look (`settle.rs`). When none of them can read all of a range, its halves are read each
-//! for itself, down to single sectors: what is bad on one member is good on another.
+//! read, another one answers, and the bad copy gets a second look (`settle.rs`). When none of them
+//! can read all of a range, its halves are read each for itself, down to single sectors: what is bad on one member is good on another.
 //!
 //! What was read has to fit the checksums that are at hand, the page of an extent being read
 //! beside the data if it is not there. Where it does not fit, because a copy is bad or only

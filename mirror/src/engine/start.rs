@@ -21,6 +21,7 @@
 use super::maps::{Maps, Page, pages_of};
 use super::member_io::{self, RegionImage, Surveyed, read_pages, read_region, survey};
 use super::slots::Return;
+use super::stop::take_mark;
 use super::sums::{STORED_EVERY, SumIo};
 use super::{Candidate, Mirror, PIECE_BYTES, Running, Slot, StartOptions, View};
 use crate::assemble::{AssembleOptions, Plan, Refusal, Seen, Verdict, assemble};
@@ -106,7 +107,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 ),
             ));
         }
-        revoke(&*host, &mut present, seen, &plan).await?;
+        revoke(&*host, &mut present, &records::to_revoke(&seen, &plan)).await?;
         let config = &present[plan.newest].surveyed.seen.superblock;
         let mirror = Rc::new(Self::new(host, options, config.clone()));
         mirror.attach(&present, &plan);
@@ -541,19 +542,15 @@ async fn survey_all<H: Host, D: Disk<Buffer = H::Buffer>>(
 async fn revoke<H: Host, D: Disk<Buffer = H::Buffer>>(
     host: &H,
     present: &mut [Present<D>],
-    mut seen: Vec<Seen>,
-    plan: &Plan,
+    marked: &[usize],
 ) -> Result<(), StartError> {
-    for at in records::revoke(&mut seen, plan) {
+    for &at in marked {
         let Present {
             path,
             disk,
             surveyed,
         } = &mut present[at];
-        surveyed.seen.superblock.clone_from(&seen[at].superblock);
-        let superblock = &surveyed.seen.superblock;
-        let stored = member_io::store_superblock(host, &**disk, superblock).await;
-        stored.map_err(|errno| {
+        take_mark(host, &**disk, surveyed).await.map_err(|errno| {
             let message = format!(
                 "{path} says that the mirror was handed over to it, and cannot be told otherwise ({errno}); detach it, and start with --force if it is lost for good"
             );

@@ -18,7 +18,7 @@
 //! 3. Last of all that one member's superblock gets the mark. This daemon serves nothing any more,
 //!    whether that write succeeds or not, so either is right.
 //! 4. A start that finds the mark on a member, and does not go by it alone, takes it away before
-//!    anything else is written ([`crate::records::revoke`]); where it cannot, there is no start.
+//!    anything else is written ([`crate::records::to_revoke`]); where it cannot, there is no start.
 //!    Otherwise the start's own round could lose that member and go on without it, and the mark
 //!    would let it start by itself with what is old by then.
 //! 5. A start that goes by the mark alone, with nobody else in-sync, takes it away with its round,
@@ -38,6 +38,7 @@ use super::{Mirror, Running};
 use crate::ControlError;
 use crate::control::{ErrorKind, MemberRef};
 use crate::host::{Disk, Errno, Host};
+use crate::records;
 use crate::superblock::LastStop;
 use std::rc::Rc;
 use std::time::Duration;
@@ -114,7 +115,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 .filter(|_| slot.running == Running::InSync)
         };
         let Some(disk) = disk else {
-            return Err(stopped_but("it was lost meanwhile".to_owned()));
+            return Err(stopped_but(
+                "it was lost meanwhile; start the mirror here, wait until it is back (`mirrorctl wait`), and demote again".to_owned(),
+            ));
         };
         let config = self.config.borrow().clone();
         let mut superblock = self.superblock_for(&config, slot);
@@ -122,7 +125,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let stored = member_io::store_superblock(&*self.host, &*disk, &superblock);
         stored.await.map_err(|errno| {
             stopped_but(format!(
-                "its superblock could not be written ({errno}); should it have been all the same, a promotion there is safe"
+                "its superblock could not be written ({errno}). Should it have been all the same, a promotion there is safe; else start the mirror here and demote again"
             ))
         })?;
         Ok(format!("stopped and handed over to {path} (slot {slot})"))
@@ -152,7 +155,6 @@ pub(super) async fn take_mark<H: Host, D: Disk<Buffer = H::Buffer>>(
     surveyed: &mut Surveyed,
 ) -> Result<(), Errno> {
     let superblock = &mut surveyed.seen.superblock;
-    superblock.handed_over = false;
-    superblock.write_count += 1;
+    records::revoke(superblock);
     member_io::store_superblock(host, disk, superblock).await
 }

@@ -7,6 +7,7 @@
 //! one, and a world stays small however many writes there were.
 
 use crate::assemble::Seen;
+use crate::create::first_superblock;
 use crate::layout::Layout;
 use crate::records;
 use crate::superblock::{Epoch, LastStop, Loss, SlotRecord, SlotState, Superblock};
@@ -97,37 +98,18 @@ fn template(members: usize) -> Superblock {
         address: format!("/dev/{slot}"),
         ..SlotRecord::empty()
     });
+    let layout = Layout {
+        regions: Vec::new(),
+        data_offset: 0,
+        size_bytes: 0,
+    };
+    let epoch = Epoch {
+        id: 1 << 96,
+        ordinal: 0,
+    };
     Superblock {
-        mirror: Uuid::from_u128(99),
         member: uuid(0),
-        name: "m".into(),
-        write_count: 1,
-        layout: Layout {
-            regions: Vec::new(),
-            data_offset: 0,
-            size_bytes: 0,
-        },
-        event_count: 1,
-        epoch: Epoch {
-            id: 1 << 96,
-            ordinal: 0,
-        },
-        history: Vec::new(),
-        own_slot: 0,
-        server_instance: None,
-        slots: slots.collect(),
-        last_stop: LastStop::Clean,
-        flush_failed: false,
-        forced: false,
-        handed_over: false,
-        epoch_secs: 0,
-        forced_secs: 0,
-        forced_reason: String::new(),
-        checksums: true,
-        logical_block_bytes: 512,
-        resync_cursor: 0,
-        created_secs: 0,
-        updated_secs: 0,
+        ..first_superblock(Uuid::from_u128(99), "m", layout, epoch, slots.collect())
     }
 }
 

@@ -196,7 +196,8 @@ impl World {
 
     /// A start takes the permission to go on alone before anything else.
     fn revoke(&mut self, seen: &mut [Seen], plan: &Plan) {
-        for at in records::revoke(seen, plan) {
+        for at in records::to_revoke(seen, plan) {
+            records::revoke(&mut seen[at].superblock);
             let superblock = seen[at].superblock.clone();
             let slot = usize::from(superblock.own_slot);
             self.disks[slot].superblock = Some(Rc::new(superblock));

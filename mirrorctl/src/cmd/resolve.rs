@@ -174,14 +174,14 @@ fn show(args: &Args, context: &Context, paths: &[PathBuf]) -> Result<(), Failure
         let superblock = superblock(&args.name, &medium)?;
         members.push((medium, superblock));
     }
-    let apart = |one: &Superblock, other: &Superblock| {
+    let are_apart = |one: &Superblock, other: &Superblock| {
         !one.descends_from(other.epoch.id) && !other.descends_from(one.epoch.id)
     };
     let mut sides = Vec::new();
     let mut parted = false;
     for (medium, own) in &members {
         let others = members.iter().map(|(_, superblock)| superblock);
-        let others: Vec<_> = others.filter(|other| apart(own, other)).collect();
+        let others: Vec<_> = others.filter(|other| are_apart(own, other)).collect();
         parted |= !others.is_empty();
         sides.push(side(medium, own, &others));
     }

@@ -75,7 +75,11 @@ pub(super) fn look(
 }
 
 /// What cannot be told reads as hot.
-fn load_states(states: &mut StateMap, index: u32, payload: Option<&[u8; PAYLOAD_BYTES]>) {
+pub(crate) fn load_states(
+    states: &mut StateMap,
+    index: u32,
+    payload: Option<&[u8; PAYLOAD_BYTES]>,
+) {
     if index >= states.sectors() {
         return;
     }

@@ -14,7 +14,7 @@ use crate::medium::Access;
 use crate::probe;
 
 /// Pages of a map that are read at once.
-pub(super) const CHUNK_PAGES: u64 = 256;
+pub(crate) const CHUNK_PAGES: u64 = 256;
 /// Bytes of a sector's payload that name an epoch and a sequence in a position sector.
 const POSITION_FIELDS: (usize, usize) = (16, 24);
 
@@ -281,13 +281,13 @@ impl Pages {
 }
 
 /// The parts of a map that are read at once, in pages.
-pub(super) fn chunks(region: &Region) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
+pub(crate) fn chunks(region: &Region) -> impl Iterator<Item = std::ops::Range<u64>> + use<> {
     let pages = region.len / PAGE_BYTES;
     (0..pages.div_ceil(CHUNK_PAGES))
         .map(move |chunk| chunk * CHUNK_PAGES..((chunk + 1) * CHUNK_PAGES).min(pages))
 }
 
-pub(super) fn sector_kind(kind: RegionKind) -> SectorKind {
+pub(crate) fn sector_kind(kind: RegionKind) -> SectorKind {
     match kind {
         RegionKind::State => SectorKind::State,
         RegionKind::Summary => SectorKind::Summary,
@@ -298,6 +298,6 @@ pub(super) fn sector_kind(kind: RegionKind) -> SectorKind {
 }
 
 /// Page and sector numbers fit 32 bits for every size that a superblock may name.
-pub(super) fn narrow(number: u64) -> u32 {
+pub(crate) fn narrow(number: u64) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }

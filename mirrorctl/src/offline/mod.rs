@@ -51,7 +51,9 @@ use mirror::assemble::{AssembleOptions, Refusal, Seen, Verdict, assemble};
 use mirror::superblock::{LastStop, SlotState, Superblock};
 
 pub(crate) use blocks::Blocks;
+pub(crate) use maps::load_states;
 use member::Member;
+pub(crate) use member::{CHUNK_PAGES, chunks, narrow, sector_kind};
 use report::{Class, Finding, Findings, Kind, Outcome};
 
 use crate::failure::{Failure, words};

@@ -73,6 +73,7 @@ struct State {
     /// Whose reply was begun when the connection broke.
     unanswered: Option<Part>,
     orphans: usize,
+    /// There was one at some time.
     gave_up: bool,
     /// The connection has failed: another one may go on in its place.
     broken: bool,
