@@ -286,7 +286,7 @@ impl Machine {
         for disk in &self.disks {
             disk.cut_power(choose);
         }
-        self.oracle.borrow_mut().crash(Caches::AllLost);
+        self.oracle.borrow_mut().crash(Caches::Lost);
         self.replace_machine();
     }
 

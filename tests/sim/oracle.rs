@@ -6,8 +6,8 @@
 //! it was acknowledged, and the time a flush (or FUA) made it durable. A change is
 //! *superseded* for a reader when another change was acknowledged before the read began and
 //! issued after this one was acknowledged. After a crash the same holds with *durable* for
-//! *acknowledged*; what the first read after the crash finds is what it stays, and is durable if
-//! the crash emptied the disks' caches.
+//! *acknowledged*; what the first read after the crash finds is what it stays, also after the next
+//! one (R5).
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,17 +25,12 @@ struct Change {
 }
 
 /// What a crash did to the disks' caches.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Caches {
     /// Only the daemon died: what was acknowledged is there, and no more durable than before.
-    #[default]
     Kept,
-    /// Those of some disks were emptied, and what only these should have held may be gone; what
-    /// is read now may be in the cache of another.
-    SomeLost,
-    /// The power went: what was acknowledged and not durable may be gone, and what is read now
-    /// is durable.
-    AllLost,
+    /// Those of some disks or all were emptied: what was acknowledged and not durable may be gone.
+    Lost,
 }
 
 /// Handle of a change under way.
@@ -50,8 +45,6 @@ pub(crate) struct Oracle {
     time: u64,
     /// When the reads under way began.
     reading: Vec<u64>,
-    /// What the last crash did.
-    caches: Caches,
     sectors: BTreeMap<u64, Vec<Change>>,
     /// Those with more than one change, or one that is not durable.
     open: BTreeSet<u64>,
@@ -226,7 +219,6 @@ impl Oracle {
     /// The machine stopped without a word: what was under way may or may not have happened.
     pub(crate) fn crash(&mut self, caches: Caches) {
         self.reading.clear();
-        self.caches = caches;
         if caches == Caches::Kept {
             return;
         }
@@ -258,28 +250,16 @@ impl Oracle {
         }
         let version = version_of(sector, bytes);
         let (before, now) = (self.tick(), self.tick());
-        let all_lost = self.caches == Caches::AllLost;
         let changes = self.changes(sector);
-        if all_lost {
-            // What a disk holds without its cache is durable.
-            changes.retain(|change| Some(change.version) == version);
-            changes.truncate(1);
-        } else {
-            // A later power cut may bring back what this one replaced in a cache.
-            for change in changes.iter_mut() {
-                change.acknowledged = change.acknowledged.or(Some(begun));
-            }
-        }
-        let found = changes
-            .iter_mut()
-            .rfind(|change| Some(change.version) == version);
-        if let Some(found) = found {
+        // R5: caches were flushed before the copies were compared, so nothing brings back what
+        // was not chosen.
+        changes.retain(|change| Some(change.version) == version);
+        changes.truncate(1);
+        for found in changes.iter_mut() {
             (found.issued, found.acknowledged) = (before, Some(now));
-            found.durable = if all_lost { Some(now) } else { found.durable };
+            found.durable = Some(now);
         }
-        if changes.len() > 1 || changes[0].durable.is_none() {
-            self.open.insert(sector);
-        }
+        self.open.remove(&sector);
         Ok(())
     }
 

@@ -214,7 +214,7 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
     }
     machine.rotten.after_a_crash();
     if caches_lost && end != End::PowerCut {
-        machine.oracle.borrow_mut().crash(Caches::SomeLost);
+        machine.oracle.borrow_mut().crash(Caches::Lost);
     }
     machine.settle_slots(bench.slots());
 }

@@ -9,7 +9,7 @@ use crate::play::bring_all_back;
 use crate::races::{flushes, none, seeds, wr};
 use mirror::control::{MemberRef, MemberState};
 use mirror::scrub_log::{Done, What};
-use mirror::sim::{Faults, SimHost, WriteFault};
+use mirror::sim::{Faults, SimDisk, SimHost, WriteFault};
 use mirror::{Errno, Host as _};
 use std::time::Duration;
 
@@ -180,6 +180,38 @@ fn a_read_is_not_answered_from_caches_alone() {
         }
     }
     assert!(answered > 0, "no read was answered");
+}
+
+/// The daemon dies over equalising that was refused, and caches keep what it left there: the next
+/// one answers what a power cut leaves (R5; seed 5140).
+#[test]
+fn what_is_answered_after_an_unclean_stop_is_durable() {
+    let mut loose = 0;
+    for seed in seeds(100) {
+        let mut machine = machine(seed, 2 + (seed % 2) as usize);
+        machine.start();
+        wr(&machine, 0, 16384);
+        machine.cut_power();
+        machine.start();
+        refuse_writes(&machine);
+        assert!(write(&machine, 4096).is_err(), "seed {seed}");
+        seconds(&machine, 4);
+        machine.kill_daemon();
+        faults(&machine, none());
+        let data = (machine.data_offset, 16384);
+        let is_loose = |disk: &SimDisk| disk.settled(data.0, data.1).is_none();
+        loose += machine.disks.iter().filter(|disk| is_loose(disk)).count();
+        machine.start();
+        machine.check_all("after the daemon's end");
+        for (disk, state) in machine.disks.iter().zip(states(&machine)) {
+            let answers = state == MemberState::InSync;
+            assert!(!answers || !is_loose(disk), "seed {seed}");
+        }
+        machine.cut_power();
+        machine.start();
+        machine.check_all("after the power cut");
+    }
+    assert!(loose > 0, "nothing was in a cache alone");
 }
 
 /// The first extent was written, and is discarded.

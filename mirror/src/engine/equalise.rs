@@ -15,7 +15,9 @@
 //! A block that a failed flush covered is *suspect*: its copies look equal, and at the next power
 //! cut one disk may have it and the other not. Such a block is written to every in-sync member,
 //! the source included, equal or not. Where every disk refused what equalising wrote, caches may
-//! have it nevertheless: they are flushed before the copies are compared again.
+//! have it nevertheless: they are flushed before the copies are compared again. So they are before
+//! the first comparison after an unclean stop, the only in-sync member's too: what is answered
+//! then is what every later reader finds, after a power cut as well.
 
 use super::Mirror;
 use super::copies::Copies;
@@ -125,7 +127,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         &self,
         blocks: &Range<u64>,
     ) -> Result<(Result<(), Errno>, Vec<Range<u64>>), Errno> {
-        self.flush_refused(blocks).await?;
+        self.flush_cached(blocks).await?;
         let (mut at, mut failed, mut done) = (blocks.start, Ok(()), Vec::new());
         while at < blocks.end {
             let step = at..(at + STEP_BLOCKS).min(blocks.end);
@@ -137,7 +139,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             if let Err(errno) = self.equalise_step(&range).await {
                 failed = failed.and(Err(errno));
-                self.flush_refused(&step).await?;
+                self.flush_cached(&step).await?;
                 // Each block for itself: what cannot be read stays alone with it.
                 for block in step {
                     let range = self.block_bytes(&(block..block + 1));
@@ -152,12 +154,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok((failed, done))
     }
 
-    /// What caches alone have, of blocks whose equalising was refused, looks equal and would
-    /// answer reads (R5).
-    async fn flush_refused(&self, blocks: &Range<u64>) -> Result<(), Errno> {
-        if self.maps.borrow().refused.any_in(blocks.clone()) {
+    /// What caches alone have, of blocks that an earlier run left un-equalised or whose equalising
+    /// was refused, looks equal and would answer reads: until the power goes (R5).
+    async fn flush_cached(&self, blocks: &Range<u64>) -> Result<(), Errno> {
+        let cached = {
+            let maps = self.maps.borrow();
+            maps.only_cached || maps.refused.any_in(blocks.clone())
+        };
+        if cached {
             self.flush_in_turn(false).await?;
-            self.maps.borrow_mut().refused.clear(blocks.clone());
+            let mut maps = self.maps.borrow_mut();
+            maps.only_cached = false;
+            maps.refused.clear(blocks.clone());
         }
         Ok(())
     }

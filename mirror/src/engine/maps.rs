@@ -96,6 +96,8 @@ pub(super) struct Maps {
     pub(super) suspect: MissedMap,
     /// Blocks of which equalising was refused everywhere: caches may have it all the same.
     pub(super) refused: MissedMap,
+    /// Since an unclean stop nobody has flushed: any un-equalised block may be in caches alone.
+    pub(super) only_cached: bool,
     /// Pages to commit.
     pub(super) dirty: BTreeSet<Page>,
     /// Stamp of the last commit begun.
@@ -140,6 +142,7 @@ impl Maps {
             cooled: None,
             suspect: MissedMap::new(blocks),
             refused: MissedMap::new(blocks),
+            only_cached: false,
             dirty: BTreeSet::new(),
             stamp: Stamp {
                 ordinal: 0,

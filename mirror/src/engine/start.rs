@@ -242,7 +242,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         for &slot in absent.iter().filter(|slot| !lost.contains(slot)) {
             self.load_missed(&in_sync, slot).await;
         }
-        self.expose_hot(in_sync.len(), &absent);
+        self.expose_hot(&absent);
         let mut maps = self.maps.borrow_mut();
         for &slot in &absent {
             if lost.contains(&slot) {
@@ -405,10 +405,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Hot extents may differ between members and may sit in caches; absent members may lack
-    /// any of their blocks (R12). After a flush that failed everywhere all of them are suspect:
-    /// which of its blocks it covered is not recorded.
-    fn expose_hot(&self, in_sync: usize, absent: &[u8]) {
+    /// Hot extents may differ between members and may sit in caches, on an only member too; absent
+    /// members may lack any of their blocks (R12). After a flush that failed everywhere all of
+    /// them are suspect: which of its blocks it covered is not recorded.
+    fn expose_hot(&self, absent: &[u8]) {
         let mut maps = self.maps.borrow_mut();
         let suspect = self.config.borrow().flush_failed;
         let now = self.coarse_now.get();
@@ -418,9 +418,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.sums.begin(extent, Base::Doubtful, now + STORED_EVERY);
             maps.hot.begin_write(extent, now);
             maps.hot.end_write(extent, extent.blocks(), now);
-            if in_sync > 1 || suspect {
-                maps.hot.set_unequalised_all(extent);
-            }
+            maps.hot.set_unequalised_all(extent);
+            maps.only_cached = true;
             if suspect {
                 maps.suspect.set(extent.blocks());
             }
