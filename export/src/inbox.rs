@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use peer::server::{Peer, ProtocolError};
+use peer::tls::{Acceptor, TlsError};
 
 use crate::io::Stream;
 use crate::memory::Memory;
@@ -24,20 +25,26 @@ pub(crate) enum Ended {
     /// What came makes no sense.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
+    /// The client is not who may connect, or nobody can tell.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
 }
 
 /// Bytes received and not yet taken.
 pub(crate) struct Inbox<S> {
     stream: Rc<S>,
+    /// Where there is TLS.
+    acceptor: Option<Acceptor>,
     /// Taken while it is lent to the socket.
     memory: Option<Memory>,
     here: Range<usize>,
 }
 
 impl<S: Stream> Inbox<S> {
-    pub(crate) fn new(stream: &Rc<S>) -> Self {
+    pub(crate) fn new(stream: &Rc<S>, acceptor: Option<Acceptor>) -> Self {
         Self {
             stream: Rc::clone(stream),
+            acceptor,
             memory: Some(Memory::zeroed(INBOX_BYTES)),
             here: 0..0,
         }
@@ -129,6 +136,15 @@ impl<S: Stream> Peer for Inbox<S> {
                 return Err(Ended::Closed);
             }
         }
+    }
+
+    async fn secure(&mut self) -> Result<(), Ended> {
+        if !self.here.is_empty() {
+            return Err(ProtocolError::BeforeTls.into());
+        }
+        let acceptor = self.acceptor.as_ref().ok_or(Ended::Closed)?;
+        self.stream.secure(acceptor.accept()?);
+        Ok(())
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Ended> {

@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::ops::Range;
 
 use mirror::host::Errno;
+use peer::tls::Tls;
 
 use crate::memory::Memory;
 
@@ -37,6 +38,9 @@ pub(crate) trait Stream: 'static {
 
     /// Sends that part of the vector; returns how much of it has gone, and the vector.
     async fn send(&self, bytes: Vec<u8>, part: Range<usize>) -> (io::Result<usize>, Vec<u8>);
+
+    /// What is received and sent from now on goes through TLS.
+    fn secure(&self, tls: Tls);
 
     /// Ends one direction or both; what waits on them ends.
     fn shutdown(&self, how: Shutdown);

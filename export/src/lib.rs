@@ -76,6 +76,7 @@ mod server;
 mod session;
 #[cfg(test)]
 mod sim;
+mod stream;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -89,6 +90,7 @@ use std::time::Duration;
 use peer::Address;
 use peer::address::Place;
 use peer::server::Export;
+use peer::tls::Acceptor;
 use peer::wire::{
     EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS, EXPORT_READ_ONLY, EXPORT_TRIM, EXPORT_WRITE_ZEROES,
 };
@@ -98,7 +100,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use server::Server;
 pub use server::Unclaimed;
 use session::PAYLOAD_BYTES_MAX;
-use uring::{UringStore, UringStream};
+use stream::{Socket, UringStream};
+use uring::UringStore;
 
 /// Between two attempts to accept, when one failed: descriptors may have run out.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
@@ -123,6 +126,8 @@ pub struct Options {
     pub read_only: bool,
     /// Random.
     pub instance: u128,
+    /// With this all clients have to use TLS, and the folder that it was made of.
+    pub tls: Option<(Acceptor, PathBuf)>,
 }
 
 /// Why a disk cannot be exported; a part of a sentence.
@@ -203,10 +208,13 @@ pub fn serve(
         let (listener, place) = Listener::new(listen)?;
         let store = UringStore::new(opened);
         let say = Box::new(say);
-        let server = Server::new(store, export, options.unclaimed, options.instance, say);
+        let (acceptor, tls) = options.tls.unzip();
+        let rights = (options.unclaimed, options.instance);
+        let server = Server::new(store, export, rights, acceptor, say);
         ready(&Address {
             place,
             export: options.name,
+            tls,
         });
         tokio::select! {
             never = accept(&server, &listener) => never,
@@ -278,14 +286,17 @@ impl Listener {
         match self {
             Self::Tcp(listener) => {
                 let (stream, from) = listener.accept().await?;
-                Ok((UringStream::Tcp(stream), from.to_string()))
+                Ok((UringStream::new(Socket::Tcp(stream)), from.to_string()))
             }
             Self::Unix(listener, _) => {
                 let (stream, _) = listener.accept().await?;
                 let stream = stream.into_std()?;
                 stream.set_nonblocking(false)?;
                 let stream = tokio_uring::net::UnixStream::from_std(stream);
-                Ok((UringStream::Unix(stream), "this machine".to_owned()))
+                Ok((
+                    UringStream::new(Socket::Unix(stream)),
+                    "this machine".to_owned(),
+                ))
             }
         }
     }

@@ -12,6 +12,7 @@ use mirror::superblock::{COPY_A_OFFSET, COPY_BYTES};
 use peer::claim::{self, Claim, Fence};
 use peer::server::admission::{Admission, Answer, SessionId};
 use peer::server::{Export, Verdict};
+use peer::tls::Acceptor;
 use peer::wire::EXPORT_READ_ONLY;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
@@ -90,6 +91,7 @@ pub(crate) struct Server<D, S> {
     export: Export,
     unclaimed: Unclaimed,
     instance: u128,
+    acceptor: Option<Acceptor>,
     /// See [`Fence::turn`].
     turn: Cell<u64>,
     /// Whose turn it is; none when it is that of a client without a claim.
@@ -112,8 +114,8 @@ impl<D: Store, S: Stream> Server<D, S> {
     pub(crate) fn new(
         store: D,
         export: Export,
-        unclaimed: Unclaimed,
-        instance: u128,
+        (unclaimed, instance): (Unclaimed, u128),
+        acceptor: Option<Acceptor>,
         say: Box<dyn Fn(&str)>,
     ) -> Rc<Self> {
         Rc::new(Self {
@@ -121,6 +123,7 @@ impl<D: Store, S: Stream> Server<D, S> {
             export,
             unclaimed,
             instance,
+            acceptor,
             turn: Cell::new(0),
             owner: Cell::new(None),
             admission: RefCell::default(),
@@ -141,6 +144,11 @@ impl<D: Store, S: Stream> Server<D, S> {
             export.flags |= EXPORT_READ_ONLY;
         }
         export
+    }
+
+    /// What there is to begin TLS with, where all clients have to.
+    pub(crate) fn acceptor(&self) -> Option<Acceptor> {
+        self.acceptor.clone()
     }
 
     /// The export as the writer sees it.

@@ -150,7 +150,7 @@ impl<S: Stream> Session<S> {
     }
 
     async fn converse<D: Store>(self: &Rc<Self>, server: &Rc<Server<D, S>>) -> Result<(), Ended> {
-        let mut inbox = Inbox::new(&self.stream);
+        let mut inbox = Inbox::new(&self.stream, server.acceptor());
         let mut desk = ClaimDesk {
             server,
             session: self,
@@ -363,6 +363,10 @@ struct ClaimDesk<'a, D, S> {
 impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
     fn export(&self) -> &Export {
         &self.export
+    }
+
+    fn has_tls(&self) -> bool {
+        self.server.acceptor().is_some()
     }
 
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use mirror::host::Errno;
+use peer::tls::Tls;
 use tokio::sync::Notify;
 
 use crate::io::{Store, Stream};
@@ -285,6 +286,10 @@ impl Stream for SimStream {
     async fn send(&self, bytes: Vec<u8>, part: Range<usize>) -> (io::Result<usize>, Vec<u8>) {
         let sent = self.outgoing.put(&bytes[part]).await;
         (sent, bytes)
+    }
+
+    fn secure(&self, _: Tls) {
+        unreachable!("no test here has certificates")
     }
 
     fn shutdown(&self, how: Shutdown) {

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod failures;
+mod tls;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -14,6 +15,7 @@ use mirror::layout::Layout;
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, Epoch, SlotRecord, SlotState, Superblock};
 use peer::claim::{Claim, Fence, Seen, encode};
 use peer::server::{EPERM, EVERYTHING, Export, MAX_PAYLOAD_BYTES};
+use peer::tls::Acceptor;
 use peer::wire::{
     EXPORT_MULTI_CONN, EXPORT_READ_ONLY, INFO_FENCE, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC,
     REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_INFO, be16, be32, be64,
@@ -45,6 +47,10 @@ async fn idle() {
 }
 
 fn server(store: &SimStore, unclaimed: Unclaimed) -> SimServer {
+    server_with(store, unclaimed, None)
+}
+
+fn server_with(store: &SimStore, unclaimed: Unclaimed, acceptor: Option<Acceptor>) -> SimServer {
     let export = Export {
         name: "m".to_owned(),
         size_bytes: SIZE as u64,
@@ -52,7 +58,13 @@ fn server(store: &SimStore, unclaimed: Unclaimed) -> SimServer {
         payload_bytes_max: PAYLOAD_BYTES_MAX,
         flags: EVERYTHING & !EXPORT_MULTI_CONN,
     };
-    Server::new(store.clone(), export, unclaimed, 77, Box::new(|_| ()))
+    Server::new(
+        store.clone(),
+        export,
+        (unclaimed, 77),
+        acceptor,
+        Box::new(|_| ()),
+    )
 }
 
 /// A superblock of mirror 9 at `epoch`, after `history`.

@@ -1,4 +1,4 @@
-//! Disk and sockets on tokio-uring.
+//! The disk on tokio-uring, and what its sockets are set to.
 //!
 //! The disk is used with direct I/O: what has completed has reached the device, and a flush is a
 //! flush. All of it goes through the one open file description that holds the disk exclusively
@@ -11,8 +11,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::{Shutdown, TcpListener};
-use std::ops::Range;
+use std::net::TcpListener;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _};
 use std::time::Duration;
@@ -21,10 +20,9 @@ use mirror::host::Errno;
 use rustix::fs::{FallocateFlags, OFlags, SeekFrom};
 use rustix::net::sockopt;
 use tokio_uring::buf::BoundedBuf as _;
-use tokio_uring::net::{TcpStream, UnixStream};
 
 use crate::OpenError;
-use crate::io::{Store, Stream};
+use crate::io::Store;
 use crate::memory::Memory;
 
 /// An idle connection is asked after so long whether its other end is still there.
@@ -179,41 +177,6 @@ impl Store for UringStore {
     async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         self.fallocate(offset, len, punch).await
-    }
-}
-
-/// A client's socket on the ring of this thread.
-pub(crate) enum UringStream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-impl Stream for UringStream {
-    async fn receive(&self, memory: Memory, from: usize) -> (io::Result<usize>, Memory) {
-        let (vector, part, window) = memory.take_apart(from);
-        let slice = vector.slice(part);
-        let (result, slice) = match self {
-            Self::Tcp(stream) => stream.read(slice).await,
-            Self::Unix(stream) => stream.read(slice).await,
-        };
-        (result, Memory::put_together(slice.into_inner(), window))
-    }
-
-    async fn send(&self, bytes: Vec<u8>, part: Range<usize>) -> (io::Result<usize>, Vec<u8>) {
-        let slice = bytes.slice(part);
-        let (result, slice) = match self {
-            Self::Tcp(stream) => stream.write(slice).submit().await,
-            Self::Unix(stream) => stream.write(slice).submit().await,
-        };
-        (result, slice.into_inner())
-    }
-
-    fn shutdown(&self, how: Shutdown) {
-        // It may be over already.
-        let _ = match self {
-            Self::Tcp(stream) => stream.shutdown(how),
-            Self::Unix(stream) => stream.shutdown(how),
-        };
     }
 }
 

@@ -1,8 +1,8 @@
 //! What an NBD client sends before its first request (R17).
 //!
 //! An input is the client's side of the connection from its first byte: flags, then options.
-//! The negotiation of the daemon and of the export server runs on it; claims are judged by a
-//! superblock. Every answer has to be one that a client can take apart, memory stays within one
+//! The negotiation of the daemon and of the export server runs on it, with and without
+//! certificates (TLS itself is left out); claims are judged by a superblock. Every answer has to be one that a client can take apart, memory stays within one
 //! option, its answer and what a superblock takes, and no claim is granted that does not name
 //! the superblock's epoch.
 #![no_main]
@@ -54,12 +54,16 @@ const FENCE: Fence = Fence {
     turn: 1,
 };
 
-/// Decides on claims as the export server does, by the disk.
-struct Judge(Export);
+/// Decides on claims as the export server does, by the disk; with certificates or without.
+struct Judge(Export, bool);
 
 impl Desk for Judge {
     fn export(&self) -> &Export {
         &self.0
+    }
+
+    fn has_tls(&self) -> bool {
+        self.1
     }
 
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
@@ -81,17 +85,24 @@ impl Desk for Judge {
 
 fuzz_target!(|data: &[u8]| {
     LazyLock::force(&DISK);
-    let mut desk = Judge(Export {
+    play(data, false);
+    play(data, true);
+});
+
+fn play(data: &[u8], tls: bool) {
+    let export = Export {
         name: "data".to_owned(),
         size_bytes: 1 << 30,
         block_bytes: 512,
         payload_bytes_max: MAX_PAYLOAD_BYTES,
         flags: EVERYTHING,
-    });
+    };
+    let mut desk = Judge(export, tls);
     let mut client = Client {
         left: data,
         no_zeroes: data.get(3).is_some_and(|flags| flags & 2 != 0),
         greeted: false,
+        plain: tls,
         option: 0,
     };
     let ended = within(MEMORY_MAX, || {
@@ -107,10 +118,13 @@ fuzz_target!(|data: &[u8]| {
     assert!(client.greeted);
     match ended {
         // GO or EXPORT_NAME opened the export, or ABORT closed the connection.
-        Ok(opened) => assert_eq!(opened, matches!(client.option, 1 | 7)),
+        Ok(opened) => {
+            assert_eq!(opened, matches!(client.option, 1 | 7));
+            assert!(!opened || !client.plain, "an export without TLS");
+        }
         Err(End::Closed | End::Protocol) => {}
     }
-});
+}
 
 /// How a connection ends.
 #[derive(Debug)]
@@ -132,6 +146,8 @@ struct Client<'a> {
     left: &'a [u8],
     no_zeroes: bool,
     greeted: bool,
+    /// TLS is wanted first, and has not begun.
+    plain: bool,
     /// The option sent last.
     option: u32,
 }
@@ -180,6 +196,10 @@ impl Peer for Client<'_> {
             return Ok(());
         }
         assert!(!bytes.is_empty(), "every option is answered");
+        if self.plain && !matches!(self.option, 2 | 5) {
+            let kind = be32(&bytes[12..]);
+            assert!(matches!(kind, 0x8000_0005), "an answer without TLS");
+        }
         let mut left = bytes;
         while !left.is_empty() {
             assert_eq!(left[..8], 0x0003_e889_0455_65a9_u64.to_be_bytes());
@@ -190,6 +210,11 @@ impl Peer for Client<'_> {
             let last = kind == 1 || kind & 0x8000_0000 != 0;
             assert_eq!(last, left.is_empty());
         }
+        Ok(())
+    }
+
+    async fn secure(&mut self) -> Result<(), End> {
+        assert!(std::mem::take(&mut self.plain), "TLS in TLS");
         Ok(())
     }
 }

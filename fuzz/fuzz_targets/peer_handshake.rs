@@ -1,7 +1,8 @@
 //! What the server of a peer member sends before the first reply (R17).
 //!
-//! An input is the server's side of the connection from its first byte, to three clients: one
-//! that knows no claims, one that asks about them, one that makes one. The handshake asks for no
+//! An input is the server's side of the connection from its first byte, to four clients: one
+//! that knows no claims, without and with TLS (which itself is left out), one that asks about
+//! claims, one that makes one. The handshake asks for no
 //! more than the stated limit at once, sends one option or two, comes to an end, and what it makes
 //! of an export is fit for use: sizes that the protocol allows, ranges cut without a gap. A claim
 //! that was made is granted when the handshake succeeds.
@@ -21,7 +22,7 @@ const QUESTION_BYTES: usize = 16 + 4 + NAME.len() + 1;
 /// What follows in a claim that has seen no superblock.
 const CLAIM_BYTES: usize = 1 + 16 + 1;
 /// The greeting, then a header and data for each reply to two options; the next header ends it.
-const STEPS_MAX: u32 = 1 + 4 * REPLIES_MAX + 1;
+const STEPS_MAX: u32 = 1 + 4 * REPLIES_MAX + 2 + 1;
 /// A server's words are cut off, whatever their encoding makes of them; the caller holds the
 /// reply itself.
 const MEMORY_MAX: usize = 4096;
@@ -36,6 +37,7 @@ fuzz_target!(|data: &[u8]| {
         seen: None,
     };
     play(Handshake::new(NAME), data, SENT_BYTES, false);
+    play(Handshake::new(NAME).with_tls(), data, 16 + SENT_BYTES, false);
     let sent = SENT_BYTES + QUESTION_BYTES;
     play(Handshake::asking(NAME, None), data, sent, false);
     let sent = sent + CLAIM_BYTES;
@@ -46,7 +48,11 @@ fuzz_target!(|data: &[u8]| {
 /// fenced then.
 fn play(mut handshake: Handshake, data: &[u8], expected: usize, fenced: bool) {
     let (mut left, mut sent, mut steps) = (data, 0, 0);
-    while handshake.wants() > 0 {
+    while handshake.wants() > 0 || handshake.wants_tls() {
+        if handshake.wants_tls() {
+            sent += handshake.secured().len();
+            continue;
+        }
         assert!(handshake.wants() <= REPLY_BYTES_MAX);
         let Some((bytes, rest)) = left.split_at_checked(handshake.wants()) else {
             assert_eq!(handshake.export(), None, "an export before the end");

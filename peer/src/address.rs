@@ -3,6 +3,7 @@
 //! | address | means |
 //! |---|---|
 //! | `nbd://HOST[:PORT]/EXPORT` | TCP; port 10809 unless given; HOST may be `[IPv6]` |
+//! | `nbds://HOST[:PORT]/EXPORT[?tls-certificates=/FOLDER]` | the same with TLS ([`crate::tls`]) |
 //! | `nbd+unix:///EXPORT?socket=/PATH` | a unix socket on this machine |
 //!
 //! EXPORT may be empty (the server's default export). Bytes that would be mistaken for a part of
@@ -12,6 +13,8 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+
+use crate::tls::FOLDER;
 
 /// The port of NBD.
 pub const PORT: u16 = 10809;
@@ -51,20 +54,20 @@ pub struct Address {
     pub place: Place,
     /// The export's name; empty for the server's default.
     pub export: String,
+    /// With TLS, and the folder of its certificates; only over TCP.
+    pub tls: Option<PathBuf>,
 }
 
 /// Why a text is no address; a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddressError {
-    /// TLS was asked for.
-    #[error(
-        "{0} asks for TLS, which is not there yet; use nbd:// over a network that is yours alone, \
-         or a tunnel"
-    )]
+    /// TLS was asked for within this machine.
+    #[error("{0} asks for TLS on a unix socket, which nobody can listen in on: write nbd+unix://")]
     Tls(String),
     /// A scheme that is not known.
     #[error(
-        "{0} is no address of a peer: write nbd://HOST/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+        "{0} is no address of a peer: write nbd://HOST/EXPORT, nbds://HOST/EXPORT (with TLS) or \
+         nbd+unix:///EXPORT?socket=PATH"
     )]
     Scheme(String),
     /// A part that makes no sense.
@@ -89,27 +92,49 @@ impl FromStr for Address {
             .split_once("://")
             .ok_or_else(|| AddressError::Scheme(text.to_owned()))?;
         match scheme {
-            "nbd" => tcp(rest).map_err(part),
+            "nbd" => tcp(rest, false).map_err(part),
+            "nbds" => tcp(rest, true).map_err(part),
             "nbd+unix" => unix(rest).map_err(part),
-            "nbds" | "nbds+unix" => Err(AddressError::Tls(text.to_owned())),
+            "nbds+unix" => Err(AddressError::Tls(text.to_owned())),
             _ => Err(AddressError::Scheme(text.to_owned())),
         }
     }
 }
 
-fn tcp(rest: &str) -> Result<Address, &'static str> {
+fn tcp(rest: &str, tls: bool) -> Result<Address, &'static str> {
+    let (rest, query) = match rest.split_once('?') {
+        Some((rest, query)) => (rest, Some(query)),
+        None => (rest, None),
+    };
     let (authority, path) = rest.split_once('/').unwrap_or((rest, ""));
     if authority.contains('@') {
         return Err("NBD knows no user names");
     }
-    if path.contains('?') {
-        return Err("an address over TCP has no '?'");
-    }
+    let tls = match (tls, query) {
+        (false, None) => None,
+        (false, Some(_)) => return Err("an address over TCP without TLS has no '?'"),
+        (true, None) => Some(PathBuf::from(FOLDER)),
+        (true, Some(query)) => Some(folder(query)?),
+    };
     let (host, port) = host_and_port(authority)?;
     Ok(Address {
         place: Place::Tcp { host, port },
         export: export(path)?,
+        tls,
     })
+}
+
+/// The folder of certificates that a query names.
+fn folder(query: &str) -> Result<PathBuf, &'static str> {
+    let folder = query
+        .strip_prefix("tls-certificates=")
+        .filter(|folder| !folder.contains('&'))
+        .ok_or("after '?' comes tls-certificates=/FOLDER and nothing else")?;
+    let folder = decoded(folder)?;
+    if !folder.starts_with('/') {
+        return Err("the folder of its certificates does not begin with '/'");
+    }
+    Ok(folder.into())
 }
 
 /// Splits `HOST`, `HOST:PORT`, `[IPv6]` or `[IPv6]:PORT`.
@@ -173,6 +198,7 @@ fn unix(rest: &str) -> Result<Address, &'static str> {
             socket: socket.into(),
         },
         export: export(path)?,
+        tls: None,
     })
 }
 
@@ -239,11 +265,19 @@ impl fmt::Display for Address {
                 } else {
                     ("", "")
                 };
-                write!(f, "nbd://{open}{host}{close}")?;
+                let scheme = if self.tls.is_some() { "nbds" } else { "nbd" };
+                write!(f, "{scheme}://{open}{host}{close}")?;
                 if *port != PORT {
                     write!(f, ":{port}")?;
                 }
-                write!(f, "/{export}")
+                write!(f, "/{export}")?;
+                match &self.tls {
+                    Some(folder) if folder.as_os_str() != FOLDER => {
+                        let folder = folder.to_string_lossy();
+                        write!(f, "?tls-certificates={}", Encoded(&folder))
+                    }
+                    _ => Ok(()),
+                }
             }
             Place::Unix { socket } => {
                 let socket = socket.to_string_lossy();
@@ -268,6 +302,15 @@ mod tests {
             ("nbd://10.0.0.1:99/a/b", "nbd://10.0.0.1:99/a/b"),
             ("nbd://[fe80::1]:99/", "nbd://[fe80::1]:99/"),
             ("nbd://[::1]/x%20y", "nbd://[::1]/x%20y"),
+            ("nbds://Host:10809/m", "nbds://host/m"),
+            (
+                "nbds://h?tls-certificates=/etc/ublk-mirror/tls",
+                "nbds://h/",
+            ),
+            (
+                "nbds://h:1/m?tls-certificates=/a%20b",
+                "nbds://h:1/m?tls-certificates=/a%20b",
+            ),
             ("nbd+unix:///?socket=/run/s", "nbd+unix:///?socket=/run/s"),
             (
                 "nbd+unix:///m?socket=/run/a%3fb",
@@ -286,7 +329,9 @@ mod tests {
     #[test]
     fn what_is_no_address_is_refused_by_name() {
         for (text, why) in [
-            ("nbds://host/m", "TLS"),
+            ("nbds://host/m?socket=/s", "tls-certificates=/FOLDER"),
+            ("nbds://host/m?tls-certificates=/a&b", "nothing else"),
+            ("nbds://host/m?tls-certificates=a", "begin with '/'"),
             ("nbds+unix:///m?socket=/s", "TLS"),
             ("nbd+vsock://1/m", "nbd://HOST/EXPORT"),
             ("nbd:/host/m", "nbd://HOST/EXPORT"),
@@ -328,14 +373,16 @@ mod tests {
         #[test]
         fn what_is_printed_is_read_back(export in "\\PC{0,40}", socket in "/\\PC{0,20}",
                                         host in "[a-z0-9][a-z0-9.-]{0,20}", port in 1u16..) {
-            for place in [Place::Tcp { host, port }, Place::Unix { socket: socket.into() }] {
-                let address = Address { place, export: export.clone() };
+            let tcp = Place::Tcp { host, port };
+            let unix = Place::Unix { socket: socket.clone().into() };
+            for (place, tls) in [(tcp.clone(), None), (tcp, Some(socket.into())), (unix, None)] {
+                let address = Address { place, export: export.clone(), tls };
                 prop_assert_eq!(address.to_string().parse(), Ok(address));
             }
         }
 
         #[test]
-        fn any_text_is_read_or_refused(text in "nbd(\\+unix)?://\\PC{0,60}") {
+        fn any_text_is_read_or_refused(text in "nbds?(\\+unix)?://\\PC{0,60}") {
             if let Ok(address) = text.parse::<Address>() {
                 prop_assert_eq!(address.to_string().parse(), Ok(address));
             }

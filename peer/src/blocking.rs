@@ -4,15 +4,11 @@
 //! the socket over with [`Client::into_parts`]. Connecting and each request have a limit of time
 //! as a whole, so that a server that says nothing, or one byte now and then, holds up nobody.
 
-use std::io::{self, Read as _, Write as _};
-use std::net::{TcpStream, ToSocketAddrs as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::io;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockopt};
 
 use crate::address::{Address, Place};
 use crate::claim::{Claim, Fence, Seen};
@@ -20,144 +16,14 @@ use crate::connect_error::ConnectError;
 use crate::export::Export;
 use crate::handshake::{Handshake, REPLY_BYTES_MAX};
 use crate::session::{Ask, Kind, Session, farewell};
+use crate::stream::{Broken, Stream, left};
+use crate::tls::{self, Tls};
 use crate::wire::REPLY_BYTES;
 
 /// Limit for connecting and the handshake together.
 pub const CONNECT_PATIENCE: Duration = Duration::from_secs(10);
 /// Limit for one request.
 const REQUEST_PATIENCE: Duration = Duration::from_secs(30);
-/// An idle connection is asked after so long whether its other end is still there.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
-/// Between two such questions.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// Unanswered questions after which the connection is dead.
-const KEEPALIVE_PROBES: u32 = 3;
-
-/// A stream socket with limits of time.
-#[derive(Debug)]
-enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
-impl Stream {
-    fn connect(place: &Place, give_up: Instant) -> io::Result<Self> {
-        match place {
-            Place::Tcp { host, port } => {
-                let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-                let addresses = (host.as_str(), *port).to_socket_addrs()?;
-                let mut to_try = u32::try_from(addresses.len()).unwrap_or(u32::MAX);
-                for address in addresses {
-                    // One that swallows everything leaves time for the others.
-                    let share = (left(give_up)? / to_try).max(Duration::from_millis(1));
-                    to_try -= 1;
-                    match TcpStream::connect_timeout(&address, share) {
-                        Ok(stream) => {
-                            keep_alive(&stream)?;
-                            return Ok(Self::Tcp(stream));
-                        }
-                        Err(error) => last = error,
-                    }
-                }
-                Err(last)
-            }
-            Place::Unix { socket } => Ok(Self::Unix(connect_unix(socket)?)),
-        }
-    }
-
-    fn set_limits(&self, limit: Option<Duration>) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => {
-                stream.set_read_timeout(limit)?;
-                stream.set_write_timeout(limit)
-            }
-            Self::Unix(stream) => {
-                stream.set_read_timeout(limit)?;
-                stream.set_write_timeout(limit)
-            }
-        }
-    }
-
-    fn receive(&mut self, bytes: &mut [u8], give_up: Instant) -> io::Result<()> {
-        let mut done = 0;
-        while done < bytes.len() {
-            self.set_limits(Some(left(give_up)?))?;
-            let received = match self {
-                Self::Tcp(stream) => stream.read(&mut bytes[done..]),
-                Self::Unix(stream) => stream.read(&mut bytes[done..]),
-            };
-            match received {
-                Ok(0) => {
-                    let why = "its server closed the connection";
-                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, why));
-                }
-                Ok(received) => done += received,
-                Err(error) if is_transient(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    fn send(&mut self, bytes: &[u8], give_up: Instant) -> io::Result<()> {
-        let mut done = 0;
-        while done < bytes.len() {
-            self.set_limits(Some(left(give_up)?))?;
-            let sent = match self {
-                Self::Tcp(stream) => stream.write(&bytes[done..]),
-                Self::Unix(stream) => stream.write(&bytes[done..]),
-            };
-            match sent {
-                Ok(sent) => done += sent,
-                Err(error) if is_transient(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether to look at the clock and try again.
-fn is_transient(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-    )
-}
-
-/// What is left until `give_up`; an error when that is nothing.
-fn left(give_up: Instant) -> io::Result<Duration> {
-    let left = give_up.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(io::ErrorKind::TimedOut.into());
-    }
-    Ok(left)
-}
-
-/// Without a wait: a server that accepts nobody leaves its queue full.
-fn connect_unix(path: &Path) -> io::Result<UnixStream> {
-    let address = SocketAddrUnix::new(path)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&fd, &address).map_err(|errno| match errno {
-        rustix::io::Errno::AGAIN => io::ErrorKind::TimedOut.into(),
-        errno => io::Error::from(errno),
-    })?;
-    let stream = UnixStream::from(fd);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
-}
-
-/// Small requests are sent at once, and a host that is gone is noticed.
-fn keep_alive(stream: &TcpStream) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
-    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
-    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
-    Ok(())
-}
-
 /// Who wants to write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Claimant {
@@ -285,19 +151,40 @@ impl Client {
         patience: Duration,
     ) -> Result<Self, ConnectError> {
         let give_up = Instant::now() + patience;
-        let trouble = |source: io::Error| match source.kind() {
-            io::ErrorKind::TimedOut => ConnectError::NoAnswer {
+        let trouble = |source: Broken| match source {
+            Broken::Tls(source) => ConnectError::Tls {
                 address: address.clone(),
-                seconds: patience.as_secs(),
+                source: Box::new(source),
             },
-            _ => ConnectError::Unreachable {
+            Broken::Io(source) if source.kind() == io::ErrorKind::TimedOut => {
+                ConnectError::NoAnswer {
+                    address: address.clone(),
+                    seconds: patience.as_secs(),
+                }
+            }
+            Broken::Io(source) => ConnectError::Unreachable {
                 address: address.clone(),
                 source,
             },
         };
-        let mut stream = Stream::connect(&address.place, give_up).map_err(trouble)?;
+        let mut tls = tls(address).map_err(|source| trouble(source.into()))?;
+        if tls.is_some() {
+            handshake = handshake.with_tls();
+        }
+        let connected = Stream::connect(&address.place, give_up);
+        let mut stream = connected.map_err(|source| trouble(source.into()))?;
         let mut bytes = [0; REPLY_BYTES_MAX];
-        while handshake.wants() > 0 {
+        loop {
+            if handshake.wants_tls() {
+                if let Some(tls) = tls.take() {
+                    stream.secure(tls, give_up).map_err(trouble)?;
+                }
+                let out = handshake.secured();
+                stream.send(&out, give_up).map_err(trouble)?;
+            }
+            if handshake.wants() == 0 {
+                break;
+            }
             let bytes = &mut bytes[..handshake.wants()];
             stream.receive(bytes, give_up).map_err(trouble)?;
             let refused = |source| ConnectError::Handshake {
@@ -339,23 +226,20 @@ impl Client {
         &self.address
     }
 
-    /// The socket, blocking and without limits of time, with nothing outstanding on it.
+    /// The socket, blocking and without limits of time, with nothing outstanding on it, and its
+    /// TLS if it has one.
     ///
     /// # Errors
     ///
     /// When the connection has failed.
-    pub fn into_parts(mut self) -> io::Result<(OwnedFd, Export)> {
+    pub fn into_parts(mut self) -> io::Result<(OwnedFd, Option<Tls>, Export)> {
         if self.broken {
             return Err(io::ErrorKind::ConnectionReset.into());
         }
-        self.stream.set_limits(None)?;
         // The other descriptor goes without a farewell.
         self.broken = true;
-        let fd = match &self.stream {
-            Stream::Tcp(stream) => stream.as_fd().try_clone_to_owned()?,
-            Stream::Unix(stream) => stream.as_fd().try_clone_to_owned()?,
-        };
-        Ok((fd, self.export))
+        let (fd, tls) = self.stream.hand_over()?;
+        Ok((fd, tls, self.export))
     }
 
     /// Reads at any offset; what the server's smallest request takes beyond is thrown away.
@@ -486,6 +370,14 @@ impl Drop for Client {
             // Only a courtesy: a server notices the end of the stream as well.
             let _ = self.stream.send(&farewell(), soon);
         }
+    }
+}
+
+/// The client's side of TLS where the address asks for it.
+fn tls(address: &Address) -> Result<Option<Tls>, tls::TlsError> {
+    match (&address.tls, &address.place) {
+        (Some(folder), Place::Tcp { host, .. }) => tls::client(folder, host).map(Some),
+        _ => Ok(None),
     }
 }
 

@@ -1,7 +1,8 @@
 #![allow(clippy::unwrap_used)]
 
+use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 
@@ -29,6 +30,7 @@ impl Socket {
         Address {
             place,
             export: String::new(),
+            tls: None,
         }
     }
 }
@@ -141,6 +143,10 @@ impl Peer for Ours {
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), End> {
         Ok(self.0.write_all(bytes)?)
+    }
+
+    async fn secure(&mut self) -> Result<(), End> {
+        unreachable!("it has no TLS")
     }
 }
 

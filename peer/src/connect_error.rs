@@ -7,6 +7,7 @@ use mirror::control::ErrorKind;
 use crate::address::Address;
 use crate::export::Unusable;
 use crate::handshake::HandshakeError;
+use crate::tls::TlsError;
 
 /// Why there is no connection to an export; a sentence.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +42,14 @@ pub enum ConnectError {
         /// Why.
         source: HandshakeError,
     },
+    /// There is no TLS.
+    #[error("{address} cannot be used: {source}")]
+    Tls {
+        /// The export.
+        address: Address,
+        /// Why.
+        source: Box<TlsError>,
+    },
     /// The export cannot hold a member.
     #[error("{address} cannot hold a member: {source}")]
     Unusable {
@@ -62,7 +71,7 @@ impl ConnectError {
                 ConnectionRefused | NotFound | PermissionDenied
             ),
             Self::NoAnswer { .. } => true,
-            Self::Handshake { .. } | Self::Unusable { .. } => false,
+            Self::Handshake { .. } | Self::Tls { .. } | Self::Unusable { .. } => false,
         }
     }
 
@@ -73,7 +82,7 @@ impl ConnectError {
             Self::Unreachable { source, .. } if source.kind() == io::ErrorKind::NotFound => {
                 ErrorKind::NotFound
             }
-            Self::Unreachable { .. } => ErrorKind::Failed,
+            Self::Unreachable { .. } | Self::Tls { .. } => ErrorKind::Failed,
             Self::NoAnswer { .. } => ErrorKind::Busy,
             Self::Handshake { source, .. } => match source {
                 HandshakeError::UnknownExport(_) => ErrorKind::NotFound,

@@ -2,16 +2,18 @@
 //!
 //! ```text
 //! Greeting ──flags, option──► Reply ──header──► Data ──┐
-//!                               ▲                      │ information
-//!                               ├──────────────────────┤
+//!     │                         ▲                      │ information
+//!     │ STARTTLS                ├──────────────────────┤
+//!     └──► Reply ──► Secure ────┤                      │
 //!                               │ GO                   │ of a claim: answered, or unknown
 //!                               ├──────────────────────┘
 //!                               └─ acknowledgement ─► Done   (an error, or nonsense, ends it)
 //! ```
 //!
 //! The caller reads as many bytes as [`Handshake::wants`], hands them to [`Handshake::feed`] and
-//! sends what that returns, until nothing more is wanted. Byte tables are in [`crate::wire`].
-//! Structured replies, TLS and metadata contexts are not asked for. A server is asked whether it
+//! sends what that returns, until nothing more is wanted. Where TLS is wanted, nothing of the export
+//! is asked before it is there ([`Handshake::wants_tls`]). Byte tables are in [`crate::wire`].
+//! Structured replies and metadata contexts are not asked for. A server is asked whether it
 //! knows claims, or sent one ([`crate::claim`]), only in a handshake made for that.
 
 use crate::claim::{self, Claim, Fence};
@@ -19,7 +21,7 @@ use crate::export::{BlockSizes, Export};
 use crate::wire::{
     FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, GREETING_BYTES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE,
     INIT_MAGIC, OLD_STYLE_MAGIC, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC, OPTION_REPLY_BYTES,
-    OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_ERR_SHUTDOWN,
+    OPTION_REPLY_MAGIC, OPTION_STARTTLS, REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_ERR_SHUTDOWN,
     REP_ERR_TLS_REQD, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_ERROR_BIT, REP_INFO, be16, be32, be64,
     put_string,
 };
@@ -44,8 +46,11 @@ pub enum HandshakeError {
     #[error("its server has no such export{0}")]
     UnknownExport(Words),
     /// The server insists on TLS.
-    #[error("its server wants TLS, which is not there yet{0}")]
+    #[error("its server wants TLS: write nbds:// instead of nbd://{0}")]
     TlsRequired(Words),
+    /// TLS was asked for.
+    #[error("its server offers no TLS: start it with certificates{0}")]
+    NoTls(Words),
     /// The server is configured to refuse.
     #[error("its server's configuration forbids it{0}")]
     Forbidden(Words),
@@ -96,7 +101,12 @@ impl std::fmt::Display for Words {
 enum Stage {
     Greeting,
     Reply,
-    Data { kind: u32, len: usize },
+    Data {
+        kind: u32,
+        len: usize,
+    },
+    /// TLS begins.
+    Secure,
     Done,
 }
 
@@ -105,6 +115,7 @@ enum Stage {
 pub struct Handshake {
     name: String,
     stage: Stage,
+    tls: bool,
     /// The option whose reply comes next.
     option: u32,
     /// Whether claims are asked about, and the claim if one is made.
@@ -124,6 +135,7 @@ impl Handshake {
         Self {
             name: name.to_owned(),
             stage: Stage::Greeting,
+            tls: false,
             option: OPTION_GO,
             ask: None,
             claimed: false,
@@ -143,20 +155,47 @@ impl Handshake {
         }
     }
 
+    /// The same with TLS.
+    #[must_use]
+    pub fn with_tls(self) -> Self {
+        Self { tls: true, ..self }
+    }
+
+    /// Whether TLS begins with the next byte in either direction; then what
+    /// [`Handshake::secured`] returns is sent in it.
+    #[must_use]
+    pub fn wants_tls(&self) -> bool {
+        self.stage == Stage::Secure
+    }
+
+    /// TLS is there: what is to be sent next.
+    ///
+    /// # Panics
+    ///
+    /// When it was not wanted.
+    pub fn secured(&mut self) -> Vec<u8> {
+        assert!(self.wants_tls(), "TLS that nobody wanted");
+        self.stage = Stage::Reply;
+        let mut out = Vec::new();
+        self.put_first(&mut out);
+        out
+    }
+
     /// What a server that knows claims says of itself; it has granted the one that was made.
     #[must_use]
     pub fn fence(&self) -> Option<Fence> {
         self.fence
     }
 
-    /// How many bytes to receive next, at most [`REPLY_BYTES_MAX`]; 0 when it is over.
+    /// How many bytes to receive next, at most [`REPLY_BYTES_MAX`]; 0 when it is over, or TLS is
+    /// to begin.
     #[must_use]
     pub fn wants(&self) -> usize {
         match self.stage {
             Stage::Greeting => GREETING_BYTES,
             Stage::Reply => OPTION_REPLY_BYTES,
             Stage::Data { len, .. } => len,
-            Stage::Done => 0,
+            Stage::Secure | Stage::Done => 0,
         }
     }
 
@@ -178,7 +217,7 @@ impl Handshake {
                 self.stage = Stage::Reply;
                 self.data(kind, bytes)
             }
-            Stage::Done => Ok(Vec::new()),
+            Stage::Secure | Stage::Done => Ok(Vec::new()),
         }
     }
 
@@ -206,16 +245,27 @@ impl Handshake {
         self.stage = Stage::Reply;
         let ours = flags & (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES);
         let mut out = u32::from(ours).to_be_bytes().to_vec();
+        if self.tls {
+            self.option = OPTION_STARTTLS;
+            put_option(&mut out, OPTION_STARTTLS, &[]);
+        } else {
+            self.put_first(&mut out);
+        }
+        Ok(out)
+    }
+
+    /// The first option about the export.
+    fn put_first(&mut self, out: &mut Vec<u8>) {
         match self.ask.take() {
             Some(claim) => {
                 self.option = OPTION_CLAIM;
                 let data = claim::encode(&self.name, claim.as_ref());
-                put_option(&mut out, OPTION_CLAIM, &data);
+                put_option(out, OPTION_CLAIM, &data);
                 self.claimed = claim.is_some();
+                self.replies = 0;
             }
-            None => self.put_go(&mut out),
+            None => self.put_go(out),
         }
-        Ok(out)
     }
 
     fn put_go(&mut self, out: &mut Vec<u8>) {
@@ -258,6 +308,18 @@ impl Handshake {
     fn data(&mut self, kind: u32, data: &[u8]) -> Result<Vec<u8>, HandshakeError> {
         let nonsense = HandshakeError::Nonsense;
         let of_claim = self.option == OPTION_CLAIM;
+        if self.option == OPTION_STARTTLS {
+            return match kind {
+                REP_ACK => {
+                    self.stage = Stage::Secure;
+                    Ok(Vec::new())
+                }
+                error if error & REP_ERROR_BIT != 0 => Err(HandshakeError::NoTls(Words::of(data))),
+                _ => Err(nonsense(
+                    "it answers with a kind of reply that does not fit",
+                )),
+            };
+        }
         match kind {
             REP_ACK if of_claim && self.fence.is_none() => {
                 return Err(nonsense("it grants a claim and does not say who it is"));

@@ -184,7 +184,7 @@ fn refusals_are_sentences_with_the_servers_words() {
             &b"no 'x'\n"[..],
             "no such export (it says: no 'x')",
         ),
-        (REP_ERR_TLS_REQD, b"", "wants TLS, which is not there yet"),
+        (REP_ERR_TLS_REQD, b"", "wants TLS: write nbds://"),
         (REP_ERR_POLICY, b"", "forbids"),
         (REP_ERR_SHUTDOWN, b"", "shutting down"),
         (REP_ERR_UNSUP, b"", "too old"),

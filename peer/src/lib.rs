@@ -5,13 +5,14 @@
 //!
 //! | module | holds |
 //! |---|---|
-//! | [`address`] | `nbd://HOST/EXPORT` and `nbd+unix:///EXPORT?socket=PATH` |
+//! | [`address`] | `nbd://HOST/EXPORT`, `nbds://HOST/EXPORT` and `nbd+unix:///EXPORT?socket=PATH` |
 //! | [`wire`] | the protocol's numbers |
 //! | [`handshake`] | from the server's greeting to the export's description |
 //! | [`export`] | what a server offers, whether that can hold a member, how requests are cut |
 //! | [`session`] | requests and replies, matched by cookie |
 //! | [`server`] | the other side: options answered, requests taken apart, who may write |
 //! | [`claim`] | who may write to an export of our own server, and why nobody else does |
+//! | [`tls`] | TLS, and whose certificates are accepted |
 //! | [`blocking`] | connecting, and a client that waits for each answer |
 //!
 //! All but `blocking` are state machines over bytes, without I/O: the daemon runs them on its
@@ -39,6 +40,8 @@ pub mod export;
 pub mod handshake;
 pub mod server;
 pub mod session;
+mod stream;
+pub mod tls;
 pub mod wire;
 
 pub use address::{Address, AddressError, is_address};

@@ -4,8 +4,9 @@
 //! both speak through it.
 //!
 //! Source: "The NBD protocol" (doc/proto.md of the NBD project). All numbers are big-endian.
-//! Fixed newstyle negotiation and simple replies only; structured replies, TLS and metadata
-//! contexts are refused as the specification provides. Claims ([`crate::claim`]) are decided by
+//! Fixed newstyle negotiation and simple replies only; structured replies and metadata contexts
+//! are refused as the specification provides. Where there is TLS ([`crate::tls`]) nothing is
+//! answered without it. Claims ([`crate::claim`]) are decided by
 //! who serves, and unknown to the front end. Decoding gives a value or an error for
 //! any bytes (R17): a request's header allocates nothing, an option what [`MAX_OPTION_BYTES`]
 //! says and its short answer.
@@ -21,9 +22,9 @@ use crate::wire::{
     EXPORT_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_TRIM, EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE,
     FLAG_NO_ZEROES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE, INIT_MAGIC, OPTION_ABORT,
     OPTION_BYTES, OPTION_CLAIM, OPTION_EXPORT_NAME, OPTION_GO, OPTION_INFO, OPTION_LIST,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, REP_ACK, REP_ERR_IN_USE, REP_ERR_INVALID, REP_ERR_POLICY,
-    REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO, REP_SERVER, REPLY_BYTES,
-    REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16, be32, be64,
+    OPTION_MAGIC, OPTION_REPLY_MAGIC, OPTION_STARTTLS, REP_ACK, REP_ERR_IN_USE, REP_ERR_INVALID,
+    REP_ERR_POLICY, REP_ERR_TLS_REQD, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO,
+    REP_SERVER, REPLY_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16, be32, be64,
 };
 
 /// Longest option data that is read; the longest meaningful one is a name of 4096 bytes.
@@ -90,6 +91,12 @@ pub enum ProtocolError {
     /// The client wants an export that does not exist, in the form that cannot be refused.
     #[error("the client asked for an export that does not exist")]
     UnknownExport,
+    /// The client wants an export without TLS, in the form that cannot be refused.
+    #[error("the client asked for the export without TLS")]
+    PlainText,
+    /// Something came between the wish for TLS and its begin: from whom nobody can tell.
+    #[error("the client sent more before TLS had begun")]
+    BeforeTls,
     /// A write whose data would not fit.
     #[error("the client announced a write of {0} bytes, more than the limit")]
     WriteTooLong(u32),
@@ -134,6 +141,13 @@ pub trait Peer {
 
     /// Sends all of `bytes`.
     async fn send(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Begins TLS with the next byte in either direction. Only where [`Desk::has_tls`].
+    ///
+    /// # Errors
+    ///
+    /// [`ProtocolError::BeforeTls`] when something has been received and not taken.
+    async fn secure(&mut self) -> Result<(), Self::Error>;
 }
 
 /// What a server makes of a claim.
@@ -158,6 +172,11 @@ pub trait Desk {
     /// The export as this client has it by now.
     fn export(&self) -> &Export;
 
+    /// Whether there is TLS: then nothing is answered without it.
+    fn has_tls(&self) -> bool {
+        false
+    }
+
     /// Decides on a claim; without one only says whether claims are known.
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict;
 }
@@ -181,6 +200,7 @@ impl Desk for Export {
 pub async fn negotiate<P: Peer>(peer: &mut P, desk: &mut impl Desk) -> Result<bool, P::Error> {
     peer.send(&greeting()).await?;
     let no_zeroes = client_flags(peer.array().await?)?;
+    let mut secured = !desk.has_tls();
     loop {
         let (option, len) = option_header(&peer.array().await?)?;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
@@ -191,7 +211,29 @@ pub async fn negotiate<P: Peer>(peer: &mut P, desk: &mut impl Desk) -> Result<bo
             None
         };
         let mut reply = Vec::new();
-        let next = if let (OPTION_CLAIM, Some(data)) = (option, &data) {
+        if option == OPTION_STARTTLS && desk.has_tls() {
+            let begins = !secured && data.as_ref().is_some_and(Vec::is_empty);
+            let (kind, why) = if begins {
+                (REP_ACK, &[][..])
+            } else {
+                (REP_ERR_INVALID, &b"TLS begins once, and takes no data"[..])
+            };
+            option_reply(&mut reply, option, kind, why);
+            peer.send(&reply).await?;
+            if begins {
+                peer.secure().await?;
+                secured = true;
+            }
+            continue;
+        }
+        if !secured && option == OPTION_EXPORT_NAME {
+            return Err(ProtocolError::PlainText.into());
+        }
+        let next = if !secured && option != OPTION_ABORT {
+            let why = b"this server wants TLS first";
+            option_reply(&mut reply, option, REP_ERR_TLS_REQD, why);
+            Next::More
+        } else if let (OPTION_CLAIM, Some(data)) = (option, &data) {
             answer_claim(data, desk, &mut reply).await
         } else {
             answer_option(

@@ -87,6 +87,8 @@ pub const OPTION_EXPORT_NAME: u32 = 1;
 pub const OPTION_ABORT: u32 = 2;
 /// Option: list the exports.
 pub const OPTION_LIST: u32 = 3;
+/// TLS is wanted ([`crate::tls`]): it begins after the acknowledgement, and options go on in it.
+pub const OPTION_STARTTLS: u32 = 5;
 /// Option: describe an export.
 pub const OPTION_INFO: u32 = 6;
 /// Option: describe an export and begin transmission.

@@ -15,7 +15,7 @@ import subprocess
 import threading
 
 import nbd
-from harness import BINARIES, CannotRun, Failed, check, until
+from harness import BINARIES, BLOCK, FAILED, MIB, CannotRun, Failed, Model, check, until
 
 SIZE = 100 << 20
 
@@ -49,9 +49,11 @@ class Server:
     # Whether it ends older sessions before it admits a new writer.
     fences = False
 
-    def __init__(self, area, name, tcp=False, options=(), size=SIZE):
+    def __init__(self, area, name, tcp=False, options=(), size=SIZE, tls=None):
         if not self._installed():
             raise CannotRun(f"{self.program} is not installed")
+        # The folder of its certificates; then it takes nothing but TLS.
+        self.tls = tls
         self.area, self.options = area, list(options)
         self.process = self.group = None
         self.backing = area.file(f"{name}.img")
@@ -70,8 +72,14 @@ class Server:
     def address(self):
         """For mirrorctl."""
         if self.port is not None:
-            return f"nbd://127.0.0.1:{self.port}/{self.export}"
+            return self.address_at(self.port)
         return f"nbd+unix:///{self.export}?socket={self.socket}"
+
+    def address_at(self, port):
+        """The same through another port of this machine."""
+        if self.tls is None:
+            return f"nbd://127.0.0.1:{port}/{self.export}"
+        return f"nbds://127.0.0.1:{port}/{self.export}?tls-certificates={self.tls}"
 
     @property
     def where(self):
@@ -133,6 +141,8 @@ class Nbdkit(Server):
 
     def command(self):
         at = ["-U", self.socket] if self.port is None else ["-i", "127.0.0.1", "-p", str(self.port)]
+        if self.tls is not None:
+            at += ["--tls=require", f"--tls-certificates={self.tls}", "--tls-verify-peer"]
         return ["nbdkit", "-f", *at, *(self.options or ["file", self.backing])]
 
 
@@ -143,6 +153,9 @@ class QemuNbd(Server):
 
     def command(self):
         at = ["-k", self.socket] if self.port is None else ["-b", "127.0.0.1", "-p", str(self.port)]
+        if self.tls is not None:
+            what = f"tls-creds-x509,id=tls,endpoint=server,verify-peer=yes,dir={self.tls}"
+            at += ["--object", what, "--tls-creds", "tls"]
         return ["qemu-nbd", "-t", "-f", "raw", "-e", "2", "-x", self.export, *at, *self.options,
                 self.backing]
 
@@ -166,6 +179,9 @@ class NbdServer(Server):
     def command(self):
         at = f"unixsock = {self.socket}" if self.port is None else f"port = {self.port}"
         path = self.area.file("nbd-server.conf")
+        if self.tls is not None:
+            at += (f"\nforce_tls = true\ncertfile = {self.tls}/server-cert.pem\n"
+                   f"keyfile = {self.tls}/server-key.pem\ncacertfile = {self.tls}/ca-cert.pem")
         with open(path, "w", encoding="utf-8") as file:
             file.write(f"[generic]\n{at}\nlistenaddr = 127.0.0.1\n[{self.export}]\n"
                        f"exportname = {self.backing}\nflush = true\nfua = true\ntrim = true\n")
@@ -187,8 +203,9 @@ class Exported(Server):
 
     def command(self):
         at = f"unix:{self.socket}" if self.port is None else f"127.0.0.1:{self.port}"
+        tls = [] if self.tls is None else ["--tls", self.tls]
         return [str(BINARIES / "mirrorctl"), "export", self.backing, "--listen", at,
-                "--name", self.export, *self.options]
+                "--name", self.export, *tls, *self.options]
 
     def start(self):
         """The same; one that was killed keeps the disk until what it had under way is over."""
@@ -211,21 +228,29 @@ class Exported(Server):
 
 
 class Between:
-    """The network before a server of a unix socket: passes on what it gets until it is told not to.
+    """The network before a server: passes on what it gets until it is told not to.
 
     `cut()` closes what there is, and what comes is refused until `mend()` unless `at_once`;
-    `hold()` passes nothing on any more and closes nothing, and `let_go()` ends that.
+    `hold()` passes nothing on any more and closes nothing, and `let_go()` ends that. `tamper(data)`,
+    where it is set, is asked what becomes of what passes.
     """
 
     def __init__(self, area, server, name="between"):
-        self.socket = area.file(f"{name}.socket")
-        self.address = f"nbd+unix:///{server.export}?socket={self.socket}"
         self.server, self.lock, self.ends = server, threading.Lock(), []
         self.open, self.flows, self.connections = True, threading.Event(), 0
+        self.tamper = None
         self.flows.set()
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(self.socket)
+        if server.port is None:
+            path = area.file(f"{name}.socket")
+            self.address = f"nbd+unix:///{server.export}?socket={path}"
+            self.family, at = socket.AF_UNIX, path
+        else:
+            self.family, at = socket.AF_INET, ("127.0.0.1", 0)
+        self.listener = socket.socket(self.family)
+        self.listener.bind(at)
         self.listener.listen()
+        if server.port is not None:
+            self.address = server.address_at(self.listener.getsockname()[1])
         threading.Thread(target=self._accept, daemon=True).start()
         area.children.append(self)
 
@@ -261,13 +286,13 @@ class Between:
                 client, _ = self.listener.accept()
             except OSError:
                 return
-            server = socket.socket(socket.AF_UNIX)
+            server = socket.socket(self.family)
             with self.lock:
                 # Closed in the handshake, as by a network that is down a moment later.
                 if not self.open:
                     _close(client)
                     continue
-                server.connect(self.server.socket)
+                server.connect(self.server.where)
                 self.ends += [client, server]
                 self.connections += 1
             for ends in ((client, server), (server, client)):
@@ -277,6 +302,8 @@ class Between:
         try:
             while data := source.recv(1 << 16):
                 self.flows.wait()
+                if self.tamper is not None:
+                    data = self.tamper(data)
                 target.sendall(data)
         except OSError:
             pass
@@ -429,3 +456,53 @@ class Scripted:
             answer += answer
         connection.sendall(answer)
         return True
+
+
+def dies_and_returns(area, server):
+    """The whole story: written, the server dies under load, comes back, delta, compared."""
+    local = area.file("local.img")
+    server.start()
+    area.ctl("create", "m", "--member", local, "--member", server.address, "--size", "64M")
+    area.start([local, server.address])
+    check(area.states() == ["in-sync", "in-sync"], f"states are {area.states()}")
+    model = Model(64 * MIB // BLOCK)
+    with area.client() as client:
+        model.load(client, area.random, writes=2000)
+        client.flush()
+        acked = model.load(client, area.random, writes=3000, depth=32, meanwhile=server.kill)
+        check(acked == 3000, f"{acked} of 3000 writes were acknowledged")
+        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+        members = area.status()["members"]
+        flags = [member["unfenced"] for member in members]
+        check(flags == [False, not server.fences], f"unfenced is {flags}")
+        said = area.ctl("status", "m")
+        word = "  fenced; " if server.fences else "  unfenced; "
+        check(word in said, f"status does not say{word}: {said}")
+        # Only what changed meanwhile is copied.
+        for number in area.random.sample(range(64 * MIB // BLOCK), 500):
+            model.write(client, number)
+        area.ctl("re-add", "m", server.address, code=FAILED)
+        server.start()
+        missed = area.status()["members"][1]["missed-bytes"]
+        check(500 * BLOCK <= missed <= 3000 * BLOCK, f"{missed} bytes are missed")
+        resync = area.put_back(server.address)
+        check(resync["kind"] == "delta", f"a {resync['kind']} resync: {resync['reason']}")
+        moved = resync["copied-bytes"] + resync["zeroed-bytes"]
+        check(missed <= moved <= 1.05 * missed, f"{moved} bytes moved, {missed} were missed")
+        # The peer alone has everything.
+        area.pull(0)
+        model.check(client)
+        model.load(client, area.random, writes=200)
+        area.put_back(local)
+        model.load(client, area.random, writes=500, meanwhile=server.kill)
+    # The loss is durable: the local member alone starts, unasked.
+    area.kill_daemons()
+    area.start([local])
+    check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
+    with area.client() as client:
+        model.check(client)
+        server.start()
+        area.put_back(server.address)
+    area.stop()
+    check(area.examine(server.address)["last-stop"] == "clean", "the stop was not recorded")
+    area.compare([local, server.backing])

@@ -8,7 +8,9 @@ import nbd
 from harness import (
     BLOCK, BUSY, EXTENT, FAILED, MIB, NOT_FOUND, REFUSED, USAGE, Failed, Model, check, until,
 )
-from servers import SIZE, Exported, Nbdkit, NbdServer, QemuNbd, Scripted, free_port
+from servers import (
+    SIZE, Exported, Nbdkit, NbdServer, QemuNbd, Scripted, dies_and_returns, free_port,
+)
 
 BLOCKS = 64 * MIB // BLOCK
 
@@ -26,91 +28,44 @@ def _member(area, slot):
     return area.status()["members"][slot]
 
 
-def _server_dies(area, server):
-    """The whole story: written, the server dies under load, comes back, delta, compared."""
-    local = area.file("local.img")
-    server.start()
-    model = _make(area, local, server.address)
-    with area.client() as client:
-        model.load(client, area.random, writes=2000)
-        client.flush()
-        acked = model.load(client, area.random, writes=3000, depth=32, meanwhile=server.kill)
-        check(acked == 3000, f"{acked} of 3000 writes were acknowledged")
-        check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
-        members = area.status()["members"]
-        flags = [member["unfenced"] for member in members]
-        check(flags == [False, not server.fences], f"unfenced is {flags}")
-        said = area.ctl("status", "m")
-        word = "  fenced; " if server.fences else "  unfenced; "
-        check(word in said, f"status does not say{word}: {said}")
-        # Only what changed meanwhile is copied.
-        for number in area.random.sample(range(BLOCKS), 500):
-            model.write(client, number)
-        area.ctl("re-add", "m", server.address, code=FAILED)
-        server.start()
-        missed = _member(area, 1)["missed-bytes"]
-        check(500 * BLOCK <= missed <= 3000 * BLOCK, f"{missed} bytes are missed")
-        resync = area.put_back(server.address)
-        check(resync["kind"] == "delta", f"a {resync['kind']} resync: {resync['reason']}")
-        moved = resync["copied-bytes"] + resync["zeroed-bytes"]
-        check(missed <= moved <= 1.05 * missed, f"{moved} bytes moved, {missed} were missed")
-        # The peer alone has everything.
-        area.pull(0)
-        model.check(client)
-        model.load(client, area.random, writes=200)
-        area.put_back(local)
-        model.load(client, area.random, writes=500, meanwhile=server.kill)
-    # The loss is durable: the local member alone starts, unasked.
-    area.kill_daemons()
-    area.start([local])
-    check(area.states() == ["in-sync", "faulty"], f"states are {area.states()}")
-    with area.client() as client:
-        model.check(client)
-        server.start()
-        area.put_back(server.address)
-    area.stop()
-    check(area.examine(server.address)["last-stop"] == "clean", "the stop was not recorded")
-    area.compare([local, server.backing])
-
-
 def nbdkit_dies_on_a_unix_socket(area):
     """nbdkit, unix."""
-    _server_dies(area, Nbdkit(area, "peer"))
+    dies_and_returns(area, Nbdkit(area, "peer"))
 
 
 def nbdkit_dies_over_tcp(area):
     """nbdkit, TCP."""
-    _server_dies(area, Nbdkit(area, "peer", tcp=True))
+    dies_and_returns(area, Nbdkit(area, "peer", tcp=True))
 
 
 def qemu_nbd_dies_on_a_unix_socket(area):
     """qemu-nbd, unix."""
-    _server_dies(area, QemuNbd(area, "peer"))
+    dies_and_returns(area, QemuNbd(area, "peer"))
 
 
 def qemu_nbd_dies_over_tcp(area):
     """qemu-nbd, TCP."""
-    _server_dies(area, QemuNbd(area, "peer", tcp=True))
+    dies_and_returns(area, QemuNbd(area, "peer", tcp=True))
 
 
 def nbd_server_dies_on_a_unix_socket(area):
     """nbd-server, unix."""
-    _server_dies(area, NbdServer(area, "peer"))
+    dies_and_returns(area, NbdServer(area, "peer"))
 
 
 def nbd_server_dies_over_tcp(area):
     """nbd-server, TCP."""
-    _server_dies(area, NbdServer(area, "peer", tcp=True))
+    dies_and_returns(area, NbdServer(area, "peer", tcp=True))
 
 
 def our_server_dies_on_a_unix_socket(area):
     """mirrorctl export, unix."""
-    _server_dies(area, Exported(area, "peer"))
+    dies_and_returns(area, Exported(area, "peer"))
 
 
 def our_server_dies_over_tcp(area):
     """mirrorctl export, TCP."""
-    _server_dies(area, Exported(area, "peer", tcp=True))
+    dies_and_returns(area, Exported(area, "peer", tcp=True))
 
 
 def a_mirror_of_peers_only(area):

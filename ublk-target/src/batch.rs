@@ -4,6 +4,7 @@
 //! operation that sends it does only after its completion.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use mirror::host::Span;
 
@@ -66,6 +67,38 @@ impl Batch {
         self.parts.push(Part::Memory(lend));
     }
 
+    /// Takes bytes over, without copying them where there are no others.
+    pub(crate) fn take(&mut self, bytes: Vec<u8>) {
+        if !self.inline.is_empty() {
+            return self.push_bytes(&bytes);
+        }
+        let len = bytes.len();
+        self.bytes += len;
+        self.inline = bytes;
+        self.parts.push(Part::Inline { start: 0, len });
+    }
+
+    /// Gives the bytes in `range` to `f`, part by part.
+    pub(crate) fn read(&self, range: Range<usize>, mut f: impl FnMut(&[u8])) {
+        let mut at = 0;
+        for part in &self.parts {
+            let len = match part {
+                Part::Inline { len, .. } => *len,
+                Part::Memory(lend) => lend.len(),
+            };
+            let from = range.start.max(at).min(at + len) - at;
+            let to = range.end.max(at).min(at + len) - at;
+            at += len;
+            if from == to {
+                continue;
+            }
+            match part {
+                Part::Inline { start, .. } => f(&self.inline[start + from..start + to]),
+                Part::Memory(lend) => lend.read(|bytes| f(&bytes[from..to])),
+            }
+        }
+    }
+
     /// The parts from byte `skip` on, as the kernel takes them.
     pub(crate) fn vectors(&self, mut skip: usize) -> Vec<libc::iovec> {
         let mut vectors = Vec::with_capacity(self.parts.len());
@@ -118,6 +151,31 @@ mod tests {
         assert!(payload.in_use());
         drop(batch);
         assert!(!payload.in_use());
+    }
+
+    #[test]
+    fn any_range_of_it_is_read() {
+        let payload = IoBuffer::zeroed(64);
+        payload.fill(|bytes| {
+            (0..=255)
+                .cycle()
+                .zip(bytes)
+                .for_each(|(at, byte)| *byte = at)
+        });
+        let mut batch = Batch::default();
+        batch.take(vec![200, 201]);
+        batch.push_bytes(&[202]);
+        batch.push_span(&Span::whole(payload.clone()).slice(8, 4));
+        batch.push_bytes(&[203, 204]);
+        let all = [200, 201, 202, 8, 9, 10, 11, 203, 204];
+        assert_eq!(batch.bytes(), all.len());
+        for start in 0..=all.len() {
+            for end in start..=all.len() {
+                let mut read = Vec::new();
+                batch.read(start..end, |bytes| read.extend_from_slice(bytes));
+                assert_eq!(read, all[start..end]);
+            }
+        }
     }
 
     #[test]

@@ -82,7 +82,10 @@ enum Trouble {
 impl From<StreamError> for Trouble {
     fn from(error: StreamError) -> Self {
         match error {
-            StreamError::Closed | StreamError::Socket(_) => Self::Broken(error.to_string()),
+            // Who tampers with a connection can end it: another one is as safe.
+            StreamError::Closed | StreamError::Socket(_) | StreamError::Tls(_) => {
+                Self::Broken(error.to_string())
+            }
             StreamError::Protocol(_) => Self::Nonsense(error.to_string()),
         }
     }

@@ -297,6 +297,13 @@ impl Lend {
         self.buffer.lend_to_writer(self.start + skip, len)
     }
 
+    /// Reads the part, which is lent for reading.
+    pub(crate) fn read<T>(&self, f: impl FnOnce(&[u8]) -> T) -> T {
+        assert!(!self.to_writer, "memory is read that something writes");
+        let (start, len) = (self.start, self.len());
+        self.buffer.read(|bytes| f(&bytes[start..start + len]))
+    }
+
     /// Writes into the part, as the device would that it was lent to.
     pub(crate) fn write(&self, at: usize, bytes: &[u8]) {
         assert!(self.to_writer, "a write into memory lent for reading");

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 
 use export::{Listen, OpenError, Options, ServeError, Unclaimed};
 use peer::Address;
+use peer::tls::Acceptor;
 use serde::Serialize;
 
 use crate::failure::{Exit, Failure};
@@ -38,8 +39,14 @@ pub(crate) struct Args {
     /// Clients that know no claims may write: one at a time, the last to begin
     #[arg(long)]
     any_writer: bool,
+    /// TLS only, with the certificates in this folder (README, "TLS")
+    #[arg(long, value_name = "FOLDER")]
+    tls: Option<PathBuf>,
+    /// Only clients whose certificate bears this name; may be repeated
+    #[arg(long, value_name = "NAME", requires = "tls")]
+    tls_client: Vec<String>,
     /// Listen beyond this machine, without encryption or passwords
-    #[arg(long)]
+    #[arg(long, conflicts_with = "tls")]
     plain_text_on_network: bool,
 }
 
@@ -80,6 +87,7 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
         },
         read_only: args.read_only,
         instance: super::random()?,
+        tls: tls(args)?,
     };
     let ready = |address: &Address| announce(context, &medium, address);
     let notes = Notes::begin().map_err(|error| {
@@ -88,6 +96,22 @@ pub(crate) fn run(args: &Args, context: &Context) -> Result<(), Failure> {
     let served = export::serve(held, &listen, options, ready, notes.taker());
     notes.end();
     served.map_err(|error| failure(args, &error))
+}
+
+/// What there is to begin TLS with, and its folder as an address names it.
+fn tls(args: &Args) -> Result<Option<(Acceptor, PathBuf)>, Failure> {
+    let Some(folder) = &args.tls else {
+        return Ok(None);
+    };
+    let folder = std::path::absolute(folder)
+        .map_err(|error| Failure::failed(format!("{} is no folder: {error}.", folder.display())))?;
+    let acceptor = Acceptor::new(&folder, &args.tls_client).map_err(|error| {
+        Failure::failed(format!(
+            "There can be no TLS: {error}. The folder needs ca-cert.pem, server-cert.pem and \
+             server-key.pem; scripts/certificates.sh makes them."
+        ))
+    })?;
+    Ok(Some((acceptor, folder)))
 }
 
 fn announce(context: &Context, medium: &Medium, address: &Address) {
@@ -111,6 +135,11 @@ fn listen(args: &Args) -> Result<Listen, Failure> {
                 "'{path}' is no path of a unix socket: it has 1 to 107 bytes."
             )));
         }
+        if args.tls.is_some() {
+            return Err(Failure::usage(
+                "Nobody can listen in on a unix socket: leave --tls out.",
+            ));
+        }
         return Ok(Listen::Unix(path.into()));
     }
     let address: SocketAddr = args.listen.parse().map_err(|_| {
@@ -120,12 +149,11 @@ fn listen(args: &Args) -> Result<Listen, Failure> {
             args.listen
         ))
     })?;
-    if !address.ip().is_loopback() && !args.plain_text_on_network {
+    if !address.ip().is_loopback() && args.tls.is_none() && !args.plain_text_on_network {
         return Err(Failure::refused(format!(
-            "{address} can be reached from other machines, and TLS is not there yet: anybody who \
-             can connect could read the disk, and write it. Listen on 127.0.0.1 or on a unix \
-             socket and use a tunnel, or say --plain-text-on-network if that network is yours \
-             alone."
+            "{address} can be reached from other machines: anybody who can connect could read the \
+             disk, and write it. Give certificates with --tls FOLDER, or say \
+             --plain-text-on-network if that network is yours alone."
         )));
     }
     Ok(Listen::Tcp(address))
@@ -156,6 +184,8 @@ mod tests {
             name: String::new(),
             read_only: false,
             any_writer: false,
+            tls: None,
+            tls_client: Vec::new(),
             plain_text_on_network,
         }
     }
@@ -175,7 +205,7 @@ mod tests {
                 Ok(listen) => assert!(!beyond && listen == want, "{text}"),
                 Err(refused) => {
                     assert!(beyond && refused.exit == Exit::Refused, "{text}");
-                    assert!(refused.message.contains("TLS"), "{text}");
+                    assert!(refused.message.contains("--tls FOLDER"), "{text}");
                 }
             }
         }

@@ -196,12 +196,12 @@ mod tests {
         assert!(matches!(member_ref("./1").unwrap(), MemberRef::Path(p) if p.ends_with("/1")));
         assert!(member_ref("256").unwrap_err().message.contains("'256'"));
         assert!(member_ref("").is_err());
-        assert!(
-            member_ref("nbds://host/m")
-                .unwrap_err()
-                .message
-                .contains("TLS")
+        assert_eq!(
+            member_ref("nbds://Host/m").unwrap(),
+            MemberRef::Path("nbds://host/m".into())
         );
+        let refused = member_ref("nbds+unix:///m?socket=/s").unwrap_err();
+        assert!(refused.message.contains("TLS"));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -12,7 +11,7 @@ use mirror::host::Errno;
 use peer::claim::Fence;
 use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
 use peer::{Ask, Export, Session};
-use rustix::net::{SendFlags, Shutdown, sockopt};
+use rustix::net::{Shutdown, sockopt};
 
 use super::GONE;
 use super::Trouble;
@@ -20,7 +19,7 @@ use super::opened::{OpenedPeer, Reopened, Way};
 use crate::batch::Batch;
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
-use crate::stream::{Inbox, send_all};
+use crate::stream::{Inbox, Wire};
 use crate::sys::Lend;
 
 /// Between attempts to connect again: at first, and at last.
@@ -143,7 +142,7 @@ impl State {
 /// tasks.
 pub(crate) struct Link {
     ring: Rc<Ring>,
-    fd: RefCell<Rc<OwnedFd>>,
+    wire: RefCell<Rc<Wire>>,
     pub(super) address: String,
     pub(super) export: Export,
     /// Of a server that admits one writer.
@@ -177,7 +176,7 @@ impl Link {
     ) -> Rc<Self> {
         let link = Rc::new(Self {
             ring: Rc::clone(ring),
-            fd: RefCell::new(Rc::new(opened.fd)),
+            wire: RefCell::new(Rc::new(Wire::new(opened.fd, opened.tls))),
             address: opened.address,
             export: opened.export,
             fence: opened.fence,
@@ -323,9 +322,7 @@ impl Link {
     /// it notices the end of the stream as well.
     pub(super) fn say_farewell(&self) {
         if !self.state.borrow().is_over() && self.in_flight.get() == 0 {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            let fd = self.fd.borrow();
-            let _ = rustix::net::send(fd.as_fd(), &peer::session::farewell(), flags);
+            self.wire.borrow().say_last(&peer::session::farewell());
         }
     }
 
@@ -347,7 +344,7 @@ impl Link {
 
     /// Makes what is under way in the kernel complete.
     fn shut_down(&self) {
-        let _ = rustix::net::shutdown(self.fd.borrow().as_fd(), Shutdown::Both);
+        let _ = rustix::net::shutdown(self.wire.borrow().as_fd(), Shutdown::Both);
         self.to_send.notify();
     }
 
@@ -363,11 +360,11 @@ impl Link {
     /// its server answers who asks anew on the same way: then its disk is slow. With each in a row
     /// that is given up so the next one gets twice the time.
     async fn watch(self: Rc<Self>) {
-        let fd = Rc::clone(&self.fd.borrow());
+        let wire = Rc::clone(&self.wire.borrow());
         let (mut replies, mut heard) = (self.replies.get(), ring::now());
         loop {
             self.ring.sleep_until(ring::now() + QUIET / 4).await;
-            if self.state.borrow().is_over() || !Rc::ptr_eq(&fd, &self.fd.borrow()) {
+            if self.state.borrow().is_over() || !Rc::ptr_eq(&wire, &self.wire.borrow()) {
                 return;
             }
             if self.replies.get() != replies {
@@ -459,7 +456,7 @@ impl Link {
                 match reopened {
                     Reopened::Up(opened) if opened.export == self.export => {
                         self.way.set(at);
-                        self.fd.replace(Rc::new(opened.fd));
+                        self.wire.replace(Rc::new(Wire::new(opened.fd, opened.tls)));
                         return self.ask_again(&opened.address, ring::now() - begun);
                     }
                     Reopened::Up(_) => return self.end("the export has changed"),
@@ -499,7 +496,7 @@ impl Link {
         let silent = u32::try_from((self.deadline * 2).as_millis()).unwrap_or(u32::MAX);
         // Unix sockets have no such thing; a TCP connection is as good without, only slower to
         // be given up.
-        let _ = sockopt::set_tcp_user_timeout(self.fd.borrow().as_fd(), silent);
+        let _ = sockopt::set_tcp_user_timeout(self.wire.borrow().as_fd(), silent);
         self.tasks.set(2);
         self.since.set(ring::now());
         self.to_send.notify();
@@ -511,7 +508,7 @@ impl Link {
     }
 
     async fn send_requests(self: Rc<Self>) {
-        let fd = Rc::clone(&self.fd.borrow());
+        let wire = Rc::clone(&self.wire.borrow());
         let trouble = loop {
             if self.state.borrow().is_over() {
                 break Trouble::Broken(String::new());
@@ -519,7 +516,7 @@ impl Link {
             let batch = self.gather();
             if batch.bytes() == 0 {
                 self.to_send.wait().await;
-            } else if let Err(error) = send_all(&self.ring, &fd, Rc::new(batch)).await {
+            } else if let Err(error) = wire.send(&self.ring, batch).await {
                 break error.into();
             }
         };
@@ -542,8 +539,8 @@ impl Link {
     }
 
     async fn receive_replies(self: Rc<Self>) {
-        let fd = Rc::clone(&self.fd.borrow());
-        let mut inbox = Inbox::new(&self.ring, &fd, INBOX_BYTES);
+        let wire = Rc::clone(&self.wire.borrow());
+        let mut inbox = wire.inbox(&self.ring, INBOX_BYTES);
         let trouble = loop {
             match inbox.array_or_end::<REPLY_BYTES>().await {
                 Ok(Some(header)) => {

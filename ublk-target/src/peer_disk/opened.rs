@@ -9,6 +9,7 @@ use mirror::control::ErrorKind;
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, LastStop, Loaded, Superblock};
 use peer::blocking::CONNECT_PATIENCE;
 use peer::claim::Fence;
+use peer::tls::Tls;
 use peer::{Address, Claimant, Client, ConnectError, Export};
 
 /// A connection that is not bound to a ring yet. Connecting may block, so that it happens on
@@ -16,6 +17,7 @@ use peer::{Address, Claimant, Client, ConnectError, Export};
 #[derive(Debug)]
 pub(crate) struct OpenedPeer {
     pub(super) fd: OwnedFd,
+    pub(super) tls: Option<Tls>,
     pub(super) export: Export,
     pub(super) address: String,
     /// Of a server that admits one writer.
@@ -167,9 +169,10 @@ impl OpenedPeer {
             address: address.clone(),
             source,
         };
-        let (fd, export) = client.into_parts().map_err(broken)?;
+        let (fd, tls, export) = client.into_parts().map_err(broken)?;
         Ok(Self {
             fd,
+            tls,
             export,
             address: address.to_string(),
             fence,

@@ -16,6 +16,7 @@ const FENCE: Fence = Fence {
 fn opened(stream: UnixStream, fence: Option<Fence>) -> OpenedPeer {
     OpenedPeer {
         fd: OwnedFd::from(stream),
+        tls: None,
         export: Export {
             size_bytes: 64 << 20,
             flags: ALL,

@@ -87,6 +87,7 @@ fn disk<T: Send + 'static>(
     let (ours, theirs) = UnixStream::pair().unwrap();
     let opened = OpenedPeer {
         fd: OwnedFd::from(ours),
+        tls: None,
         export: Export {
             size_bytes: 64 << 20,
             flags,
