@@ -34,6 +34,7 @@ SUBJECTS = {
     "mirror": "ublk-mirror",
     "mirror-no-intent": "ublk-mirror, intent off",
     "mirror-no-sums": "ublk-mirror, checksums off",
+    "mirror-tls": "ublk-mirror, TLS",
 }
 COLORS = {
     "bare": "#9aa0a6",
@@ -44,6 +45,7 @@ COLORS = {
     "mirror": "#1f6fb2",
     "mirror-no-intent": "#8fc1e8",
     "mirror-no-sums": "#5aa5a0",
+    "mirror-tls": "#3c4f76",
 }
 PLACES = {
     "guest-6.12-2cpu": "kernel 6.12, two processors",
@@ -51,6 +53,7 @@ PLACES = {
     "guest-7.2-2cpu": "kernel 7.2, two processors",
     "guest-7.2-counted": "kernel 7.2, one processor, counted instructions",
     "native": "NBD on this machine",
+    "native-peer": "NBD on this machine, one copy behind TCP (loopback)",
 }
 WRITE32, READ32, WRITE1 = "randwrite-4k-qd32", "randread-4k-qd32", "randwrite-4k-qd1"
 SEQUENTIAL = "seqwrite-128k-qd8"
@@ -73,6 +76,8 @@ RATIOS = [
     ("sequential write 128k, checksums on / off", COUNTED, "mirror", "mirror-no-sums", SEQUENTIAL, 0.95),
     ("random write QD32 / qemu's quorum", "native", "mirror", "quorum", WRITE32, 1.3),
     ("random read QD32 / qemu's quorum", "native", "mirror", "quorum", READ32, 1.3),
+    ("random write QD32 / qemu's quorum with one NBD child", "native-peer", "mirror", "quorum", WRITE32, 1.3),
+    ("sequential write 128k, TLS / plain text", "native-peer", "mirror-tls", "mirror", SEQUENTIAL, 0.7),
     (
         "uniform random write QD32 over 100 x the hot budget, no checksums, intent on / off",
         "native",
@@ -238,6 +243,10 @@ def figures(runs, results, measured_only):
         got = results.get("native", {}).get(name)
         value = ratio(got["members_ms"], got["sweep_ms"]) if got else None
         rows.append([what, "at least 0.90", show(value), verdict(value, 0.9), "-"])
+    got = results.get("native-peer", {}).get("resync")
+    value = ratio(got["nbdcopy_ms"], got["resync_ms"]) if got else None
+    what = "a full resync of a peer / nbdcopy to the same server"
+    rows.append([what, "at least 0.90", show(value), verdict(value, 0.9), "-"])
     for what, field in (("reads", 2), ("writes", 3)):
         value = ratio(*(median(runs, "native", who, "mixed-4k", field) for who in ("scrubbed", "scrubbed-not")))
         what = f"p99 of {what} at half of what the mirror can do, with a scrub / without"

@@ -11,7 +11,7 @@ set -euo pipefail
 . "$(dirname "$0")/private-apt.sh"
 
 build=(g++ gcc libc6-dev libclang-dev make pkg-config)
-tests=(busybox-static dmsetup e2fsprogs fio kmod mdadm nbd-server nbdkit openssl procps psmisc
+tests=(busybox-static dmsetup e2fsprogs fio kmod libnbd-bin mdadm nbd-server nbdkit openssl procps psmisc
     python3 python3-venv qemu-system-x86 qemu-utils sqlite3 udev util-linux xfsprogs)
 
 is_installed() {

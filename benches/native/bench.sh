@@ -1,8 +1,9 @@
 #!/bin/bash
 # Measurements on this machine's own kernel: the NBD front end beside qemu-storage-daemon's
-# quorum over files of the same kind, and the mirrors of 12 TiB.
+# quorum over files of the same kind, the same with one copy behind the network, and the mirrors of
+# 12 TiB.
 #
-# Usage: benches/native/bench.sh [quorum] [sums] [scrub] [budget] [big]      default: all of them
+# Usage: benches/native/bench.sh [quorum] [sums] [peer] [scrub] [budget] [big]      default: all of them
 #
 # Results go to benches/out/raw. The files lie in memory where it is big enough and takes direct
 # I/O, so that the programs are measured and not the disk below; where it is not, they lie under
@@ -20,16 +21,18 @@ export UBLK_MIRROR_RUN_DIR=$area/run UBLK_MIRROR_SCRUB_DAYS=0 PATH=$binaries:$PA
 place=native
 rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-6}
 storage_daemon=
+server=
 CREATE=()
 mkdir -p "$out" "$area"
 
 stop_everything() {
     set +e
     local name
-    for name in bench big budget sums no-sums; do
+    for name in bench big budget sums no-sums peer; do
         [ -e "$UBLK_MIRROR_RUN_DIR/$name.sock" ] && timeout 30 mirrorctl stop $name --force
     done
     [ -n "$storage_daemon" ] && kill "$storage_daemon" 2>/dev/null
+    [ -n "$server" ] && kill "$server" 2>/dev/null && wait "$server"
     mountpoint -q "$in_memory" && umount "$in_memory"
     rm -rf "$on_disk" "$in_memory"
 }
@@ -198,6 +201,120 @@ bench_sums() {
         mirrorctl stop $subject
         rm -f "$area/$subject"?
     done
+}
+
+# serve COMMAND... : runs a server of the file p1 until stop_server; sets PORT for it before.
+serve() {
+    "$@" &
+    server=$!
+    while ! (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; do
+        kill -0 $server
+        sleep 0.05
+    done
+}
+
+stop_server() {
+    kill "$server"
+    wait "$server" || true
+    server=
+}
+
+free_port() {
+    PORT=$(python3 -ISc '
+import socket
+probe = socket.socket()
+probe.bind(("127.0.0.1", 0))
+print(probe.getsockname()[1])')
+}
+
+# start_peer ADDRESS : a mirror over the file p0 and this export of the file p1; sets URI.
+start_peer() {
+    rm -f "$area/p0"
+    mirrorctl create peer --member "$area/p0" --member "$1" --size 1100M
+    mirrorctl start peer "$area/p0" "$1" --front nbd
+    URI=$(status_of peer device)
+}
+
+# new_disk : an empty file p1 to export.
+new_disk() {
+    rm -f "$area/p1"
+    truncate -s 1200M "$area/p1"
+}
+
+# One copy here and one behind TCP on the loopback, in turn with qemu's quorum over the same, and
+# with TLS; and a full resync beside nbdcopy to the same server.
+bench_peer() {
+    local round place=native-peer tls=$area/tls began resync=() copy=()
+    choose_area 5
+    rm -f "$out/${place}__"*
+    "$project/scripts/certificates.sh" "$tls" 127.0.0.1
+    for round in $(seq "$rounds"); do
+        new_disk && free_port
+        serve qemu-nbd -t -f raw --cache=none --aio=io_uring -x q -b 127.0.0.1 -p "$PORT" "$area/p1"
+        start_quorum_with_peer
+        fill "$URI" 1024
+        four_jobs quorum "$round" "$URI"
+        stop_quorum
+        stop_server
+
+        new_disk && free_port
+        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data --tls "$tls"
+        start_peer "nbds://127.0.0.1:$PORT/data?tls-certificates=$tls"
+        fill "$URI" 1024
+        four_jobs mirror-tls "$round" "$URI"
+        mirrorctl stop peer
+        stop_server
+
+        new_disk && free_port
+        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data
+        start_peer "nbd://127.0.0.1:$PORT/data"
+        fill "$URI" 1024
+        four_jobs mirror "$round" "$URI"
+        # A new disk in its place.
+        mirrorctl fail peer 1
+        mirrorctl remove peer 1
+        stop_server
+        new_disk && free_port
+        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data
+        began=$(now_ms)
+        mirrorctl add peer "nbd://127.0.0.1:$PORT/data"
+        mirrorctl wait peer
+        resync+=($(($(now_ms) - began)))
+        [ "$(status_of peer state)" = in-sync ]
+        mirrorctl stop peer
+        stop_server
+
+        new_disk && free_port
+        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data --any-writer
+        truncate -s 1024M "$area/p2"
+        dd if=/dev/urandom of="$area/p2" bs=1M count=1024 status=none
+        began=$(now_ms)
+        nbdcopy --flush "$area/p2" "nbd://127.0.0.1:$PORT/data"
+        copy+=($(($(now_ms) - began)))
+        stop_server
+        rm -f "$area"/p?
+    done
+    result resync mib 1024 resync_ms "$(median "${resync[@]}")" nbdcopy_ms "$(median "${copy[@]}")"
+    rm -rf "$tls"
+}
+
+# start_quorum_with_peer : over the file q0 and what qemu-nbd serves at PORT; sets URI.
+start_quorum_with_peer() {
+    local socket=$area/quorum.sock
+    rm -f "$area/q0"
+    truncate -s 1200M "$area/q0"
+    qemu-storage-daemon \
+        --blockdev "driver=file,node-name=f0,filename=$area/q0,cache.direct=on,aio=io_uring" \
+        --blockdev "driver=nbd,node-name=f1,server.type=inet,server.host=127.0.0.1,server.port=$PORT,export=q" \
+        --blockdev driver=quorum,node-name=q,vote-threshold=2,read-pattern=fifo,children.0=f0,children.1=f1 \
+        --nbd-server addr.type=unix,addr.path="$socket" \
+        --export type=nbd,id=e,node-name=q,name=q,writable=on &
+    storage_daemon=$!
+    while [ ! -S "$socket" ]; do
+        kill -0 $storage_daemon
+        sleep 0.05
+    done
+    URI="nbd+unix:///q?socket=$socket"
 }
 
 scrub_is_over() {
@@ -387,7 +504,7 @@ print(member["data-offset"], sums["copy-a"], sums["len"])')
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(quorum sums scrub budget big)
+[ $# -gt 0 ] || parts=(quorum sums peer scrub budget big)
 for part in "${parts[@]}"; do
     "bench_$part"
 done
