@@ -42,6 +42,9 @@ pub(crate) trait Stream: 'static {
     /// What is received and sent from now on goes through TLS.
     fn secure(&self, tls: Tls);
 
+    /// Whether there is TLS, and the client's certificate is accepted.
+    fn is_secured(&self) -> bool;
+
     /// Ends one direction or both; what waits on them ends.
     fn shutdown(&self, how: Shutdown);
 }

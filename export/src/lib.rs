@@ -29,8 +29,9 @@
 //!
 //! | what | at most | then |
 //! |---|---|---|
-//! | sessions | 16 | the one that has been silent for longest goes, never the writer or who waits to be |
-//! | handshake | 10 s, 8 KiB an option | the session ends |
+//! | sessions | 16 | one without TLS where that is wanted goes, else the one that has been silent for longest; never the writer or who waits to be |
+//! | handshake | 10 s, 8 KiB an option; where TLS is wanted, 3 s of it until it is there | the session ends |
+//! | TLS of a session | 0.5 MiB | |
 //! | requests under way in a session | 128, 4 MiB of data | it is not read from |
 //! | one read or write | 4 MiB, announced as the maximum | EOVERFLOW |
 //! | replies that a client does not take | count as under way | it is not read from |

@@ -208,7 +208,8 @@ impl<D: Store, S: Stream> Server<D, S> {
         let idle = sessions
             .values()
             .filter(|it| !it.is_cut() && !admission.concerns(it.id()));
-        if let Some(session) = idle.min_by_key(|it| it.heard()) {
+        // Who has shown no certificate where one is wanted makes room first.
+        if let Some(session) = idle.min_by_key(|it| (it.is_secured(), it.heard())) {
             self.say(&format!(
                 "{session} was silent for longest and makes room for another"
             ));

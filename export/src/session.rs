@@ -38,6 +38,8 @@ pub(crate) const PAYLOAD_BYTES_MAX: u32 = 4 << 20;
 const REQUESTS_MAX: u32 = 128;
 /// The handshake's limit of time, the wait for an older session's requests included.
 pub(crate) const HANDSHAKE_LIMIT: Duration = Duration::from_secs(10);
+/// The part of it until TLS is there, where it is wanted.
+const TLS_LIMIT: Duration = Duration::from_secs(3);
 /// In these units the data under way are counted.
 const UNIT_BYTES: u32 = 1024;
 
@@ -131,6 +133,11 @@ impl<S: Stream> Session<S> {
         self.writes.set(true);
     }
 
+    /// Whether its client has shown a certificate that is accepted.
+    pub(crate) fn is_secured(&self) -> bool {
+        self.stream.is_secured()
+    }
+
     /// Ends it: nothing more is received, sent, or begun.
     pub(crate) fn cut(&self) {
         self.is_cut.set(true);
@@ -156,12 +163,17 @@ impl<S: Stream> Session<S> {
             session: self,
             export: server.unclaimed_export(),
         };
-        let negotiation = proto::negotiate(&mut inbox, &mut desk);
-        match timeout(HANDSHAKE_LIMIT, negotiation).await {
-            Ok(Ok(true)) => {}
-            Ok(Ok(false)) => return Ok(()),
-            Ok(Err(why)) => return Err(why),
-            Err(_) => {
+        let negotiation = timeout(HANDSHAKE_LIMIT, proto::negotiate(&mut inbox, &mut desk));
+        let wants_tls = server.acceptor().is_some();
+        let negotiated = tokio::select! {
+            negotiated = negotiation => negotiated.ok(),
+            () = self.stays_unsecured(), if wants_tls => None,
+        };
+        match negotiated {
+            Some(Ok(true)) => {}
+            Some(Ok(false)) => return Ok(()),
+            Some(Err(why)) => return Err(why),
+            None => {
                 self.stream.shutdown(Shutdown::Both);
                 let why = "its handshake took too long";
                 return Err(std::io::Error::other(why).into());
@@ -178,6 +190,14 @@ impl<S: Stream> Session<S> {
         self.ready.notify_one();
         let _ = sender.await;
         read
+    }
+
+    /// Returns when the time is up in which a client has to show its certificate, unless it has.
+    async fn stays_unsecured(&self) {
+        tokio::time::sleep(TLS_LIMIT).await;
+        if self.is_secured() {
+            std::future::pending::<()>().await;
+        }
     }
 
     async fn read_requests<D: Store>(

@@ -288,6 +288,10 @@ impl Stream for SimStream {
         (sent, bytes)
     }
 
+    fn is_secured(&self) -> bool {
+        false
+    }
+
     fn secure(&self, _: Tls) {
         unreachable!("no test here has certificates")
     }

@@ -91,8 +91,9 @@ impl Layer {
         let mut sealed = sealed.as_ref().map_or(&[][..], |it| &it.data()[start..end]);
         let opened = tls.open(&mut sealed, into);
         self.here.set((end - sealed.len(), end));
-        if shakes || opened.is_err() {
-            // Later on it goes with what is sent next.
+        if shakes {
+            // Later on it goes with what is sent next: the socket has one sender, and this one must
+            // not wait for a client.
             tls.own_words(words);
         }
         opened
@@ -164,6 +165,13 @@ impl Stream for UringStream {
             return self.socket.send(bytes, part).await;
         };
         (layer.send(&self.socket, &bytes[part]).await, bytes)
+    }
+
+    fn is_secured(&self) -> bool {
+        let layer = self.layer.borrow();
+        layer
+            .as_ref()
+            .is_some_and(|it| !it.tls.borrow().is_handshaking())
     }
 
     fn secure(&self, tls: Tls) {

@@ -61,17 +61,23 @@ pub enum ConnectError {
 }
 
 impl ConnectError {
-    /// Whether the server may be there all the same, and only the network in its way.
+    /// Whether the server may be there all the same, and only the network in its way, or whoever is
+    /// on the way: before TLS is there, and until it is, any of them can say anything.
     #[must_use]
     pub fn is_the_networks(&self) -> bool {
+        use HandshakeError::{NoTls, Nonsense, NotNbd, TooOld};
         use io::ErrorKind::{ConnectionRefused, NotFound, PermissionDenied};
         match self {
             Self::Unreachable { source, .. } => !matches!(
                 source.kind(),
                 ConnectionRefused | NotFound | PermissionDenied
             ),
-            Self::NoAnswer { .. } => true,
-            Self::Handshake { .. } | Self::Tls { .. } | Self::Unusable { .. } => false,
+            Self::NoAnswer { .. } | Self::Tls { .. } => true,
+            Self::Handshake { address, source } => {
+                let from_anybody = matches!(source, NotNbd | TooOld | NoTls(_) | Nonsense(_));
+                address.tls.is_some() && from_anybody
+            }
+            Self::Unusable { .. } => false,
         }
     }
 
@@ -114,11 +120,27 @@ impl ConnectError {
         matches!(self, Self::Handshake { source, .. } if in_use(source))
     }
 
-    /// Whether whoever accepted the connection has ended it.
+    /// Whether nothing was asked of the network, for files of this host's own that are no use.
+    #[must_use]
+    pub fn is_our_own(&self) -> bool {
+        use TlsError::{File, Files, Name};
+        matches!(self, Self::Tls { source, .. } if matches!(**source, File { .. } | Files { .. } | Name(_)))
+    }
+
+    /// Whether whoever accepted the connection has ended it. With TLS only a farewell counts: anybody
+    /// on the way can end a connection.
     pub(crate) fn is_hang_up(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-        let ended = [BrokenPipe, ConnectionReset, UnexpectedEof];
-        matches!(self, Self::Unreachable { source, .. } if ended.contains(&source.kind()))
+        let Self::Unreachable { address, source } = self else {
+            return false;
+        };
+        let ended = [UnexpectedEof, BrokenPipe, ConnectionReset];
+        let ended = if address.tls.is_some() {
+            &ended[..1]
+        } else {
+            &ended[..]
+        };
+        ended.contains(&source.kind())
     }
 }
 

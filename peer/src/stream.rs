@@ -194,8 +194,8 @@ impl Stream {
             match opened? {
                 Opened::Plain(len) => done += len,
                 Opened::More => {
-                    let received = self.socket.receive_some(&mut layer.sealed, give_up)?;
-                    layer.here = 0..received;
+                    let received = self.socket.receive_some(&mut layer.sealed, give_up);
+                    layer.here = 0..received.map_err(without_farewell)?;
                 }
                 Opened::End => return Err(closed().into()),
             }
@@ -225,6 +225,14 @@ impl Stream {
         });
         Ok((fd, tls))
     }
+}
+
+/// The end of a connection that TLS had not announced is not its server's word.
+fn without_farewell(error: io::Error) -> io::Error {
+    if error.kind() == io::ErrorKind::UnexpectedEof {
+        return io::Error::new(io::ErrorKind::ConnectionAborted, error);
+    }
+    error
 }
 
 fn closed() -> io::Error {

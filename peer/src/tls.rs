@@ -11,12 +11,13 @@
 //! | `client-cert.pem`, `client-key.pem` | the client's certificate, and those it was signed with | the client |
 //! | `server-cert.pem`, `server-key.pem` | the server's | the server |
 //!
-//! They are read at each connection by a client, so that new ones need no restart, and at its start
+//! A certificate that does not say for which side it is passes for either. They are read at each connection by a client, so that new ones need no restart, and at its start
 //! by a server.
 //!
 //! # What it promises
 //!
-//! - Before both certificates are accepted nothing of NBD but the wish for TLS is answered.
+//! - Before both certificates are accepted nothing of NBD but the wish for TLS is answered, and
+//!   that a client leaves.
 //! - Any bytes give plain text or an error that ends the connection (R17). What is held of a
 //!   connection is a record of 16 KiB or two in each direction.
 //! - Keys are renewed by the library before they are worn out, so that a connection may last.

@@ -357,7 +357,7 @@ fn a_client_connects_with_tls_or_says_why_not() {
         ),
     ] {
         let (port, serving) = serve(certificates);
-        let address = address.replace('P', &port.to_string()).parse().unwrap();
+        let address: crate::Address = address.replace('P', &port.to_string()).parse().unwrap();
         let connected = crate::Client::connect(&address);
         match &connected {
             Ok(client) => {
@@ -370,7 +370,9 @@ fn a_client_connects_with_tls_or_says_why_not() {
                     !why.is_empty() && message.contains(why),
                     "{address}: {message}"
                 );
-                assert!(!error.is_the_networks(), "{address}");
+                let plain = address.tls.is_none();
+                assert_eq!(error.is_the_networks(), !plain, "{address}");
+                assert_eq!(error.is_our_own(), why.contains("/absent"), "{address}");
             }
         }
         if message_of_files(&connected) {

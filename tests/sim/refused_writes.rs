@@ -3,7 +3,7 @@
 
 use crate::checksums::{COOL, check, content, machine, rd, rot};
 use crate::double_faults::faults;
-use crate::machine::Machine;
+use crate::machine::{Machine, path};
 use crate::older_images::{seconds, states};
 use crate::play::bring_all_back;
 use crate::races::{flushes, none, seeds, wr};
@@ -212,6 +212,47 @@ fn what_is_answered_after_an_unclean_stop_is_durable() {
         machine.check_all("after the power cut");
     }
     assert!(loose > 0, "nothing was in a cache alone");
+}
+
+/// The only in-sync member has crashed, and takes neither flushes nor, in every other case, writes
+/// any more: what it has is answered, and copied to a new disk (R8), once it writes again.
+#[test]
+fn an_only_member_that_does_not_flush_is_read() {
+    for seed in seeds(40) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        machine.fail(1).unwrap();
+        wr(&machine, 8192, 65536);
+        if seed % 4 < 2 {
+            machine.kill_daemon();
+        } else {
+            machine.cut_power();
+        }
+        machine.start();
+        let dying = Faults {
+            flushes: true,
+            writes: seed % 2 == 0,
+            ..none()
+        };
+        machine.disks[0].set_faults(dying);
+        for _ in 0..3 {
+            rd(&machine, 0, 131_072).unwrap();
+            seconds(&machine, 2);
+        }
+        if seed % 2 == 0 {
+            machine.disks[0].set_faults(Faults {
+                writes: false,
+                ..dying
+            });
+        }
+        let disk = machine.disks[1].clone();
+        machine.re_add_disk(path(1), disk, true).unwrap();
+        let back = || machine.mirror().status().members[1].state != MemberState::Resyncing;
+        let ended = machine.run_coarsely(back);
+        assert!(ended, "seed {seed} {:#?}", machine.mirror().status());
+        assert_eq!(states(&machine)[1], MemberState::InSync, "seed {seed}");
+    }
 }
 
 /// The first extent was written, and is discarded.

@@ -58,6 +58,20 @@ fn nothing_is_taken_along_into_tls() {
     });
 }
 
+/// Who shows no certificate is not waited for as long as others.
+#[test]
+fn who_does_not_begin_tls_is_cut_soon() {
+    run(async {
+        let server = with_certificates(&SimStore::new(SIZE));
+        let client = Client::new(&server, WIDE).await;
+        tokio::time::sleep(Duration::from_millis(2900)).await;
+        client.option(OPTION_LIST, &[]).await;
+        assert_eq!(client.option_reply().await.unwrap().0, REP_ERR_TLS_REQD);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(client.0.hear(1).await, None);
+    });
+}
+
 #[test]
 fn without_certificates_there_is_no_tls() {
     run(async {

@@ -17,10 +17,12 @@
 //! the source included, equal or not. Where every disk refused what equalising wrote, caches may
 //! have it nevertheless: they are flushed before the copies are compared again. So they are before
 //! the first comparison after an unclean stop, the only in-sync member's too: what is answered
-//! then is what every later reader finds, after a power cut as well.
+//! then is what every later reader finds, after a power cut as well (but for an only member that
+//! does not flush any more: it is read as it is).
 
 use super::Mirror;
 use super::copies::Copies;
+use super::write::Flushing;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use dirty_map::{BLOCK_BYTES, Block, Known, Sum, blocks_covering};
@@ -48,7 +50,23 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
             return Ok(());
         }
-        self.equalise(blocks).await
+        let result = self.equalise(blocks).await;
+        self.unless_alone(result)
+    }
+
+    /// [`Mirror::equalise_for_read`] for a caller that holds the lock of these blocks.
+    pub(super) async fn equalise_for_read_locked(&self, blocks: Range<u64>) -> Result<(), Errno> {
+        let result = self.equalise_locked(blocks).await;
+        self.unless_alone(result)
+    }
+
+    /// What the only in-sync member has is answered, and copied to others, also when it takes
+    /// neither flushes nor writes any more: there is nobody with whom it could disagree.
+    fn unless_alone(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        if self.view().receivers.iter().filter(|r| r.in_sync).count() < 2 {
+            return Ok(());
+        }
+        result
     }
 
     /// The background task: goes on whenever there is something un-equalised.
@@ -157,15 +175,25 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// What caches alone have, of blocks that an earlier run left un-equalised or whose equalising
     /// was refused, looks equal and would answer reads: until the power goes (R5).
     async fn flush_cached(&self, blocks: &Range<u64>) -> Result<(), Errno> {
-        let cached = {
+        let (only_cached, refused) = {
             let maps = self.maps.borrow();
-            maps.only_cached || maps.refused.any_in(blocks.clone())
+            (maps.only_cached, maps.refused.any_in(blocks.clone()))
         };
-        if cached {
-            self.flush_in_turn(false).await?;
-            let mut maps = self.maps.borrow_mut();
+        if !only_cached && !refused {
+            return Ok(());
+        }
+        let failures = self.flush_failures.get();
+        let flushed = self.flush_in_turn(Flushing::ForReads).await;
+        let mut maps = self.maps.borrow_mut();
+        if flushed.is_ok() {
             maps.only_cached = false;
             maps.refused.clear(blocks.clone());
+        } else if self.flush_failures.get() != failures {
+            // All of these blocks are suspect instead (R7), and another flush would say nothing.
+            maps.only_cached = false;
+            maps.refused.clear_all();
+        } else if refused {
+            return flushed;
         }
         Ok(())
     }

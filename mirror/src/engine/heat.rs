@@ -10,6 +10,7 @@
 //! extents that never left *unwritten*.
 
 use super::sums::STORED_EVERY;
+use super::write::Flushing;
 use super::{FanOut, Mirror, PIECE_BYTES, Receiver, View, front, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
@@ -185,7 +186,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Makes zeroes durable that were written since `failures` was read: a flush that failed
     /// everywhere meanwhile may have dropped them, and one more would not say so.
     pub(super) async fn flush_zeroes(&self, failures: u64) -> Result<(), Errno> {
-        self.flush_in_turn(false).await?;
+        self.flush_in_turn(Flushing::Step).await?;
         if self.flush_failures.get() == failures {
             Ok(())
         } else {

@@ -85,7 +85,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         look: Look,
     ) -> Result<Option<Span<H::Buffer>>, Errno> {
         let blocks = blocks_covering(range.start, range.end - range.start);
-        self.equalise_locked(blocks.clone()).await?;
+        self.equalise_for_read_locked(blocks.clone()).await?;
         match self.read_written(range, span.clone(), true).await {
             Err(Errno::CHECKSUM) => {}
             result => return result,

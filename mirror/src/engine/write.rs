@@ -40,6 +40,18 @@ pub(super) struct Flushes {
     waiting: WaitList,
 }
 
+/// What a flush is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flushing {
+    /// Somebody is told that what was written is durable, which is refused after a flush that
+    /// failed everywhere.
+    Promised,
+    /// A step of the engine's.
+    Step,
+    /// An answer to a read is to stay what it is. Reads go on when nothing else does.
+    ForReads,
+}
+
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Writes `span` at `offset`; with `fua`, durably. Returns when every in-sync member has
     /// it, or has durably been declared lost.
@@ -229,12 +241,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     pub(super) async fn flush_inside(&self) -> Result<(), Errno> {
         self.settle_suspects().await;
         self.refuse_unsafe(true)?;
-        self.flush_in_turn(true).await
+        self.flush_in_turn(Flushing::Promised).await
     }
 
-    /// A flush that shares with all that wait beside it. `promised` when somebody is told that
-    /// what was written is durable, which is refused after a flush that failed everywhere.
-    pub(super) async fn flush_in_turn(&self, promised: bool) -> Result<(), Errno> {
+    /// A flush that shares with all that wait beside it.
+    pub(super) async fn flush_in_turn(&self, flushing: Flushing) -> Result<(), Errno> {
         let flushes = &self.flushes;
         let ticket = flushes.requested.get() + 1;
         flushes.requested.set(ticket);
@@ -246,7 +257,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return if failed { Err(Errno::IO) } else { Ok(()) };
             }
             // A flush that failed everywhere while this one waited has emptied the caches.
-            self.refuse_unsafe(promised)?;
+            if flushing != Flushing::ForReads {
+                self.refuse_unsafe(flushing == Flushing::Promised)?;
+            }
             flushes.running.set(true);
             let serves = flushes.requested.get();
             let result = self.flush_members().await;

@@ -112,14 +112,19 @@ impl Way {
         patience: Duration,
     ) -> Self {
         let there = address.clone();
+        let asked = there.clone();
         let ask = move || match Client::ask(&there, patience) {
             Ok(asked) => Reopened::unless_it_is(asked.fence(), wanted),
             Err(error) if error.is_the_networks() => Some(Reopened::NotNow(error.to_string())),
             Err(error) => Some(Reopened::Nobody(error.to_string())),
         };
-        let (asks, address) = (ask.clone(), address.clone());
+        let address = address.clone();
         Self {
-            answers: Arc::new(move || asks().is_none()),
+            answers: Arc::new(move || match Client::ask(&asked, patience) {
+                Ok(asked) => Reopened::unless_it_is(asked.fence(), wanted).is_none(),
+                // Then nobody was asked.
+                Err(error) => error.is_our_own(),
+            }),
             reopen: Arc::new(move || {
                 if let Some(other) = ask() {
                     return other;
