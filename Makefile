@@ -76,6 +76,7 @@ fuzz: deps
 	scripts/fuzz.sh $(FUZZ_SECONDS)
 
 bench: build
+	scripts/deps.sh --bench
 	benches/native/bench.sh
 	benches/guest/host.sh $(KERNELS)
 	benches/report.py

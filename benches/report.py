@@ -35,6 +35,8 @@ SUBJECTS = {
     "mirror-no-intent": "ublk-mirror, intent off",
     "mirror-no-sums": "ublk-mirror, checksums off",
     "mirror-tls": "ublk-mirror, TLS",
+    "drbd": "DRBD, protocol C",
+    "mirror-peer": "ublk-mirror, one peer",
 }
 COLORS = {
     "bare": "#9aa0a6",
@@ -46,12 +48,16 @@ COLORS = {
     "mirror-no-intent": "#8fc1e8",
     "mirror-no-sums": "#5aa5a0",
     "mirror-tls": "#3c4f76",
+    "drbd": "#b5485d",
+    "mirror-peer": "#1f6fb2",
 }
 PLACES = {
     "guest-6.12-2cpu": "kernel 6.12, two processors",
     "guest-6.12-counted": "kernel 6.12, one processor, counted instructions",
     "guest-7.2-2cpu": "kernel 7.2, two processors",
     "guest-7.2-counted": "kernel 7.2, one processor, counted instructions",
+    "guest-6.12-peer": "kernel 6.12, two processors, one copy behind TCP (loopback)",
+    "guest-7.2-peer": "kernel 7.2, two processors, one copy behind TCP (loopback)",
     "native": "NBD on this machine",
     "native-peer": "NBD on this machine, one copy behind TCP (loopback)",
 }
@@ -76,6 +82,7 @@ RATIOS = [
     ("sequential write 128k, checksums on / off", COUNTED, "mirror", "mirror-no-sums", SEQUENTIAL, 0.95),
     ("random write QD32 / qemu's quorum", "native", "mirror", "quorum", WRITE32, 1.3),
     ("random read QD32 / qemu's quorum", "native", "mirror", "quorum", READ32, 1.3),
+    ("random write QD32, one peer / DRBD", "guest-6.12-peer", "mirror-peer", "drbd", WRITE32, 1.5),
     ("random write QD32 / qemu's quorum with one NBD child", "native-peer", "mirror", "quorum", WRITE32, 1.3),
     ("sequential write 128k, TLS / plain text", "native-peer", "mirror-tls", "mirror", SEQUENTIAL, 0.7),
     (
@@ -242,6 +249,12 @@ def figures(runs, results, measured_only):
     ):
         got = results.get("native", {}).get(name)
         value = ratio(got["members_ms"], got["sweep_ms"]) if got else None
+        rows.append([what, "at least 0.90", show(value), verdict(value, 0.9), "-"])
+    for rtt_us in (200, 2000, 20000):
+        got = results.get("guest-6.12-peer", {}).get(f"distance-{rtt_us}")
+        # 32 at once, each with a round trip more.
+        value = ratio(got["iops"], 32 / (32 / got["iops_without"] + rtt_us / 1e6)) if got else None
+        what = f"random write QD32, one peer {rtt_us / 1000:g} ms away / what a round trip more would leave"
         rows.append([what, "at least 0.90", show(value), verdict(value, 0.9), "-"])
     got = results.get("native-peer", {}).get("resync")
     value = ratio(got["nbdcopy_ms"], got["resync_ms"]) if got else None

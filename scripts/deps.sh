@@ -1,18 +1,34 @@
 #!/bin/bash
 # Install what building, testing and measuring this project needs, beside Rust.
 #
-# Usage: scripts/deps.sh [--check]
+# Usage: scripts/deps.sh [--check] [--bench]
 #
 # For Debian 12 or 13, as root. Quick when everything is there: then nothing is asked of the
-# archive. --check only says what is missing (exit status 1 if anything is).
+# archive. --check only says what is missing (exit status 1 if anything is); --bench adds what is
+# measured beside.
 set -euo pipefail
 
 # shellcheck source=scripts/private-apt.sh
 . "$(dirname "$0")/private-apt.sh"
 
 build=(g++ gcc libc6-dev libclang-dev make pkg-config)
-tests=(busybox-static dmsetup e2fsprogs fio kmod libnbd-bin mdadm nbd-server nbdkit openssl procps psmisc
+tests=(busybox-static dmsetup e2fsprogs fio kmod mdadm nbd-server nbdkit openssl procps psmisc
     python3 python3-venv qemu-system-x86 qemu-utils sqlite3 udev util-linux xfsprogs)
+
+others=(drbd-utils iproute2 libnbd-bin)
+
+check=no bench=no
+for option in "$@"; do
+    case $option in
+    --check) check=yes ;;
+    --bench) bench=yes ;;
+    *)
+        echo "deps.sh knows no $option" >&2
+        exit 2
+        ;;
+    esac
+done
+[ $bench = yes ] && tests+=("${others[@]}")
 
 is_installed() {
     [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]
@@ -27,7 +43,7 @@ if ! command -v cargo >/dev/null; then
     exit 1
 fi
 [ ${#missing[@]} -gt 0 ] || exit 0
-if [ "${1:-}" = --check ]; then
+if [ $check = yes ]; then
     echo "missing packages: ${missing[*]}"
     exit 1
 fi

@@ -6,6 +6,7 @@
 #   OUT     folder for the results (fio's JSON, and *.result.json of our own)
 #   MODE    wall: three interleaved rounds, and the tests that need wall time;
 #           counted: one round of virtual time, because counted figures repeat
+#           peer: one copy behind TCP on the loopback, beside DRBD, and with a network that takes time
 #
 # All subjects work on the same two null_blk disks with 20 us completion latency, memory backed,
 # because metadata have to be readable. Jobs run on written extents.
@@ -19,11 +20,14 @@ shift 3
 # shellcheck source=tests/guest/damage.sh
 . "$PROJECT_DIR/tests/guest/damage.sh"
 
+# The kernel's DRBD is of the 8.4 line, and these are its words.
+DRBD=/lib/drbd/drbdsetup-84
 RUBLK=$PROJECT_DIR/.cache/rublk/bin/rublk
 all=(bare md-none md-bitmap rublk-loop mirror mirror-no-intent mirror-no-sums)
+[ "$mode" = peer ] && all=(drbd mirror-peer)
 [ $# -gt 0 ] && all=("$@")
 case $mode in
-wall) rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-5} ;;
+wall | peer) rounds=${BENCH_ROUNDS:-3} runtime=${BENCH_RUNTIME:-5} ;;
 counted) rounds=1 runtime=${BENCH_RUNTIME:-500ms} ;;
 *) fail "unknown mode $mode" ;;
 esac
@@ -61,6 +65,34 @@ set_up() {
         TARGET=/dev/ublkb77
         wait_for 100 test -b $TARGET
         ;;
+    drbd)
+        # Both hosts are this one: two resources that are joined over the loopback. Protocol C; nothing
+        # is copied at first, because both disks hold the same.
+        local side port=7788 other=7789
+        modprobe drbd
+        for side in 0 1; do
+            drbdmeta $side v08 "/dev/n$side" internal create-md --force >"$WORK/drbd.log" 2>&1
+            "$DRBD" new-resource r$side
+            "$DRBD" new-minor r$side $side 0
+            "$DRBD" attach $side "/dev/n$side" "/dev/n$side" internal
+            "$DRBD" connect r$side "ipv4:127.0.0.1:$port" "ipv4:127.0.0.1:$other" --protocol=C
+            port=7789 other=7788
+        done
+        wait_for 100 drbd_is Connected
+        "$DRBD" new-current-uuid 0 --clear-bitmap=yes
+        wait_for 100 drbd_is UpToDate/UpToDate
+        "$DRBD" primary 0
+        TARGET=/dev/drbd0
+        ;;
+    mirror-peer)
+        mirrorctl export /dev/n1 --listen 127.0.0.1:10809 --name data >"$WORK/export.log" 2>&1 &
+        SERVER=$!
+        wait_for 100 grep -q ready "$WORK/export.log"
+        mirrorctl create bench --force --member /dev/n0 --member nbd://127.0.0.1/data
+        mirrorctl start bench /dev/n0 nbd://127.0.0.1/data --front ublk --queue-depth 128
+        find_device bench
+        TARGET=$DEV
+        ;;
     mirror | mirror-no-intent | mirror-no-sums)
         local options=(--front ublk --queue-depth 128) sums=()
         [ "$1" = mirror-no-sums ] && sums+=(--no-checksums)
@@ -86,12 +118,28 @@ tear_down() {
         "$WORK/bin/rublk" del --number 77
         wait_for 100 test ! -b /dev/ublkb77
         ;;
+    drbd)
+        "$DRBD" secondary 0
+        "$DRBD" down r0
+        "$DRBD" down r1
+        dd if=/dev/zero of=/dev/n0 bs=1M count=1 seek=$((disk_mib - 1)) status=none
+        dd if=/dev/zero of=/dev/n1 bs=1M count=1 seek=$((disk_mib - 1)) status=none
+        ;;
+    mirror-peer)
+        mirrorctl stop bench
+        kill $SERVER
+        wait $SERVER || true
+        mirrorctl destroy /dev/n0 /dev/n1 --force
+        ;;
     mirror*)
         mirrorctl stop bench
         mirrorctl destroy /dev/n0 /dev/n1 --force
         ;;
     esac
 }
+
+# drbd_is WORD : whether DRBD says so of the first side.
+drbd_is() { grep -q "^ *0: .*$1" /proc/drbd; }
 
 fill() {
     fio --name=fill --filename="$TARGET" --direct=1 --ioengine=libaio --rw=write --bs=1m \
@@ -138,6 +186,34 @@ first_writes() {
     measure mirror first-seqwrite "$round" "${sequential[@]}"
     measure mirror again-seqwrite "$round" "${sequential[@]}"
     tear_down mirror
+}
+
+# What a network that takes time costs random writes: their rate beside what it would be if each
+# write took what it takes without, and one round trip more.
+distances() {
+    local delay_us rtt_us base slow
+    set_up mirror-peer
+    fill "$size_mib"
+    local job=(--rw=randwrite --bs=4k --iodepth=32 --size="${size_mib}m" --time_based)
+    modprobe sch_netem
+    measure mirror-peer distance-0 1 "${job[@]}" --runtime="$runtime"
+    base=$(iops)
+    for delay_us in 100 1000 10000; do
+        rtt_us=$((2 * delay_us))
+        tc qdisc add dev lo root netem limit 100000 delay ${delay_us}us
+        measure mirror-peer distance-$rtt_us 1 "${job[@]}" --runtime="$runtime"
+        slow=$(iops)
+        tc qdisc del dev lo root
+        result "distance-$rtt_us" rtt_us $rtt_us iops "$slow" iops_without "$base"
+    done
+    tear_down mirror-peer
+}
+
+# iops : of what was measured last.
+iops() {
+    python3 -ISc '
+import json, sys
+print(json.load(open(sys.argv[1]))["jobs"][0]["write"]["iops"])' "$WORK/fio.json"
 }
 
 sectors_written() { awk '{print $7}' "/sys/block/$1/stat"; }
@@ -297,6 +373,10 @@ enter_guest
 uname -r >"$out/$place.kernel"
 subjects=()
 for subject in "${all[@]}"; do
+    if [ "$subject" = drbd ] && ! [ -x $DRBD ]; then
+        echo "drbd-utils are not installed: DRBD's column stays empty"
+        continue
+    fi
     if [ "$subject" = rublk-loop ]; then
         [ -x "$RUBLK" ] || { echo "rublk is not built: its column stays empty" && continue; }
         cp "$RUBLK" "$WORK/bin/rublk"
@@ -314,6 +394,7 @@ for round in $(seq "$rounds"); do
     done
     [[ " ${subjects[*]} " == *" mirror "* ]] && first_writes "$round"
 done
+[ "$mode" = peer ] && distances
 no_disks
 if [ "$mode" = wall ]; then
     for subject in md-bitmap mirror; do

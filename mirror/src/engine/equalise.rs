@@ -50,20 +50,28 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if !self.maps.borrow().hot.is_unequalised(blocks.clone()) {
             return Ok(());
         }
-        let result = self.equalise(blocks).await;
-        self.unless_alone(result)
+        let result = self.equalise(blocks.clone()).await;
+        self.unless_alone(blocks, result)
     }
 
     /// [`Mirror::equalise_for_read`] for a caller that holds the lock of these blocks.
     pub(super) async fn equalise_for_read_locked(&self, blocks: Range<u64>) -> Result<(), Errno> {
-        let result = self.equalise_locked(blocks).await;
-        self.unless_alone(result)
+        let result = self.equalise_locked(blocks.clone()).await;
+        self.unless_alone(blocks, result)
     }
 
     /// What the only in-sync member has is answered, and copied to others, also when it takes
-    /// neither flushes nor writes any more: there is nobody with whom it could disagree.
-    fn unless_alone(&self, result: Result<(), Errno>) -> Result<(), Errno> {
-        if self.view().receivers.iter().filter(|r| r.in_sync).count() < 2 {
+    /// neither flushes nor writes any more: there is nobody with whom it could disagree. Which of
+    /// its contents a block has is not known, so that no checksum is about it.
+    fn unless_alone(&self, blocks: Range<u64>, result: Result<(), Errno>) -> Result<(), Errno> {
+        let alone = || self.view().receivers.iter().filter(|r| r.in_sync).count() < 2;
+        if result.is_err() && alone() {
+            let maps = self.maps.borrow();
+            let unequal: Vec<u64> = blocks
+                .filter(|&block| maps.hot.is_unequalised(block..block + 1))
+                .collect();
+            drop(maps);
+            self.record_equal(unequal.into_iter().map(|block| (Block(block), None)));
             return Ok(());
         }
         result
