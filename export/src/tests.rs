@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod failures;
+mod sums;
 
 use std::cell::Cell;
 use std::future::Future;
