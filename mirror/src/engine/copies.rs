@@ -98,12 +98,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// read block by block.
     pub(super) async fn read_copies(&self, range: &Range<u64>) -> Copies<D> {
         let view = self.view();
-        let members: Vec<_> = view
-            .receivers
-            .iter()
-            .filter(|r| r.in_sync)
-            .cloned()
-            .collect();
+        let members = view.receivers.iter().filter(|r| r.in_sync);
+        self.read_copies_of(members.cloned().collect(), range).await
+    }
+
+    /// The same from some of them.
+    pub(super) async fn read_copies_of(
+        &self,
+        members: Vec<Receiver<D>>,
+        range: &Range<u64>,
+    ) -> Copies<D> {
         let len = length(range.end - range.start);
         let blocks = blocks_covering(range.start, range.end - range.start);
         let spans: Vec<_> = members.iter().map(|_| self.span_to_read(len)).collect();
