@@ -18,6 +18,7 @@ use mirror::superblock::{
     DECODED_BYTES_MAX, Epoch, HISTORY_MAX, SlotRecord, SlotState, Superblock,
 };
 use peer::claim::{Claim, Fence, judge};
+use peer::server::contexts::Agreed;
 use peer::server::{
     Desk, EVERYTHING, Export, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES, Peer, ProtocolError, Verdict,
     negotiate,
@@ -25,7 +26,7 @@ use peer::server::{
 use ublk_mirror_fuzz::within;
 use uuid::Uuid;
 
-/// Longest answer to one option: an export's description, or the mirror's name.
+/// Longest answer to one option: an export's description, the mirror's name, or a context.
 const ANSWER_BYTES_MAX: usize = 256;
 /// One option's data, and twice the answer for a vector that has grown.
 const MEMORY_MAX: usize = MAX_OPTION_BYTES + 2 * ANSWER_BYTES_MAX + CLAIM_BYTES_MAX;
@@ -55,11 +56,15 @@ const FENCE: Fence = Fence {
 };
 
 /// Decides on claims as the export server does, by the disk.
-struct Judge(Export);
+struct Judge(Export, Agreed);
 
 impl Desk for Judge {
     fn export(&self) -> &Export {
         &self.0
+    }
+
+    fn agreed(&mut self) -> Option<&mut Agreed> {
+        Some(&mut self.1)
     }
 
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
@@ -81,13 +86,14 @@ impl Desk for Judge {
 
 fuzz_target!(|data: &[u8]| {
     LazyLock::force(&DISK);
-    let mut desk = Judge(Export {
+    let export = Export {
         name: "data".to_owned(),
         size_bytes: 1 << 30,
         block_bytes: 512,
         payload_bytes_max: MAX_PAYLOAD_BYTES,
         flags: EVERYTHING,
-    });
+    };
+    let mut desk = Judge(export, Agreed::default());
     let mut client = Client {
         left: data,
         no_zeroes: data.get(3).is_some_and(|flags| flags & 2 != 0),

@@ -222,6 +222,8 @@ class Between:
         self.address = f"nbd+unix:///{server.export}?socket={self.socket}"
         self.server, self.lock, self.ends = server, threading.Lock(), []
         self.open, self.flows, self.connections = True, threading.Event(), 0
+        # Bytes that came through, in both directions.
+        self.passed = 0
         self.flows.set()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(self.socket)
@@ -236,6 +238,13 @@ class Between:
             for end in self.ends:
                 _close(end)
             self.ends.clear()
+
+    def cut_last(self):
+        """The newest connection is closed, and no other."""
+        with self.lock:
+            for end in self.ends[-2:]:
+                _close(end)
+            del self.ends[-2:]
 
     def mend(self):
         """Connections are passed on again."""
@@ -277,6 +286,8 @@ class Between:
         try:
             while data := source.recv(1 << 16):
                 self.flows.wait()
+                with self.lock:
+                    self.passed += len(data)
                 target.sendall(data)
         except OSError:
             pass

@@ -5,11 +5,12 @@ use crate::checksums::{COOL, check, content, machine, rot, spoil};
 use crate::machine::{Machine, superblock_on};
 use crate::older_images::{seconds, states};
 use crate::races::{seeds, wr};
+use crate::rot::repairing;
 use crate::sums;
 use dirty_map::Extent;
 use mirror::DiskRequest;
 use mirror::control::MemberState;
-use mirror::sim::{Observer, SimBuffer, SimDisk};
+use mirror::sim::{Faults, Observer, SimBuffer, SimDisk};
 use std::cell::Cell;
 use std::rc::Rc;
 
@@ -147,7 +148,7 @@ fn a_write_on_its_way_is_not_rot() {
             }
             done.set(true);
         });
-        let how = crate::rot::repairing(seed % 2 == 0);
+        let how = repairing(seed % 2 == 0);
         let how = mirror::engine::CheckOptions {
             hot_too: seed % 3 == 0,
             ..how
@@ -159,5 +160,36 @@ fn a_write_on_its_way_is_not_rot() {
         assert_eq!(checked.findings, 0, "seed {seed}");
         assert!(machine.world.run(1_000_000, || written.get()));
         machine.check_all("after");
+    }
+}
+
+/// All hang, for longer than the deadline: that nobody has answered yet costs nobody his place. When
+/// only the one that is read hangs, it is lost, as by any other check.
+#[test]
+fn a_stall_that_all_share_loses_nobody() {
+    for (seed, all) in (0..10).map(|seed| (seed, seed % 2 == 0)) {
+        let machine = cool(seed, 2);
+        let hang = |on: bool| {
+            let faults = Faults {
+                hang: on,
+                ..Faults::default()
+            };
+            machine.disks[0].set_faults(faults);
+            if all {
+                machine.disks[1].set_faults(faults);
+            }
+        };
+        hang(true);
+        let (mirror, ended) = (machine.mirror(), Rc::new(Cell::new(false)));
+        let done = ended.clone();
+        machine.world.spawn_task(async move {
+            let _ = mirror.check_extent(Extent(0), repairing(true)).await;
+            done.set(true);
+        });
+        seconds(&machine, 60);
+        hang(false);
+        assert!(machine.world.run(1_000_000, || ended.get()));
+        let lost = states(&machine)[0] != MemberState::InSync;
+        assert_eq!(lost, !all, "seed {seed}: {:?}", states(&machine));
     }
 }

@@ -4,8 +4,8 @@
 //! Members of this machine are read, or one of the others where there is none; the others say what
 //! the CRC32 of each block is ([`Disk::sums`]). A block is as it should be when every copy that was
 //! read is the same, every CRC32 is of just that, and it fits the checksum that each member has
-//! stored. Whatever is not so, or cannot be told, gets the second look, for which everything is
-//! read: nothing is ever repaired, chosen or called right for a reader by a checksum that came from
+//! stored. Where not all of them answer, everything is read at once; whatever is not so gets the
+//! second look, for which everything is read: nothing is ever repaired, chosen or called right for a reader by a checksum that came from
 //! elsewhere. What is missed by it: a copy behind the network that differs and has the same CRC32,
 //! one in four billion of those that do, is not found.
 
@@ -55,7 +55,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             return None;
         }
         // They compute while these are read.
-        let copies = self.read_copies_of(read, piece).await;
+        let copies = self.read_some_copies(read, piece).await?;
         let mut said = Vec::with_capacity(asked.len());
         for (slot, sums) in asked {
             said.push((slot, sums.await.filter(|crcs| crcs.len() == count)?));

@@ -42,7 +42,11 @@ fn disk(
     let link = Link::new(ring, opened(first, fence), ways, Duration::from_secs(30));
     let peers = Rc::new(Peers::default());
     peers.add(&link);
-    (Rc::new(PeerDisk(link, Rc::default(), None)), peers, attempts)
+    (
+        Rc::new(PeerDisk(link, Rc::default(), None)),
+        peers,
+        attempts,
+    )
 }
 
 /// A way on which these attempts are made; after them nobody is there.
