@@ -38,33 +38,41 @@ impl Sum {
         Self::new(hasher.finalize())
     }
 
+    /// The checksum of a whole block of which only the CRC32 of its content is known: whoever has
+    /// computed that need not know which block it is.
+    #[must_use]
+    pub fn of_crc(block: Block, crc: u32) -> Self {
+        let number = of_number(block);
+        let effects = (0..).zip(&AFTER_A_BLOCK.0);
+        let effects = effects.filter(|(at, _)| number >> at & 1 != 0);
+        Self::new(effects.fold(crc, |crc, (_, effect)| crc ^ effect))
+    }
+
     /// The checksum of a whole block of zeroes, without looking at 4 KiB of them.
     #[must_use]
     pub fn of_zeroes(block: Block) -> Self {
-        /// What each bit of the number's CRC becomes at the end of the block, and the last one
-        /// what becomes of none.
-        static AFTER_ZEROES: LazyLock<([u32; 32], u32)> = LazyLock::new(|| {
-            let zeroes = vec![0; usize::try_from(BLOCK_BYTES).unwrap_or(0)];
-            let after = |crc: u32| {
-                let mut hasher = crc32fast::Hasher::new_with_initial(crc);
-                hasher.update(&zeroes);
-                hasher.finalize()
-            };
-            let none = after(0);
-            let mut bit = 1_u32;
-            let bits = std::array::from_fn(|_| {
-                let effect = after(bit) ^ none;
-                bit = bit.rotate_left(1);
-                effect
-            });
-            (bits, none)
-        });
-        let (bits, none) = &*AFTER_ZEROES;
-        let number = of_number(block);
-        let effects = (0..).zip(bits).filter(|(at, _)| number >> at & 1 != 0);
-        Self::new(effects.fold(*none, |crc, (_, effect)| crc ^ effect))
+        Self::of_crc(block, AFTER_A_BLOCK.1)
     }
 }
+
+/// What each bit of the number's CRC becomes at the end of the block, whatever is in it, and what
+/// none becomes at the end of a block of zeroes.
+static AFTER_A_BLOCK: LazyLock<([u32; 32], u32)> = LazyLock::new(|| {
+    let zeroes = vec![0; usize::try_from(BLOCK_BYTES).unwrap_or(0)];
+    let after = |crc: u32| {
+        let mut hasher = crc32fast::Hasher::new_with_initial(crc);
+        hasher.update(&zeroes);
+        hasher.finalize()
+    };
+    let none = after(0);
+    let mut bit = 1_u32;
+    let bits = std::array::from_fn(|_| {
+        let effect = after(bit) ^ none;
+        bit = bit.rotate_left(1);
+        effect
+    });
+    (bits, none)
+});
 
 /// CRC32 of a block's number, which the content's goes on from.
 fn of_number(block: Block) -> u32 {
@@ -187,6 +195,16 @@ mod tests {
         fn zeroes_need_not_be_looked_at(number in any::<u64>()) {
             let block = Block(number);
             prop_assert_eq!(Sum::of_zeroes(block), Sum::of(block, &ZEROES));
+        }
+
+        #[test]
+        fn a_crc_of_the_content_is_enough(
+            number in any::<u64>(),
+            content in proptest::collection::vec(any::<u8>(), 4096),
+        ) {
+            let block = Block(number);
+            let sum = Sum::of_crc(block, crc32fast::hash(&content));
+            prop_assert_eq!(sum, Sum::of(block, &content));
         }
 
         #[test]

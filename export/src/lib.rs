@@ -22,6 +22,9 @@
 //!   and the disk is flushed. A panic ends the process, and so all sessions.
 //! - With [`Unclaimed::Write`] a disk that is a member of a mirror is not written to without a claim
 //!   all the same.
+//! - Whoever may read can have checksums of blocks instead, by a metadata context of NBD's
+//!   ([`peer::wire`]): the disk is read here, and a few bytes travel. It is a read in every
+//!   respect, the limits included. What cannot be read has no checksum but an error.
 //! - The server's instance is random at each start: a client knows by it whether what the disk
 //!   held in its cache is still there (R14).
 //!
@@ -34,6 +37,7 @@
 //! | TLS of a session | 0.5 MiB | |
 //! | requests under way in a session | 128, 4 MiB of data | it is not read from |
 //! | one read or write | 4 MiB, announced as the maximum | EOVERFLOW |
+//! | blocks whose checksums are one answer | 1024, which count as 4 MiB of data | the first ones are answered |
 //! | replies that a client does not take | count as under way | it is not read from |
 //! | a connection whose host is gone | 25 to 30 s | the session ends |
 //!
@@ -78,6 +82,7 @@ mod session;
 #[cfg(test)]
 mod sim;
 mod stream;
+mod sums;
 #[cfg(test)]
 mod tests;
 mod uring;

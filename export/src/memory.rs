@@ -2,11 +2,11 @@
 //!
 //! Direct I/O wants an aligned address, and the ring's operations take owned vectors. So a vector
 //! is made a little larger, and the data begin at its first aligned byte that leaves room in
-//! front for a reply's header: header and data then go out in one send.
+//! front for a reply's head: head and data then go out in one send.
 
 use std::ops::Range;
 
-use peer::wire::REPLY_BYTES;
+use peer::structured::{HEAD_BYTES_MAX, Head};
 
 /// Alignment of the data.
 const ALIGNMENT: usize = 4096;
@@ -21,9 +21,9 @@ pub(crate) struct Memory {
 impl Memory {
     /// `len` zeroes.
     pub(crate) fn zeroed(len: usize) -> Self {
-        let vector = vec![0; REPLY_BYTES + ALIGNMENT + len];
-        let skip = vector[REPLY_BYTES..].as_ptr().align_offset(ALIGNMENT);
-        let start = REPLY_BYTES + skip.min(ALIGNMENT);
+        let vector = vec![0; HEAD_BYTES_MAX + ALIGNMENT + len];
+        let skip = vector[HEAD_BYTES_MAX..].as_ptr().align_offset(ALIGNMENT);
+        let start = HEAD_BYTES_MAX + skip.min(ALIGNMENT);
         Self {
             vector,
             window: start..start + len,
@@ -45,10 +45,9 @@ impl Memory {
         &mut self.vector[self.window.clone()]
     }
 
-    /// Puts a reply's header in front of the data.
-    pub(crate) fn set_header(&mut self, header: [u8; REPLY_BYTES]) {
-        let start = self.window.start;
-        self.vector[start - REPLY_BYTES..start].copy_from_slice(&header);
+    /// Leaves only the first bytes.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        self.window.end = self.window.end.min(self.window.start + len);
     }
 
     /// The vector, and where the data from byte `from` of them on lie in it.
@@ -62,12 +61,11 @@ impl Memory {
         Self { vector, window }
     }
 
-    /// The vector, and where the header and the data lie in it.
-    pub(crate) fn with_header(self) -> (Vec<u8>, Range<usize>) {
-        (
-            self.vector,
-            self.window.start - REPLY_BYTES..self.window.end,
-        )
+    /// The vector, and where the reply lies in it: `head`, and then the data.
+    pub(crate) fn with_head(mut self, head: &Head) -> (Vec<u8>, Range<usize>) {
+        let start = self.window.start - head.bytes().len();
+        self.vector[start..self.window.start].copy_from_slice(head.bytes());
+        (self.vector, start..self.window.end)
     }
 }
 
@@ -76,21 +74,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn data_are_aligned_with_room_for_a_header() {
+    fn data_are_aligned_with_room_for_a_head() {
         for len in [1, 512, 4096, 1 << 20] {
-            let mut memory = Memory::zeroed(len);
-            assert_eq!(memory.len(), len);
-            assert_eq!(memory.data().as_ptr().align_offset(ALIGNMENT), 0);
-            memory.data_mut().fill(7);
-            memory.set_header([1; REPLY_BYTES]);
-            assert!(memory.data().iter().all(|byte| *byte == 7));
-            let (vector, window) = memory.with_header();
-            let sent = &vector[window];
-            assert_eq!(sent.len(), REPLY_BYTES + len);
-            assert_eq!(
-                sent[..REPLY_BYTES + 1],
-                [&[1; REPLY_BYTES][..], &[7]].concat()
-            );
+            for head in [Head::simple([1; 16]), Head::of_data(1, 2, 3)] {
+                let mut memory = Memory::zeroed(len);
+                assert_eq!(memory.len(), len);
+                assert_eq!(memory.data().as_ptr().align_offset(ALIGNMENT), 0);
+                memory.data_mut().fill(7);
+                let (vector, window) = memory.with_head(&head);
+                let sent = &vector[window];
+                let (first, data) = sent.split_at(head.bytes().len());
+                assert_eq!(first, head.bytes());
+                assert_eq!(data, vec![7; len]);
+            }
         }
     }
 }

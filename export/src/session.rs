@@ -20,9 +20,11 @@ use std::time::Duration;
 use mirror::host::Errno;
 use peer::claim::Claim;
 use peer::server::admission::SessionId;
+use peer::server::contexts::Agreed;
 use peer::server::{
     self as proto, Command, Desk, Export, Peer as _, REQUEST_BYTES, Request, Verdict,
 };
+use peer::structured::Head;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
@@ -30,6 +32,7 @@ use crate::inbox::{Ended, Inbox, send_all};
 use crate::io::{Store, Stream};
 use crate::memory::Memory;
 use crate::server::{Server, spawn};
+use crate::sums::sums;
 
 /// Longest read or write in bytes, announced to clients; also the data that one session may have
 /// under way.
@@ -50,8 +53,7 @@ struct Room {
 }
 
 struct Reply {
-    cookie: u64,
-    error: u32,
+    head: Head,
     data: Option<Memory>,
     room: Room,
 }
@@ -71,6 +73,8 @@ pub(crate) struct Session<S> {
     failures_seen: Cell<u64>,
     /// A person has been told that it may not write.
     told: Cell<bool>,
+    /// How its requests are answered.
+    agreed: Cell<Agreed>,
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     replies: RefCell<VecDeque<Reply>>,
@@ -97,6 +101,7 @@ impl<S: Stream> Session<S> {
             writes: Cell::new(false),
             failures_seen: Cell::new(0),
             told: Cell::new(false),
+            agreed: Cell::default(),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX as usize)),
             bytes: Arc::new(Semaphore::new((PAYLOAD_BYTES_MAX / UNIT_BYTES) as usize)),
             replies: RefCell::default(),
@@ -162,6 +167,7 @@ impl<S: Stream> Session<S> {
             server,
             session: self,
             export: server.unclaimed_export(),
+            agreed: Agreed::default(),
         };
         let negotiation = timeout(HANDSHAKE_LIMIT, proto::negotiate(&mut inbox, &mut desk));
         let wants_tls = server.acceptor().is_some();
@@ -179,6 +185,7 @@ impl<S: Stream> Session<S> {
                 return Err(std::io::Error::other(why).into());
             }
         }
+        self.agreed.set(desk.agreed);
         let export = desk.export;
         let sender = spawn(Rc::clone(self).send_replies());
         let read = self.read_requests(server, &mut inbox, &export).await;
@@ -216,14 +223,14 @@ impl<S: Stream> Session<S> {
             if request.command == Command::Disconnect {
                 return Ok(());
             }
-            let mut refusal = proto::refusal(&request, export);
+            let (mut refusal, len) = match self.payload(&request, export) {
+                Ok(len) => (None, len),
+                Err(error) => (Some(error), 0),
+            };
             if refusal.is_none() && request.command.changes() {
                 refusal = self.refuse_to_write(server).await;
             }
-            let len = match request.command {
-                Command::Read | Command::Write if refusal.is_none() => request.len,
-                _ => 0,
-            };
+            let len = if refusal.is_none() { len } else { 0 };
             let room = self.room(len).await;
             let mut memory = (len > 0).then(|| Memory::zeroed(len as usize));
             if request.command == Command::Write {
@@ -254,6 +261,18 @@ impl<S: Stream> Session<S> {
             });
         }
         Ok(())
+    }
+
+    /// Bytes of memory that a request takes, or the error that it is answered with at once.
+    fn payload(&self, request: &Request, export: &Export) -> Result<u32, u32> {
+        if let Command::BlockStatus { one } = request.command {
+            return self.agreed.get().sums_of(request, one, export);
+        }
+        match proto::refusal(request, export) {
+            Some(error) => Err(error),
+            None if matches!(request.command, Command::Read | Command::Write) => Ok(request.len),
+            None => Ok(0),
+        }
     }
 
     /// Makes a session without a claim the writer at its first write, or says why not.
@@ -290,12 +309,12 @@ impl<S: Stream> Session<S> {
     }
 
     fn reply(&self, request: &Request, error: u32, data: Option<Memory>, room: Room) {
-        self.replies.borrow_mut().push_back(Reply {
-            cookie: request.cookie,
-            error,
-            data: data.filter(|_| error == 0),
-            room,
-        });
+        let data = data.filter(|_| error == 0);
+        let len = data.as_ref().map_or(0, Memory::len);
+        let len = u32::try_from(len).unwrap_or(u32::MAX);
+        let head = self.agreed.get().head(request, error, len);
+        let reply = Reply { head, data, room };
+        self.replies.borrow_mut().push_back(reply);
         self.ready.notify_one();
     }
 
@@ -311,6 +330,10 @@ impl<S: Stream> Session<S> {
         let done = match (request.command, memory) {
             (Command::Read, Some(memory)) => {
                 let (result, memory) = store.read(offset, memory).await;
+                return (result, Some(memory));
+            }
+            (Command::BlockStatus { .. }, Some(memory)) => {
+                let (result, memory) = sums(store, offset, memory).await;
                 return (result, Some(memory));
             }
             (Command::Write, Some(memory)) => store.write(offset, memory).await,
@@ -355,21 +378,19 @@ impl<S: Stream> Session<S> {
 
     /// Sends replies, those without data together.
     async fn send(&self, ready: VecDeque<Reply>) -> Result<(), Ended> {
-        let mut headers = Vec::new();
+        let mut heads = Vec::new();
         let mut rooms = Vec::new();
         for reply in ready {
-            let header = proto::reply_header(reply.cookie, reply.error);
-            let Some(mut data) = reply.data else {
-                headers.extend_from_slice(&header);
+            let Some(data) = reply.data else {
+                heads.extend_from_slice(reply.head.bytes());
                 rooms.push(reply.room);
                 continue;
             };
-            data.set_header(header);
-            let (vector, part) = data.with_header();
+            let (vector, part) = data.with_head(&reply.head);
             send_all(&*self.stream, vector, part).await?;
         }
-        let len = headers.len();
-        send_all(&*self.stream, headers, 0..len).await
+        let len = heads.len();
+        send_all(&*self.stream, heads, 0..len).await
     }
 }
 
@@ -378,6 +399,7 @@ struct ClaimDesk<'a, D, S> {
     server: &'a Rc<Server<D, S>>,
     session: &'a Rc<Session<S>>,
     export: Export,
+    agreed: Agreed,
 }
 
 impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
@@ -387,6 +409,10 @@ impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
 
     fn has_tls(&self) -> bool {
         self.server.acceptor().is_some()
+    }
+
+    fn agreed(&mut self) -> Option<&mut Agreed> {
+        Some(&mut self.agreed)
     }
 
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {

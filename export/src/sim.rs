@@ -24,6 +24,10 @@ struct Inner {
     reads_held: Cell<bool>,
     flushes_held: Cell<bool>,
     released: Notify,
+    /// Reads of it fail.
+    bad: Cell<Option<usize>>,
+    /// Reads that have begun and not ended.
+    reading: Cell<usize>,
     /// Writes that have begun and not ended.
     writing: Cell<usize>,
     flushes: Cell<usize>,
@@ -42,6 +46,8 @@ impl SimStore {
             reads_held: Cell::new(false),
             flushes_held: Cell::new(false),
             released: Notify::new(),
+            bad: Cell::new(None),
+            reading: Cell::new(0),
             writing: Cell::new(0),
             flushes: Cell::new(0),
             delay_next: Cell::new(false),
@@ -66,6 +72,15 @@ impl SimStore {
 
     pub(crate) fn writing(&self) -> usize {
         self.0.writing.get()
+    }
+
+    pub(crate) fn reading(&self) -> usize {
+        self.0.reading.get()
+    }
+
+    /// This byte cannot be read, or all can.
+    pub(crate) fn spoil(&self, bad: Option<usize>) {
+        self.0.bad.set(bad);
     }
 
     pub(crate) fn flushes(&self) -> usize {
@@ -123,8 +138,15 @@ impl SimStore {
 
 impl Store for SimStore {
     async fn read(&self, offset: u64, mut memory: Memory) -> (Result<(), Errno>, Memory) {
+        let reading = &self.0.reading;
+        reading.set(reading.get() + 1);
         self.wait_while(|it| it.reads_held.get()).await;
+        reading.set(reading.get() - 1);
         let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        let mut bad = self.0.bad.get().into_iter();
+        if bad.any(|bad| (offset..offset + memory.len()).contains(&bad)) {
+            return (Err(Errno::IO), memory);
+        }
         let bytes = self.get(offset, memory.len());
         memory.data_mut().copy_from_slice(&bytes);
         (Ok(()), memory)

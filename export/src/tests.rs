@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod failures;
+mod sums;
 mod tls;
 
 use std::cell::Cell;

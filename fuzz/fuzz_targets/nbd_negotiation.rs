@@ -18,6 +18,7 @@ use mirror::superblock::{
     DECODED_BYTES_MAX, Epoch, HISTORY_MAX, SlotRecord, SlotState, Superblock,
 };
 use peer::claim::{Claim, Fence, judge};
+use peer::server::contexts::Agreed;
 use peer::server::{
     Desk, EVERYTHING, Export, MAX_OPTION_BYTES, MAX_PAYLOAD_BYTES, Peer, ProtocolError, Verdict,
     negotiate,
@@ -25,7 +26,7 @@ use peer::server::{
 use ublk_mirror_fuzz::within;
 use uuid::Uuid;
 
-/// Longest answer to one option: an export's description, or the mirror's name.
+/// Longest answer to one option: an export's description, the mirror's name, or a context.
 const ANSWER_BYTES_MAX: usize = 256;
 /// One option's data, and twice the answer for a vector that has grown.
 const MEMORY_MAX: usize = MAX_OPTION_BYTES + 2 * ANSWER_BYTES_MAX + CLAIM_BYTES_MAX;
@@ -55,7 +56,7 @@ const FENCE: Fence = Fence {
 };
 
 /// Decides on claims as the export server does, by the disk; with certificates or without.
-struct Judge(Export, bool);
+struct Judge(Export, Agreed, bool);
 
 impl Desk for Judge {
     fn export(&self) -> &Export {
@@ -63,7 +64,11 @@ impl Desk for Judge {
     }
 
     fn has_tls(&self) -> bool {
-        self.1
+        self.2
+    }
+
+    fn agreed(&mut self) -> Option<&mut Agreed> {
+        Some(&mut self.1)
     }
 
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict {
@@ -97,7 +102,7 @@ fn play(data: &[u8], tls: bool) {
         payload_bytes_max: MAX_PAYLOAD_BYTES,
         flags: EVERYTHING,
     };
-    let mut desk = Judge(export, tls);
+    let mut desk = Judge(export, Agreed::default(), tls);
     let mut client = Client {
         left: data,
         no_zeroes: data.get(3).is_some_and(|flags| flags & 2 != 0),

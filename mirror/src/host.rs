@@ -200,7 +200,20 @@ pub trait Disk: 'static {
 
     /// Facts about the device, read when it was opened.
     fn geometry(&self) -> Geometry;
+
+    /// Begins to ask for the CRC32 of each of so many blocks of 4096 bytes from `offset` on, a
+    /// multiple of that, where they need not be read for it. None when they cannot be asked for
+    /// now. Once begun it ends by itself, soon, whatever happens; it owes nothing to
+    /// [`Disk::in_flight`].
+    fn sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {
+        let _ = (offset, blocks);
+        None
+    }
 }
+
+/// A running question for the checksums of blocks: just as many as were asked for, or none when
+/// they are not to be had. They say what was there at some moment since the question.
+pub type SumsOp = Pin<Box<dyn Future<Output = Option<Vec<u32>>>>>;
 
 /// Time, randomness, memory and tasks.
 pub trait Host: 'static {

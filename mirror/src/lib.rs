@@ -43,4 +43,4 @@ pub mod superblock;
 pub mod verdict;
 
 pub use engine::{Candidate, ControlError, Mirror, StartError, StartOptions};
-pub use host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span};
+pub use host::{Buffer, Disk, DiskRequest, Errno, Geometry, Host, Span, SumsOp};

@@ -114,6 +114,16 @@ impl Client {
         Self::shake(address, claiming, patience)?.fit()
     }
 
+    /// Connects within `patience` to ask for checksums of blocks, by what [`Client::into_parts`]
+    /// gives: this client itself does not understand the replies that have been agreed on.
+    ///
+    /// # Errors
+    ///
+    /// When the server cannot be reached, refuses, or has no checksums.
+    pub fn for_sums(address: &Address, patience: Duration) -> Result<Self, ConnectError> {
+        Self::shake(address, Handshake::for_sums(&address.export), patience)
+    }
+
     /// What lies on the disk at this moment. A copy that cannot be read, or is not there, says
     /// nothing.
     fn seen(&mut self) -> Option<Seen> {

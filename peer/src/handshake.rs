@@ -13,8 +13,11 @@
 //! The caller reads as many bytes as [`Handshake::wants`], hands them to [`Handshake::feed`] and
 //! sends what that returns, until nothing more is wanted. Where TLS is wanted, nothing of the export
 //! is asked before it is there ([`Handshake::wants_tls`]). Byte tables are in [`crate::wire`].
-//! Structured replies and metadata contexts are not asked for. A server is asked whether it
+//! Structured replies and a metadata context are asked for only in a handshake made for
+//! checksums of blocks ([`Handshake::for_sums`]). A server is asked whether it
 //! knows claims, or sent one ([`crate::claim`]), only in a handshake made for that.
+
+mod sums;
 
 use crate::claim::{self, Claim, Fence};
 use crate::export::{BlockSizes, Export};
@@ -63,6 +66,9 @@ pub enum HandshakeError {
     /// The server has another writer, whose session lives.
     #[error("its server has another writer{0}")]
     InUse(Words),
+    /// No server of ours, or one of an earlier version.
+    #[error("its server has no checksums of blocks")]
+    NoSums,
     /// Another refusal.
     #[error("its server refuses with error {code:#x}{words}")]
     Refused {
@@ -122,6 +128,8 @@ pub struct Handshake {
     ask: Option<Option<Claim>>,
     /// A claim was made: it must not go unanswered.
     claimed: bool,
+    /// Whether checksums of blocks are asked for.
+    sums: sums::Sums,
     fence: Option<Fence>,
     replies: u32,
     described: Option<(u64, u16)>,
@@ -139,6 +147,7 @@ impl Handshake {
             option: OPTION_GO,
             ask: None,
             claimed: false,
+            sums: sums::Sums::Unwanted,
             fence: None,
             replies: 0,
             described: None,
@@ -307,6 +316,9 @@ impl Handshake {
     /// A whole reply.
     fn data(&mut self, kind: u32, data: &[u8]) -> Result<Vec<u8>, HandshakeError> {
         let nonsense = HandshakeError::Nonsense;
+        if self.is_about_sums() {
+            return self.of_sums(kind, data);
+        }
         let of_claim = self.option == OPTION_CLAIM;
         if self.option == OPTION_STARTTLS {
             return match kind {
@@ -355,6 +367,9 @@ impl Handshake {
 
     /// The claim has been dealt with.
     fn go(&mut self) -> Vec<u8> {
+        if self.sums == sums::Sums::Wanted {
+            return self.ask_for_sums();
+        }
         let mut out = Vec::new();
         self.put_go(&mut out);
         out

@@ -10,6 +10,7 @@
 //! | [`handshake`] | from the server's greeting to the export's description |
 //! | [`export`] | what a server offers, whether that can hold a member, how requests are cut |
 //! | [`session`] | requests and replies, matched by cookie |
+//! | [`structured`] | structured replies: data, checksums of blocks, errors |
 //! | [`server`] | the other side: options answered, requests taken apart, who may write |
 //! | [`claim`] | who may write to an export of our own server, and why nobody else does |
 //! | [`tls`] | TLS, and whose certificates are accepted |
@@ -41,6 +42,7 @@ pub mod handshake;
 pub mod server;
 pub mod session;
 mod stream;
+pub mod structured;
 pub mod tls;
 pub mod wire;
 

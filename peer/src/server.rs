@@ -4,9 +4,9 @@
 //! both speak through it.
 //!
 //! Source: "The NBD protocol" (doc/proto.md of the NBD project). All numbers are big-endian.
-//! Fixed newstyle negotiation and simple replies only; structured replies and metadata contexts
-//! are refused as the specification provides. Where there is TLS ([`crate::tls`]) nothing is
-//! answered without it. Claims ([`crate::claim`]) are decided by
+//! Fixed newstyle negotiation. Structured replies and a metadata context ([`contexts`]) are for
+//! who serves with them, and unknown to the front end. Where there is TLS ([`crate::tls`]) nothing
+//! is answered without it. Claims ([`crate::claim`]) are decided by
 //! who serves, and unknown to the front end. Decoding gives a value or an error for
 //! any bytes (R17): a request's header allocates nothing, an option what [`MAX_OPTION_BYTES`]
 //! says and its short answer.
@@ -14,17 +14,21 @@
 //! Byte tables and numbers are in [`crate::wire`].
 
 pub mod admission;
+pub mod contexts;
 
 use crate::claim::{self, Claim, Fence};
+use contexts::Agreed;
+
 pub use crate::wire::REQUEST_BYTES;
 use crate::wire::{
-    COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS,
-    EXPORT_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_TRIM, EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE,
-    FLAG_NO_ZEROES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE, INIT_MAGIC, OPTION_ABORT,
-    OPTION_BYTES, OPTION_CLAIM, OPTION_EXPORT_NAME, OPTION_GO, OPTION_INFO, OPTION_LIST,
-    OPTION_MAGIC, OPTION_REPLY_MAGIC, OPTION_STARTTLS, REP_ACK, REP_ERR_IN_USE, REP_ERR_INVALID,
-    REP_ERR_POLICY, REP_ERR_TLS_REQD, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN, REP_ERR_UNSUP, REP_INFO,
-    REP_SERVER, REPLY_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16, be32, be64,
+    COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE, EXPORT_FLUSH, EXPORT_FUA,
+    EXPORT_HAS_FLAGS, EXPORT_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_TRIM, EXPORT_WRITE_ZEROES,
+    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, INFO_BLOCK_SIZE, INFO_EXPORT, INFO_FENCE, INIT_MAGIC,
+    OPTION_ABORT, OPTION_BYTES, OPTION_CLAIM, OPTION_EXPORT_NAME, OPTION_GO, OPTION_INFO,
+    OPTION_LIST, OPTION_MAGIC, OPTION_REPLY_MAGIC, OPTION_STARTTLS, REP_ACK, REP_ERR_IN_USE,
+    REP_ERR_INVALID, REP_ERR_POLICY, REP_ERR_TLS_REQD, REP_ERR_TOO_BIG, REP_ERR_UNKNOWN,
+    REP_ERR_UNSUP, REP_INFO, REP_SERVER, REPLY_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be16,
+    be32, be64,
 };
 
 /// Longest option data that is read; the longest meaningful one is a name of 4096 bytes.
@@ -68,6 +72,7 @@ impl Export {
                 Command::Flush => EXPORT_FLUSH,
                 Command::Trim => EXPORT_TRIM,
                 Command::WriteZeroes => EXPORT_WRITE_ZEROES,
+                Command::BlockStatus { .. } => return false,
                 _ => return true,
             }
             != 0
@@ -179,6 +184,11 @@ pub trait Desk {
 
     /// Decides on a claim; without one only says whether claims are known.
     async fn claim(&mut self, claim: Option<Claim>) -> Verdict;
+
+    /// What has been agreed on with this client; none for a server of simple replies only.
+    fn agreed(&mut self) -> Option<&mut Agreed> {
+        None
+    }
 }
 
 /// A server without claims.
@@ -235,6 +245,8 @@ pub async fn negotiate<P: Peer>(peer: &mut P, desk: &mut impl Desk) -> Result<bo
             Next::More
         } else if let (OPTION_CLAIM, Some(data)) = (option, &data) {
             answer_claim(data, desk, &mut reply).await
+        } else if answer_context(option, data.as_deref(), desk, &mut reply) {
+            Next::More
         } else {
             answer_option(
                 option,
@@ -352,6 +364,23 @@ async fn answer_claim(data: &[u8], desk: &mut impl Desk, reply: &mut Vec<u8>) ->
     Next::More
 }
 
+/// Answers an option about structured replies or metadata contexts, if it is one and they are known.
+fn answer_context(
+    option: u32,
+    data: Option<&[u8]>,
+    desk: &mut impl Desk,
+    reply: &mut Vec<u8>,
+) -> bool {
+    let Some(mut agreed) = desk.agreed().copied() else {
+        return false;
+    };
+    let answered = data.is_some_and(|data| agreed.answer(option, data, desk.export(), reply));
+    if let Some(known) = desk.agreed() {
+        *known = agreed;
+    }
+    answered
+}
+
 fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> Next {
     let Some(name) = go_name(data) else {
         option_reply(
@@ -421,6 +450,11 @@ pub enum Command {
     Trim,
     /// Write zeroes.
     WriteZeroes,
+    /// What is known of `len` bytes.
+    BlockStatus {
+        /// Of the first block alone.
+        one: bool,
+    },
     /// The client leaves; there is no reply.
     Disconnect,
     /// Answered with an error.
@@ -468,6 +502,9 @@ pub fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
         3 => Command::Flush,
         4 => Command::Trim,
         6 => Command::WriteZeroes,
+        7 => Command::BlockStatus {
+            one: flags & COMMAND_FLAG_REQ_ONE != 0,
+        },
         _ => Command::Invalid,
     };
     let len = be32(bytes, 24).unwrap_or(0);
@@ -475,7 +512,11 @@ pub fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
         return Err(ProtocolError::WriteTooLong(len));
     }
     // A write keeps its command even when it is refused: its data has to be taken in.
-    let unknown_flags = flags & !(COMMAND_FLAG_FUA | COMMAND_FLAG_NO_HOLE) != 0;
+    let known_flags = match command {
+        Command::BlockStatus { .. } => COMMAND_FLAG_FUA | COMMAND_FLAG_REQ_ONE,
+        _ => COMMAND_FLAG_FUA | COMMAND_FLAG_NO_HOLE,
+    };
+    let unknown_flags = flags & !known_flags != 0;
     let command = match command {
         Command::Write | Command::Disconnect => command,
         _ if unknown_flags => Command::Invalid,

@@ -29,6 +29,8 @@ pub enum Kind {
     Trim,
     /// Write zeroes; may leave a hole.
     WriteZeroes,
+    /// Checksums of blocks; the reply is a structured one.
+    Sums,
 }
 
 impl Kind {
@@ -39,6 +41,7 @@ impl Kind {
             Self::Flush => 3,
             Self::Trim => 4,
             Self::WriteZeroes => 6,
+            Self::Sums => 7,
         }
     }
 }
@@ -185,7 +188,9 @@ impl<T> Session<T> {
         })
     }
 
-    fn take(&mut self, cookie: u64) -> Option<(u32, T)> {
+    /// Takes a request by its cookie: how many bytes of data it has asked for, and what was
+    /// remembered; none when it is not outstanding.
+    pub fn take(&mut self, cookie: u64) -> Option<(u32, T)> {
         let number = u32::try_from(cookie & u64::from(u32::MAX)).ok()?;
         let place = self.places.get_mut(number as usize)?;
         if u64::from(place.generation) != cookie >> 32 {

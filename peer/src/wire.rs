@@ -51,6 +51,37 @@
 //! | 16 | 8 | offset | | | |
 //! | 24 | 4 | length | | | |
 //! | 28 | | data of a write | | | |
+//!
+//! # Checksums of blocks
+//!
+//! The export server computes checksums of blocks for who has agreed on structured replies
+//! ([`OPTION_STRUCTURED_REPLY`]) and on the context [`CONTEXT_SUMS`]. The data of
+//! [`OPTION_LIST_META_CONTEXT`] and [`OPTION_SET_META_CONTEXT`], and of what answers them for each
+//! context ([`REP_META_CONTEXT`]; none for one that is not known) before the acknowledgement:
+//!
+//! | bytes | option | bytes | reply |
+//! |---|---|---|---|
+//! | 4 | length of the export's name | 4 | the context's id, [`CONTEXT_ID_SUMS`] |
+//! | | the name | | its name |
+//! | 4 | number of queries | | |
+//! | 4 and more, each | length of a query, the query | | |
+//!
+//! From then on the replies to READ and BLOCK_STATUS are structured, each of one chunk; all others
+//! stay simple:
+//!
+//! | offset | bytes | chunk |
+//! |---|---|---|
+//! | 0 | 4 | [`STRUCTURED_REPLY_MAGIC`] |
+//! | 4 | 2 | flags: [`CHUNK_FLAG_DONE`] |
+//! | 6 | 2 | kind: data, block status, or an error |
+//! | 8 | 8 | cookie of the request |
+//! | 16 | 4 | length of what follows |
+//! | 20 | | of data: offset u64, data; of an error: number u32, length u16, a text for people |
+//! | 20 | | of a block status: the context's id u32, then for each block of 4096 bytes its length u32, which is 4096, and u32 the CRC32 (of zlib) of its content |
+//!
+//! A request has to begin at a multiple of 4096 bytes. What is answered are the whole blocks in it,
+//! at most [`SUMS_MAX`]; the first one alone with [`COMMAND_FLAG_REQ_ONE`]. A block that cannot be
+//! read makes the answer an error.
 
 /// First eight bytes of a server's greeting, `NBDMAGIC`.
 pub const INIT_MAGIC: u64 = 0x4e42_444d_4147_4943;
@@ -64,11 +95,15 @@ pub const OPTION_REPLY_MAGIC: u64 = 0x0003_e889_0455_65a9;
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 /// Begins a simple reply.
 pub const SIMPLE_REPLY_MAGIC: u32 = 0x6744_6698;
+/// Begins a chunk of a structured reply.
+pub const STRUCTURED_REPLY_MAGIC: u32 = 0x668e_33ef;
 
 /// Bytes of a request's header.
 pub const REQUEST_BYTES: usize = 28;
 /// Bytes of a simple reply's header.
 pub const REPLY_BYTES: usize = 16;
+/// Bytes of the header of a structured reply's chunk.
+pub const CHUNK_BYTES: usize = 20;
 /// Bytes of an option's header.
 pub const OPTION_BYTES: usize = 16;
 /// Bytes of the header of a reply to an option.
@@ -94,6 +129,13 @@ pub const OPTION_INFO: u32 = 6;
 /// Option: describe an export and begin transmission.
 pub const OPTION_GO: u32 = 7;
 
+/// Option: structured replies from now on.
+pub const OPTION_STRUCTURED_REPLY: u32 = 8;
+/// Option: which metadata contexts there are.
+pub const OPTION_LIST_META_CONTEXT: u32 = 9;
+/// Option: chooses metadata contexts.
+pub const OPTION_SET_META_CONTEXT: u32 = 10;
+
 /// Option of our own: asks to be an export's one writer (see [`crate::claim`]). Servers that do
 /// not know it say so.
 pub const OPTION_CLAIM: u32 = u32::from_be_bytes(*b"UMCL");
@@ -104,6 +146,8 @@ pub const REP_ACK: u32 = 1;
 pub const REP_SERVER: u32 = 2;
 /// Reply to an option: information about an export.
 pub const REP_INFO: u32 = 3;
+/// Reply to an option: a metadata context.
+pub const REP_META_CONTEXT: u32 = 4;
 /// Reply to an option: the bit that all errors have.
 pub const REP_ERROR_BIT: u32 = 1 << 31;
 /// Reply to an option: it is unknown.
@@ -150,6 +194,29 @@ pub const EXPORT_MULTI_CONN: u16 = 1 << 8;
 pub const COMMAND_FLAG_FUA: u16 = 1 << 0;
 /// Flag of WRITE_ZEROES: keep the space allocated.
 pub const COMMAND_FLAG_NO_HOLE: u16 = 1 << 1;
+
+/// Flag of BLOCK_STATUS: one descriptor.
+pub const COMMAND_FLAG_REQ_ONE: u16 = 1 << 3;
+
+/// Flag of a chunk: the last one of its reply.
+pub const CHUNK_FLAG_DONE: u16 = 1 << 0;
+/// Kind of a chunk: an offset and data.
+pub const CHUNK_DATA: u16 = 1;
+/// Kind of a chunk: a context's id and descriptors.
+pub const CHUNK_BLOCK_STATUS: u16 = 5;
+/// Kind of a chunk: an error.
+pub const CHUNK_ERROR: u16 = 1 << 15 | 1;
+
+/// The namespace of our metadata contexts.
+pub const CONTEXT_NAMESPACE: &str = "x-ublk-mirror:";
+/// The metadata context that has checksums of blocks.
+pub const CONTEXT_SUMS: &str = "x-ublk-mirror:crc32";
+/// Its id, in every session.
+pub const CONTEXT_ID_SUMS: u32 = 1;
+/// Bytes of a block that has a checksum.
+pub const SUM_BLOCK_BYTES: u32 = 4096;
+/// Most checksums in one answer.
+pub const SUMS_MAX: u32 = 1024;
 
 /// Appends a length of four bytes and then the bytes, the protocol's form of a string.
 pub fn put_string(out: &mut Vec<u8>, bytes: &[u8]) {

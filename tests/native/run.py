@@ -28,10 +28,11 @@ import t_peer
 import t_roles
 import t_scrub
 import t_space
+import t_sums
 import t_tls
 
 MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export, t_links,
-           t_roles, t_tls]
+           t_roles, t_sums, t_tls]
 
 
 def tests():

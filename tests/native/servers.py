@@ -18,6 +18,7 @@ import nbd
 from harness import BINARIES, BLOCK, FAILED, MIB, CannotRun, Failed, Model, check, until
 
 SIZE = 100 << 20
+CERTIFICATES = "scripts/certificates.sh"
 
 
 def free_port():
@@ -25,6 +26,15 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def certificates(area, name="tls", client="client.example"):
+    """A folder with certificates of an authority of its own."""
+    if shutil.which("openssl") is None:
+        raise CannotRun("openssl is not installed")
+    folder = area.file(name)
+    subprocess.run([CERTIFICATES, folder, "127.0.0.1,localhost", client], check=True, timeout=60)
+    return folder
 
 
 def _answers(where):
@@ -239,6 +249,8 @@ class Between:
         self.server, self.lock, self.ends = server, threading.Lock(), []
         self.open, self.flows, self.connections = True, threading.Event(), 0
         self.tamper = None
+        # Bytes that came through, in both directions.
+        self.passed = 0
         self.flows.set()
         if server.port is None:
             path = area.file(f"{name}.socket")
@@ -261,6 +273,13 @@ class Between:
             for end in self.ends:
                 _close(end)
             self.ends.clear()
+
+    def cut_last(self):
+        """The newest connection is closed, and no other."""
+        with self.lock:
+            for end in self.ends[-2:]:
+                _close(end)
+            del self.ends[-2:]
 
     def mend(self):
         """Connections are passed on again."""
@@ -304,6 +323,8 @@ class Between:
                 self.flows.wait()
                 if self.tamper is not None:
                     data = self.tamper(data)
+                with self.lock:
+                    self.passed += len(data)
                 target.sendall(data)
         except OSError:
             pass

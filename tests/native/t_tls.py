@@ -4,19 +4,11 @@ import shutil
 import subprocess
 
 from harness import BLOCK, FAILED, MIB, NOT_FOUND, REFUSED, USAGE, CannotRun, Model, check
-from servers import Between, Exported, Nbdkit, NbdServer, QemuNbd, dies_and_returns
+from servers import (
+    CERTIFICATES, Between, Exported, Nbdkit, NbdServer, QemuNbd, certificates, dies_and_returns,
+)
 
 BLOCKS = 64 * MIB // BLOCK
-SCRIPT = "scripts/certificates.sh"
-
-
-def _certificates(area, name="tls", client="client.example"):
-    """A folder with certificates of an authority of its own."""
-    if shutil.which("openssl") is None:
-        raise CannotRun("openssl is not installed")
-    folder = area.file(name)
-    subprocess.run([SCRIPT, folder, "127.0.0.1,localhost", client], check=True, timeout=60)
-    return folder
 
 
 def _mirror(area, server, address=None):
@@ -31,29 +23,29 @@ def _mirror(area, server, address=None):
 
 def our_server_dies_under_tls(area):
     """Lost under load, back by delta."""
-    dies_and_returns(area, Exported(area, "peer", tcp=True, tls=_certificates(area)))
+    dies_and_returns(area, Exported(area, "peer", tcp=True, tls=certificates(area)))
 
 
 def nbdkit_dies_under_tls(area):
     """nbdkit with its own TLS (GnuTLS), which wants a certificate of ours."""
-    dies_and_returns(area, Nbdkit(area, "peer", tcp=True, tls=_certificates(area)))
+    dies_and_returns(area, Nbdkit(area, "peer", tcp=True, tls=certificates(area)))
 
 
 def qemu_nbd_dies_under_tls(area):
     """The same with qemu's."""
-    dies_and_returns(area, QemuNbd(area, "peer", tcp=True, tls=_certificates(area)))
+    dies_and_returns(area, QemuNbd(area, "peer", tcp=True, tls=certificates(area)))
 
 
 def nbd_server_dies_under_tls(area):
     """The same with nbd-server's."""
-    dies_and_returns(area, NbdServer(area, "peer", tcp=True, tls=_certificates(area)))
+    dies_and_returns(area, NbdServer(area, "peer", tcp=True, tls=certificates(area)))
 
 
 def qemus_client_uses_an_export_over_tls(area):
     """qemu-io with its own TLS reads and writes; without TLS or without a certificate it does not."""
     if shutil.which("qemu-io") is None:
         raise CannotRun("qemu-io is not installed")
-    folder = _certificates(area)
+    folder = certificates(area)
     server = Exported(area, "disk", tcp=True, tls=folder, options=["--any-writer"])
     server.start()
     creds = f"tls-creds-x509,id=tls,endpoint=client,verify-peer=yes,dir={folder}"
@@ -77,7 +69,7 @@ def qemus_client_uses_an_export_over_tls(area):
 
 def who_is_not_meant_is_not_let_in(area):
     """Another authority's clients, other names, no TLS; and servers that are not who was meant."""
-    folder, other = _certificates(area), _certificates(area, "other")
+    folder, other = certificates(area), certificates(area, "other")
     server = Exported(area, "peer", tcp=True, tls=folder, options=["--tls-client", "client.example"])
     server.start()
 
@@ -90,11 +82,11 @@ def who_is_not_meant_is_not_let_in(area):
     check("is not signed by the authority" in said(secured + other), "another authority's server")
     check("ca-cert.pem cannot be read" in said(secured + "/absent"), "no certificates")
     # Ours is who the server is not told of, or has another authority's signature.
-    stranger = _certificates(area, "stranger", client="stranger.example")
+    stranger = certificates(area, "stranger", client="stranger.example")
     shutil.copy(f"{folder}/ca-cert.pem", stranger)
     check("authority that signed our certificate" in (answer := said(secured + stranger)), answer)
     subprocess.run(["cp", f"{folder}/ca-key.pem", f"{folder}/ca-cert.pem", stranger], check=True)
-    subprocess.run([SCRIPT, stranger, "127.0.0.1", "stranger.example"], check=True, timeout=60)
+    subprocess.run([CERTIFICATES, stranger, "127.0.0.1", "stranger.example"], check=True, timeout=60)
     answer = said(secured + stranger)
     check("does not accept our certificate, or the name in it" in answer, answer)
     # Who is meant gets through: there is no superblock yet.
@@ -102,7 +94,7 @@ def who_is_not_meant_is_not_let_in(area):
     # A server whose certificate is another host's.
     elsewhere = area.file("elsewhere")
     shutil.copytree(folder, elsewhere)
-    subprocess.run([SCRIPT, elsewhere, "elsewhere.example", "client.example"], check=True, timeout=60)
+    subprocess.run([CERTIFICATES, elsewhere, "elsewhere.example", "client.example"], check=True, timeout=60)
     wrong = Exported(area, "wrong", tcp=True, tls=elsewhere)
     wrong.start()
     answer = said(f"nbds://127.0.0.1:{wrong.port}/m?tls-certificates={folder}")
@@ -111,7 +103,7 @@ def who_is_not_meant_is_not_let_in(area):
 
 def what_makes_no_sense_about_tls_is_refused(area):
     """Words that do not fit, folders that are not there."""
-    disk, folder = area.file("disk.img"), _certificates(area)
+    disk, folder = area.file("disk.img"), certificates(area)
     with open(disk, "wb") as file:
         file.truncate(16 * MIB)
 
@@ -133,7 +125,7 @@ def what_makes_no_sense_about_tls_is_refused(area):
 
 def a_connection_that_breaks_under_tls_is_taken_up_again(area):
     """Cut, and tampered with: another session takes over, and nobody notices."""
-    server = Exported(area, "peer", tcp=True, tls=_certificates(area))
+    server = Exported(area, "peer", tcp=True, tls=certificates(area))
     between = Between(area, server)
     local, model = _mirror(area, server, between.address)
     seen, rng = [], area.random

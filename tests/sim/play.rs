@@ -107,6 +107,10 @@ pub(crate) fn play_script(script: &Script) -> Played {
 
 fn build(script: &Script) -> Machine {
     let machine = Machine::new(script.schedule, script.members, SIZE);
+    // In one history of three the last disk is behind a network, and tells checksums of blocks.
+    if let Some(disk) = machine.disks.last().filter(|_| script.schedule % 3 == 1) {
+        disk.tell_sums(script.schedule);
+    }
     for &slot in &script.plain {
         machine.disks[usize::from(slot)].alter(|it| it.cheap_zeroes = false);
     }

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mirror::control::ErrorKind;
-use mirror::host::{Disk, DiskRequest, Errno, Geometry};
+use mirror::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
 use peer::{Address, Claimant};
 
 use crate::disk::{self, DiskOp, LocalDisk, OpenedDisk};
@@ -126,6 +126,13 @@ impl Disk for MemberDisk {
         match self {
             Self::Local(disk) => disk.in_flight(),
             Self::Peer(disk) => disk.in_flight(),
+        }
+    }
+
+    fn sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {
+        match self {
+            Self::Local(_) => None,
+            Self::Peer(disk) => disk.sums(offset, blocks),
         }
     }
 

@@ -35,6 +35,8 @@
 //! - Without FUA, a FUA write is a write and then a flush (R7). Without WRITE_ZEROES or TRIM
 //!   those answer `EOPNOTSUPP`.
 //!
+//! A scrub asks a server of ours for checksums of blocks, on another connection (`sums.rs`).
+//!
 //! It has no deadline: a server that says nothing leaves its operations outstanding, the engine
 //! loses the member for it, and [`Peers::sever`] lets go of the connection.
 //!
@@ -50,6 +52,7 @@
 mod link;
 mod opened;
 mod peers;
+mod sums;
 
 use std::cell::Cell;
 use std::future::Future;
@@ -58,12 +61,13 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mirror::host::{Disk, DiskRequest, Errno, Geometry, Span};
+use mirror::host::{Disk, DiskRequest, Errno, Geometry, Span, SumsOp};
 use peer::{Ask, Kind};
 
 use self::link::Link;
 pub(crate) use self::opened::OpenedPeer;
 pub(crate) use self::peers::{Peers, Turn, one_form};
+use self::sums::Sums;
 use crate::ring::Ring;
 use crate::stream::StreamError;
 use crate::sys::{IoBuffer, Lend};
@@ -91,8 +95,9 @@ impl From<StreamError> for Trouble {
     }
 }
 
-/// A member behind the network, and what to tell when its connection has failed.
-pub(crate) struct PeerDisk(Rc<Link>, Rc<Cell<bool>>);
+/// A member behind the network, what to tell when its connection has failed, and where checksums of
+/// its blocks can be asked for, if its server is one of ours.
+pub(crate) struct PeerDisk(Rc<Link>, Rc<Cell<bool>>, Option<Rc<Sums>>);
 
 impl PeerDisk {
     /// Binds a connection to the ring that does its I/O. `deadline` is when the engine gives an
@@ -105,9 +110,10 @@ impl PeerDisk {
     ) -> Self {
         let ways = peers.ways_to(&opened);
         let cut_off = peers.cut_off(&opened.address);
+        let sums = peers.sums_of(ring, &opened, deadline);
         let link = Link::new(ring, opened, ways, deadline);
         peers.add(&link);
-        Self(link, cut_off)
+        Self(link, cut_off, sums)
     }
 }
 
@@ -116,6 +122,9 @@ impl Drop for PeerDisk {
         // Whoever has failed otherwise has a connection still.
         if self.0.has_failed() {
             self.1.set(true);
+        }
+        if let Some(sums) = &self.2 {
+            sums.end();
         }
         self.0.say_farewell();
         self.0.end("it is not needed any more");
@@ -174,6 +183,10 @@ impl Disk for PeerDisk {
 
     fn in_flight(&self) -> usize {
         self.0.in_flight.get()
+    }
+
+    fn sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {
+        self.2.as_ref()?.ask(offset, blocks)
     }
 
     fn geometry(&self) -> Geometry {

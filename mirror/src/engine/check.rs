@@ -1,6 +1,7 @@
 //! Checking an extent for the scrubber.
 //!
-//! All in-sync members' copies are read, and held against their checksums and each other, without
+//! All in-sync members' copies are read, or asked for checksums where that saves their way
+//! (`by_sums.rs`), and held against their checksums and each other, without
 //! a lock: nobody waits for what is as it should be. Whatever looks wrong, because it is or only
 //! because a write came between, gets a second look under the range lock (`settle.rs`). So does all
 //! of an extent that is hot, a part at a time, if it is not to be left.
@@ -45,6 +46,16 @@ pub struct Checked {
     pub repaired: u64,
     /// Blocks of which no copy is right.
     pub damaged: u64,
+}
+
+/// What a look without the lock has shown.
+pub(super) struct FirstLook {
+    /// Of each block whether it is as it should be.
+    pub(super) fine: Vec<bool>,
+    /// Bytes read from members.
+    pub(super) member_bytes: u64,
+    /// All of it needs a second look.
+    pub(super) all_doubtful: bool,
 }
 
 impl Checked {
@@ -188,30 +199,47 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         piece: &Range<u64>,
         pages: Rc<Pages>,
     ) -> Result<(Checked, Vec<Range<u64>>), Errno> {
+        let look = match self.look_by_sums(piece, &pages).await {
+            Some(look) => look,
+            None => self.look_at_all(piece, pages).await?,
+        };
+        let checked = Checked {
+            blocks: look.fine.len() as u64,
+            member_bytes: look.member_bytes,
+            ..Checked::default()
+        };
+        let mut doubtful = Vec::new();
+        for (number, fine) in (0..).zip(look.fine.chunks(PIECE_BYTES / length(BLOCK_BYTES))) {
+            let start = piece.start + number * PIECE_BYTES as u64;
+            let part = start..(start + PIECE_BYTES as u64).min(piece.end);
+            let blocks = blocks_covering(part.start, part.end - part.start);
+            let fine = fine.iter().all(|fine| *fine);
+            // What was damaged may have become right.
+            if look.all_doubtful || !fine || self.is_called_damaged(&blocks) {
+                doubtful.push(part);
+            }
+        }
+        Ok((checked, doubtful))
+    }
+
+    /// Reads a piece from every in-sync member.
+    async fn look_at_all(
+        self: &Rc<Self>,
+        piece: &Range<u64>,
+        pages: Rc<Pages>,
+    ) -> Result<FirstLook, Errno> {
         let copies = self.read_copies(piece).await;
         if copies.nothing_readable() {
             return Err(copies.error.unwrap_or(Errno::IO));
         }
         let sums = self.sums_with(&copies, pages);
         let verdicts = self.judge_all(&copies, &sums, &[]);
-        let checked = Checked {
-            blocks: verdicts.len() as u64,
+        let fine = verdicts.iter().map(|v| *v == BlockVerdict::Fine);
+        Ok(FirstLook {
+            fine: fine.collect(),
             member_bytes: copies.bytes_read(),
-            ..Checked::default()
-        };
-        let all = !self.unreadable_pages(&copies, &sums).is_empty();
-        let mut doubtful = Vec::new();
-        for (number, verdicts) in (0..).zip(verdicts.chunks(PIECE_BYTES / length(BLOCK_BYTES))) {
-            let start = piece.start + number * PIECE_BYTES as u64;
-            let part = start..(start + PIECE_BYTES as u64).min(piece.end);
-            let blocks = blocks_covering(part.start, part.end - part.start);
-            let fine = verdicts.iter().all(|v| *v == BlockVerdict::Fine);
-            // What was damaged may have become right.
-            if all || !fine || self.is_called_damaged(&blocks) {
-                doubtful.push(part);
-            }
-        }
-        Ok((checked, doubtful))
+            all_doubtful: !self.unreadable_pages(&copies, &sums).is_empty(),
+        })
     }
 
     /// Whether something is known of damage to any of `blocks`.

@@ -1,5 +1,6 @@
 //! What the in-sync members hold of a range, side by side.
 
+use super::fan_out::Outcomes;
 use super::{FanOut, Mirror, Receiver, front, length};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::SLOTS_MAX;
@@ -98,12 +99,39 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// read block by block.
     pub(super) async fn read_copies(&self, range: &Range<u64>) -> Copies<D> {
         let view = self.view();
-        let members: Vec<_> = view
-            .receivers
-            .iter()
-            .filter(|r| r.in_sync)
-            .cloned()
-            .collect();
+        let members = view.receivers.iter().filter(|r| r.in_sync);
+        let (mut copies, outcomes) = self.read_wholes(members.cloned().collect(), range).await;
+        self.lose_stalled(&outcomes, "a read");
+        let mut results = [Ok(()); SLOTS_MAX];
+        for outcome in outcomes.iter() {
+            results[usize::from(outcome.slot)] = outcome.result;
+        }
+        for member in 0..copies.members.len() {
+            let slot = copies.members[member].slot;
+            if let Err(errno) = results[usize::from(slot)] {
+                copies.error = Some(errno);
+                self.read_singly(&mut copies, member, errno).await;
+            }
+        }
+        copies
+    }
+
+    /// The same from some of them only, if each can be read as a whole and answers in time. Nobody
+    /// is judged by it: what the others would have answered is not known (R8).
+    pub(super) async fn read_some_copies(
+        &self,
+        members: Vec<Receiver<D>>,
+        range: &Range<u64>,
+    ) -> Option<Copies<D>> {
+        let (copies, outcomes) = self.read_wholes(members, range).await;
+        outcomes.all_ok().then_some(copies)
+    }
+
+    async fn read_wholes(
+        &self,
+        members: Vec<Receiver<D>>,
+        range: &Range<u64>,
+    ) -> (Copies<D>, Outcomes) {
         let len = length(range.end - range.start);
         let blocks = blocks_covering(range.start, range.end - range.start);
         let spans: Vec<_> = members.iter().map(|_| self.span_to_read(len)).collect();
@@ -116,26 +144,14 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             fan_out.push(member.slot, true, member.disk.submit(read));
         }
         let outcomes = fan_out.await;
-        self.lose_stalled(&outcomes, "a read");
-        let mut results = [Ok(()); SLOTS_MAX];
-        for outcome in outcomes.iter() {
-            results[usize::from(outcome.slot)] = outcome.result;
-        }
-        let mut copies = Copies {
+        let copies = Copies {
             range: range.clone(),
             spans: spans.into_iter().map(Some).collect(),
             readable: vec![vec![true; length(blocks.end - blocks.start)]; members.len()],
             members,
             error: None,
         };
-        for member in 0..copies.members.len() {
-            let slot = copies.members[member].slot;
-            if let Err(errno) = results[usize::from(slot)] {
-                copies.error = Some(errno);
-                self.read_singly(&mut copies, member, errno).await;
-            }
-        }
-        copies
+        (copies, outcomes)
     }
 
     /// Reads a member's copy block by block.

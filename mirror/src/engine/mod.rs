@@ -50,6 +50,7 @@
 //! loss is effective (R2).
 
 mod background;
+mod by_sums;
 mod check;
 mod commit;
 mod cool;

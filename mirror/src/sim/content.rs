@@ -1,7 +1,8 @@
 //! What simulated disks hold: runs of sectors, so that zeroing or discarding an extent of 8,192
 //! sectors is one step.
 
-use super::{Rng, SECTOR};
+use super::{Rng, SECTOR, SimBuffer};
+use crate::host::DiskRequest;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
@@ -177,6 +178,31 @@ impl Sectors {
             }
         }
         fill(hash, u64::MAX..u64::MAX, 0)
+    }
+}
+
+/// What a discarded sector reads as.
+const DISCARDED: u8 = 0xd5;
+
+/// What a request changes on the disk.
+pub(super) fn written_by(request: &DiskRequest<SimBuffer>) -> Option<Run> {
+    match request {
+        DiskRequest::Write { offset, span, .. } => {
+            let bytes = span.start..span.start + span.len;
+            Some(Run {
+                sectors: sectors(*offset, span.len as u64),
+                content: span.buffer.device_read(bytes, Content::of),
+            })
+        }
+        DiskRequest::WriteZeroes { offset, len } => Some(Run {
+            sectors: sectors(*offset, *len),
+            content: Content::Fill(0),
+        }),
+        DiskRequest::Discard { offset, len } => Some(Run {
+            sectors: sectors(*offset, *len),
+            content: Content::Fill(DISCARDED),
+        }),
+        DiskRequest::Read { .. } | DiskRequest::Flush => None,
     }
 }
 

@@ -6,10 +6,10 @@
 //! power, whatever a later flush says; a disk can hang, or vanish and come back. A discarded
 //! range reads as arbitrary bytes.
 
-use super::content::{Content, Run, Sectors, sectors, some_of};
+use super::content::{Content, Run, Sectors, sectors, some_of, written_by};
 use super::faults::{Faults, Observer, WriteFault};
 use super::{Rng, SECTOR, SimBuffer};
-use crate::host::{Disk, DiskRequest, Errno, Geometry};
+use crate::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -52,12 +52,11 @@ struct Inner {
     /// Whether write-zeroes is one operation.
     geometry: RefCell<Geometry>,
     operations: Cell<u64>,
+    /// When it tells checksums of blocks.
+    tells_sums: Cell<Option<u64>>,
     /// How often it has lost its power alone: openings from before are dead.
     outages: Cell<u32>,
 }
-
-/// What a discarded sector reads as.
-const DISCARDED: u8 = 0xd5;
 
 /// A simulated disk, opened; clones are the same disk and the same opening of it.
 #[derive(Clone)]
@@ -115,6 +114,7 @@ impl SimDisk {
                     server_instance: None,
                 }),
                 operations: Cell::new(0),
+                tells_sums: Cell::default(),
                 outages: Cell::new(0),
             }),
             0,
@@ -216,6 +216,10 @@ impl SimDisk {
 
     fn observer(&self) -> Option<Rc<dyn Observer>> {
         self.0.observer.borrow().clone()
+    }
+
+    pub(super) fn tells_sums(&self) -> &Cell<Option<u64>> {
+        &self.0.tells_sums
     }
 
     /// Whether both are openings of one disk.
@@ -517,28 +521,6 @@ impl SimDisk {
     }
 }
 
-/// What a request changes on the disk.
-fn written_by(request: &DiskRequest<SimBuffer>) -> Option<Run> {
-    match request {
-        DiskRequest::Write { offset, span, .. } => {
-            let bytes = span.start..span.start + span.len;
-            Some(Run {
-                sectors: sectors(*offset, span.len as u64),
-                content: span.buffer.device_read(bytes, Content::of),
-            })
-        }
-        DiskRequest::WriteZeroes { offset, len } => Some(Run {
-            sectors: sectors(*offset, *len),
-            content: Content::Fill(0),
-        }),
-        DiskRequest::Discard { offset, len } => Some(Run {
-            sectors: sectors(*offset, *len),
-            content: Content::Fill(DISCARDED),
-        }),
-        DiskRequest::Read { .. } | DiskRequest::Flush => None,
-    }
-}
-
 fn span_of(request: &DiskRequest<SimBuffer>) -> Option<(&SimBuffer, bool)> {
     match request {
         DiskRequest::Read { span, .. } => Some((&span.buffer, true)),
@@ -591,6 +573,10 @@ impl Disk for SimDisk {
     fn in_flight(&self) -> usize {
         let pending = self.0.pending.borrow();
         pending.iter().filter(|p| p.opening == self.1).count()
+    }
+
+    fn sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {
+        self.ask_sums(offset, blocks)
     }
 
     fn geometry(&self) -> Geometry {

@@ -11,6 +11,7 @@
 mod content;
 mod disk;
 mod faults;
+mod sums;
 
 pub use disk::{SimDisk, SimOp};
 pub use faults::{Faults, Observer, WriteFault};

@@ -10,6 +10,7 @@ use peer::{Address, Claimant};
 
 use super::link::Link;
 use super::opened::{OpenedPeer, Way};
+use super::sums::{Sums, connect_to};
 use crate::host::random_bytes;
 use crate::ring::{self, Ring};
 
@@ -76,16 +77,36 @@ impl Peers {
         else {
             return Vec::new();
         };
-        let others = self.paths.iter().filter(|path| **path != own);
-        let all: Vec<_> = std::iter::once(&own).chain(others).collect();
+        let (all, patience) = self.addresses(own);
+        all.iter()
+            .map(|address| Way::through(address, known.owner, fence, patience))
+            .collect()
+    }
+
+    /// All that may lead to a server, its own address first, and how long connecting may take.
+    fn addresses(&self, own: Address) -> (Vec<Address>, Duration) {
+        let others = self.paths.iter().filter(|path| **path != own).cloned();
+        let all: Vec<_> = std::iter::once(own.clone()).chain(others).collect();
         let patience = if all.len() > 1 {
             WAY_PATIENCE
         } else {
             CONNECT_PATIENCE
         };
-        all.into_iter()
-            .map(|address| Way::through(address, known.owner, fence, patience))
-            .collect()
+        (all, patience)
+    }
+
+    /// Where checksums of a member's blocks can be asked for, if its server is one of ours.
+    pub(super) fn sums_of(
+        &self,
+        ring: &Rc<Ring>,
+        opened: &OpenedPeer,
+        deadline: Duration,
+    ) -> Option<Rc<Sums>> {
+        let (fence, own) = (opened.fence?, opened.address.parse().ok()?);
+        let (all, patience) = self.addresses(own);
+        let size_bytes = opened.export.size_bytes;
+        let connect = connect_to(all, fence, size_bytes, patience.min(deadline));
+        Some(Sums::new(ring, &opened.address, connect, deadline))
     }
 
     /// Who connects to `address`. Each has an owner of its own, so that two addresses which lead

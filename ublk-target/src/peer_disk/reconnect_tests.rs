@@ -43,7 +43,11 @@ fn disk(
     let link = Link::new(ring, opened(first, fence), ways, Duration::from_secs(30));
     let peers = Rc::new(Peers::default());
     peers.add(&link);
-    (Rc::new(PeerDisk(link, Rc::default())), peers, attempts)
+    (
+        Rc::new(PeerDisk(link, Rc::default(), None)),
+        peers,
+        attempts,
+    )
 }
 
 /// A way on which these attempts are made; after them nobody is there.
@@ -295,6 +299,7 @@ fn a_silent_connection_is_given_up_for_another_way() {
         let disk = PeerDisk(
             Link::new(&ring, opened, ways, Duration::from_secs(30)),
             Rc::default(),
+            None,
         );
         let server = std::thread::spawn(move || {
             let asked = old.next().unwrap();
@@ -336,6 +341,7 @@ fn a_slow_disk_is_not_a_silent_connection() {
         let disk = PeerDisk(
             Link::new(&ring, opened, ways, Duration::from_secs(30)),
             Rc::default(),
+            None,
         );
         let serving = std::thread::spawn(move || {
             let request = server.next().unwrap();
