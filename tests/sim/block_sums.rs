@@ -163,23 +163,44 @@ fn a_write_on_its_way_is_not_rot() {
     }
 }
 
+/// From the first read of data on these disks hang.
+struct HangAtRead {
+    data_offset: u64,
+    disks: Vec<SimDisk>,
+}
+
+impl HangAtRead {
+    fn hang(&self, hang: bool) {
+        for disk in &self.disks {
+            disk.set_faults(Faults {
+                hang,
+                ..Faults::default()
+            });
+        }
+    }
+}
+
+impl Observer for HangAtRead {
+    fn submitted(&self, _: &SimDisk, request: &DiskRequest<SimBuffer>) {
+        if let DiskRequest::Read { offset, .. } = request {
+            self.hang(*offset >= self.data_offset);
+        }
+    }
+
+    fn completed(&self, _: &SimDisk, _: &DiskRequest<SimBuffer>) {}
+}
+
 /// All hang, for longer than the deadline: that nobody has answered yet costs nobody his place. When
 /// only the one that is read hangs, it is lost, as by any other check.
 #[test]
 fn a_stall_that_all_share_loses_nobody() {
     for (seed, all) in (0..10).map(|seed| (seed, seed % 2 == 0)) {
         let machine = cool(seed, 2);
-        let hang = |on: bool| {
-            let faults = Faults {
-                hang: on,
-                ..Faults::default()
-            };
-            machine.disks[0].set_faults(faults);
-            if all {
-                machine.disks[1].set_faults(faults);
-            }
-        };
-        hang(true);
+        let hanging = Rc::new(HangAtRead {
+            data_offset: machine.data_offset,
+            disks: machine.disks[..if all { 2 } else { 1 }].to_vec(),
+        });
+        machine.disks[0].observe(Some(hanging.clone()));
         let (mirror, ended) = (machine.mirror(), Rc::new(Cell::new(false)));
         let done = ended.clone();
         machine.world.spawn_task(async move {
@@ -187,7 +208,8 @@ fn a_stall_that_all_share_loses_nobody() {
             done.set(true);
         });
         seconds(&machine, 60);
-        hang(false);
+        machine.disks[0].observe(None);
+        hanging.hang(false);
         assert!(machine.world.run(1_000_000, || ended.get()));
         let lost = states(&machine)[0] != MemberState::InSync;
         assert_eq!(lost, !all, "seed {seed}: {:?}", states(&machine));
