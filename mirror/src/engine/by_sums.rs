@@ -24,19 +24,19 @@ use std::rc::Rc;
 type Said = (u8, Vec<u32>);
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
-    /// Looks at a piece without its lock; none when checksums are not to be had: then all copies
-    /// have to be read.
+    /// Looks at a piece without its lock. When checksums are not to be had, all copies have to be
+    /// read: so many bytes have been read in vain then.
     pub(super) async fn look_by_sums(
         &self,
         piece: &Range<u64>,
         pages: &Rc<Pages>,
-    ) -> Option<FirstLook> {
+    ) -> Result<FirstLook, u64> {
         let bytes = piece.end - piece.start;
         let view = self.view();
         let in_sync = || view.receivers.iter().filter(|r| r.in_sync);
         let page_missing = in_sync().any(|r| pages[usize::from(r.slot)].is_none());
         if !bytes.is_multiple_of(BLOCK_BYTES) || pages.iter().any(Option::is_some) && page_missing {
-            return None;
+            return Err(0);
         }
         let count = length(bytes / BLOCK_BYTES);
         let is_local = |disk: &D| !disk.geometry().behind_network;
@@ -52,15 +52,16 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         if asked.is_empty() {
-            return None;
+            return Err(0);
         }
         // They compute while these are read.
-        let copies = self.read_some_copies(read, piece).await?;
+        let copies = self.read_some_copies(read, piece).await.ok_or(0_u64)?;
         let mut said = Vec::with_capacity(asked.len());
         for (slot, sums) in asked {
-            said.push((slot, sums.await.filter(|crcs| crcs.len() == count)?));
+            let crcs = sums.await.filter(|crcs| crcs.len() == count);
+            said.push((slot, crcs.ok_or_else(|| copies.bytes_read())?));
         }
-        Some(FirstLook {
+        Ok(FirstLook {
             member_bytes: copies.bytes_read() + bytes * said.len() as u64,
             fine: self.judge_by_sums(&copies, &said, pages),
             all_doubtful: false,

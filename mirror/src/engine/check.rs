@@ -200,8 +200,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         pages: Rc<Pages>,
     ) -> Result<(Checked, Vec<Range<u64>>), Errno> {
         let look = match self.look_by_sums(piece, &pages).await {
-            Some(look) => look,
-            None => self.look_at_all(piece, pages).await?,
+            Ok(look) => look,
+            Err(_) if self.stopping.get() => return Err(Errno::IO),
+            Err(in_vain) => {
+                let mut look = self.look_at_all(piece, pages).await?;
+                look.member_bytes += in_vain;
+                look
+            }
         };
         let checked = Checked {
             blocks: look.fine.len() as u64,

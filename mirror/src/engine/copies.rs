@@ -1,11 +1,12 @@
 //! What the in-sync members hold of a range, side by side.
 
-use super::fan_out::Outcomes;
 use super::{FanOut, Mirror, Receiver, front, length};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
 use crate::layout::SLOTS_MAX;
 use dirty_map::{BLOCK_BYTES, Block, blocks_covering};
+use std::future::Future as _;
 use std::ops::Range;
+use std::task::Poll;
 
 /// The copies of a range of whole blocks.
 pub(super) struct Copies<D: Disk> {
@@ -99,8 +100,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// read block by block.
     pub(super) async fn read_copies(&self, range: &Range<u64>) -> Copies<D> {
         let view = self.view();
-        let members = view.receivers.iter().filter(|r| r.in_sync);
-        let (mut copies, outcomes) = self.read_wholes(members.cloned().collect(), range).await;
+        let members = view.receivers.iter().filter(|r| r.in_sync).cloned();
+        let mut copies = self.unread(members.collect(), range);
+        let mut fan_out = FanOut::new(&self.stalls);
+        for member in 0..copies.members.len() {
+            let receiver = &copies.members[member];
+            let read = self.reading(&copies, member);
+            fan_out.push(receiver.slot, true, receiver.disk.submit(read));
+        }
+        let outcomes = fan_out.await;
         self.lose_stalled(&outcomes, "a read");
         let mut results = [Ok(()); SLOTS_MAX];
         for outcome in outcomes.iter() {
@@ -116,42 +124,66 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         copies
     }
 
-    /// The same from some of them only, if each can be read as a whole and answers in time. Nobody
-    /// is judged by it: what the others would have answered is not known (R8).
+    /// The same from some of them only, if each can be read as a whole. One that does not answer is
+    /// lost when others do, and not before: they may share what keeps it (R8).
     pub(super) async fn read_some_copies(
         &self,
         members: Vec<Receiver<D>>,
         range: &Range<u64>,
     ) -> Option<Copies<D>> {
-        let (copies, outcomes) = self.read_wholes(members, range).await;
-        outcomes.all_ok().then_some(copies)
+        let copies = self.unread(members, range);
+        let read = |member| self.read_from(&copies.members[member], self.reading(&copies, member));
+        let mut reads: Vec<_> = (0..copies.members.len())
+            .map(|member| (member, Box::pin(read(member))))
+            .collect();
+        let mut all_ok = true;
+        std::future::poll_fn(|cx| {
+            reads.retain_mut(|(member, read)| {
+                let Poll::Ready(result) = read.as_mut().poll(cx) else {
+                    return true;
+                };
+                if result == Err(Errno::TIMED_OUT) {
+                    let slot = copies.members[*member].slot;
+                    self.begin_loss(slot, "a read got no answer within the deadline");
+                }
+                all_ok &= result.is_ok();
+                false
+            });
+            if reads.is_empty() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        })
+        .await;
+        drop(reads);
+        all_ok.then_some(copies)
     }
 
-    async fn read_wholes(
-        &self,
-        members: Vec<Receiver<D>>,
-        range: &Range<u64>,
-    ) -> (Copies<D>, Outcomes) {
+    /// Copies with memory for all of `range`, to be read.
+    fn unread(&self, members: Vec<Receiver<D>>, range: &Range<u64>) -> Copies<D> {
         let len = length(range.end - range.start);
         let blocks = blocks_covering(range.start, range.end - range.start);
-        let spans: Vec<_> = members.iter().map(|_| self.span_to_read(len)).collect();
-        let mut fan_out = FanOut::new(&self.stalls);
-        for (member, span) in members.iter().zip(&spans) {
-            let read = DiskRequest::Read {
-                offset: self.data_offset + range.start,
-                span: span.clone(),
-            };
-            fan_out.push(member.slot, true, member.disk.submit(read));
-        }
-        let outcomes = fan_out.await;
-        let copies = Copies {
+        Copies {
             range: range.clone(),
-            spans: spans.into_iter().map(Some).collect(),
+            spans: members
+                .iter()
+                .map(|_| Some(self.span_to_read(len)))
+                .collect(),
             readable: vec![vec![true; length(blocks.end - blocks.start)]; members.len()],
             members,
             error: None,
+        }
+    }
+
+    fn reading(&self, copies: &Copies<D>, member: usize) -> DiskRequest<H::Buffer> {
+        let Some(span) = &copies.spans[member] else {
+            unreachable!("memory for what is to be read")
         };
-        (copies, outcomes)
+        DiskRequest::Read {
+            offset: self.data_offset + copies.range.start,
+            span: span.clone(),
+        }
     }
 
     /// Reads a member's copy block by block.

@@ -97,7 +97,9 @@ impl Agreed {
     pub fn head(self, request: &Request, error: u32, data_bytes: u32) -> Head {
         let cookie = request.cookie;
         match request.command {
-            Command::Read | Command::BlockStatus { .. } if !self.structured => {}
+            Command::Read | Command::BlockStatus { .. } | Command::Invalid if !self.structured => {}
+            // One of these two, with a flag that nobody agreed on.
+            Command::Invalid if error != 0 => return Head::of_error(cookie, error),
             Command::Read | Command::BlockStatus { .. } if error != 0 => {
                 return Head::of_error(cookie, error);
             }

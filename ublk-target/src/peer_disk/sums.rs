@@ -4,7 +4,7 @@
 //! ```text
 //!          first question               connected
 //! Down ───────────────────► Connecting ───────────► Up ─┐ nothing asked for a minute
-//!  ▲ a minute after a failure   │ failed               │ failed, or no answer in time
+//!  ▲ a minute after a failure   │ failed               │ failed, errors, or no answer in time
 //!  └────────────────────────────┴───────────────────────┘
 //! ```
 //!
@@ -15,8 +15,8 @@
 //! - Only the very server that serves the writer's session is believed: any other one may have
 //!   another disk. Others, those without checksums, errors, and what makes no sense all mean that
 //!   checksums are not to be had; the engine then reads.
-//! - Every question is answered, with checksums or without, before the deadline. One that is not
-//!   ends the connection, and after each failure none is tried for a minute.
+//! - Nobody waits for longer than two seconds for an answer, connecting included. A question without
+//!   one ends the connection, and after each failure nothing is asked for a minute.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -44,6 +44,12 @@ use crate::stream::{Inbox, StreamError, Wire};
 
 /// After a failure nothing is tried for so long; a connection that is not used ends as soon.
 const MINUTE: Duration = Duration::from_secs(60);
+/// Longest wait for an answer: whoever asks holds up others meanwhile, and can read instead.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// Most questions without an answer.
+const QUESTIONS_MAX: usize = 64;
+/// After so many answers in a row without checksums it is of no use for a while.
+const REFUSALS_MAX: u32 = 8;
 /// Bytes that one receive may bring.
 const INBOX_BYTES: usize = 16 << 10;
 
@@ -114,6 +120,8 @@ struct State {
     not_before: Duration,
     /// When something was asked for last.
     asked: Duration,
+    /// Answers without checksums since the last one with.
+    refusals: u32,
     ended: bool,
 }
 
@@ -157,35 +165,42 @@ impl Sums {
             len: count * SUM_BLOCK_BYTES,
         };
         let mut state = self.state.borrow_mut();
-        let idle = state.connection.is_none() && !state.connecting;
-        if state.ended || idle && ring::now() < state.not_before {
+        let now = ring::now();
+        if state.ended || state.session.outstanding() >= QUESTIONS_MAX {
             return None;
         }
-        state.asked = ring::now();
+        let connection = state.connection.clone();
+        if connection.is_none() && now < state.not_before {
+            return None;
+        }
+        state.asked = now;
+        if connection.is_none() && !state.connecting {
+            state.connecting = true;
+            self.ring.spawn(Rc::clone(self).begin());
+        }
         let answer = Rc::new(Answer {
             blocks,
             ..Answer::default()
         });
         let header = state.session.ask(&ask, Rc::clone(&answer));
         state.queue.push_back(header);
-        if idle {
-            state.connecting = true;
-            self.ring.spawn(Rc::clone(self).begin());
-        } else if let Some(connection) = &state.connection {
+        drop(state);
+        if let Some(connection) = connection {
             connection.to_send.notify();
         }
-        drop(state);
         Some(Rc::clone(self).answer(answer))
     }
 
     fn answer(self: Rc<Self>, answer: Rc<Answer>) -> SumsOp {
-        let mut timer = self.ring.sleep_until(ring::now() + self.deadline);
+        let mut timer = self
+            .ring
+            .sleep_until(ring::now() + self.deadline.min(PATIENCE));
         Box::pin(poll_fn(move |cx| {
             if let Some(sums) = answer.sums.take() {
                 return Poll::Ready(sums);
             }
             if Pin::new(&mut timer).poll(cx).is_ready() {
-                self.fail("no answer within the deadline");
+                self.fail("no answer in time");
                 return Poll::Ready(None);
             }
             answer.waker.replace(Some(cx.waker().clone()));
@@ -259,11 +274,13 @@ impl Sums {
     async fn watch(self: Rc<Self>, connection: Rc<Connection>) {
         loop {
             let idle_at = self.state.borrow().asked + MINUTE;
-            self.ring.sleep_until(idle_at).await;
+            let soonest = ring::now() + PATIENCE;
+            self.ring.sleep_until(idle_at.max(soonest)).await;
             if connection.over.get() {
                 return;
             }
-            if ring::now() >= self.state.borrow().asked + MINUTE {
+            let idle = self.state.borrow().session.outstanding() == 0;
+            if idle && ring::now() >= self.state.borrow().asked + MINUTE {
                 return self.close();
             }
         }
@@ -326,7 +343,14 @@ impl Sums {
         let (_, answer) = taken.ok_or("its server answered what was not asked")?;
         let sums = payload.map(|payload| decode_sums(&payload, answer.blocks));
         let nonsense = sums == Some(None);
+        let refused = sums.is_none();
         answer.is(sums.flatten());
+        let mut state = self.state.borrow_mut();
+        state.refusals = if refused { state.refusals + 1 } else { 0 };
+        if state.refusals >= REFUSALS_MAX {
+            state.refusals = 0;
+            return Err("its server answers with errors");
+        }
         if nonsense {
             return Err("its server answered with checksums of other blocks");
         }
