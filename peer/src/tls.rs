@@ -46,7 +46,7 @@ pub const FOLDER: &str = "/etc/ublk-mirror/tls";
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
     /// A file that is not there or cannot be read.
-    #[error("{} cannot be read: {why}", path.display())]
+    #[error("{} cannot be read: {why}; TLS needs the certificates there", path.display())]
     File {
         /// Which one.
         path: PathBuf,

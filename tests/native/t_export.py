@@ -256,7 +256,7 @@ def a_disk_in_use_is_not_exported(area):
     area.ctl(*again, code=BUSY)
     area.ctl("export", paths[1], "--listen", f"unix:{server.socket}", code=BUSY)
     said = area.ctl("export", paths[1], "--listen", f"0.0.0.0:{free_port()}", code=REFUSED)
-    check("TLS" in said and "--plain-text-on-network" in said, f"not said: {said}")
+    check("--tls" in said and "--plain-text-on-network" in said, f"not said: {said}")
     area.ctl("export", paths[1], "--listen", "nowhere", code=USAGE)
     area.ctl("export", area.file("none"), "--listen", "127.0.0.1:0", code=NOT_FOUND)
     area.ctl("export", server.address, "--listen", "127.0.0.1:0", code=USAGE)
