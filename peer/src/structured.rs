@@ -39,7 +39,7 @@ impl Head {
         Self::of(&header, &offset.to_be_bytes())
     }
 
-    /// A chunk that a payload of [`put_sums`] follows.
+    /// A chunk that a payload of [`put_context`] follows.
     #[must_use]
     pub fn of_sums(cookie: u64, payload_bytes: u32) -> Self {
         Self::of(&chunk(CHUNK_BLOCK_STATUS, cookie, payload_bytes), &[])
