@@ -17,7 +17,7 @@ pub mod admission;
 pub mod contexts;
 
 use crate::claim::{self, Claim, Fence};
-use contexts::Agreed;
+use contexts::{Agreed, answer_context};
 
 pub use crate::wire::REQUEST_BYTES;
 use crate::wire::{
@@ -362,23 +362,6 @@ async fn answer_claim(data: &[u8], desk: &mut impl Desk, reply: &mut Vec<u8>) ->
         }
     }
     Next::More
-}
-
-/// Answers an option about structured replies or metadata contexts, if it is one and they are known.
-fn answer_context(
-    option: u32,
-    data: Option<&[u8]>,
-    desk: &mut impl Desk,
-    reply: &mut Vec<u8>,
-) -> bool {
-    let Some(mut agreed) = desk.agreed().copied() else {
-        return false;
-    };
-    let answered = data.is_some_and(|data| agreed.answer(option, data, desk.export(), reply));
-    if let Some(known) = desk.agreed() {
-        *known = agreed;
-    }
-    answered
 }
 
 fn answer_go(option: u32, data: &[u8], export: &Export, reply: &mut Vec<u8>) -> Next {

@@ -111,6 +111,23 @@ impl Agreed {
     }
 }
 
+/// Answers an option about structured replies or metadata contexts, if it is one and they are known.
+pub(super) fn answer_context(
+    option: u32,
+    data: Option<&[u8]>,
+    desk: &mut impl super::Desk,
+    reply: &mut Vec<u8>,
+) -> bool {
+    let Some(mut agreed) = desk.agreed().copied() else {
+        return false;
+    };
+    let answered = data.is_some_and(|data| agreed.answer(option, data, desk.export(), reply));
+    if let Some(known) = desk.agreed() {
+        *known = agreed;
+    }
+    answered
+}
+
 /// What LIST and SET ask for.
 struct Asked<'a> {
     name: &'a [u8],
