@@ -105,14 +105,20 @@ four_jobs() {
 }
 
 start_quorum() {
-    local socket=$area/quorum.sock side
-    local options=()
+    local side options=()
     for side in 0 1; do
         rm -f "$area/q$side"
         truncate -s 1100M "$area/q$side"
         options+=(--blockdev "driver=file,node-name=f$side,filename=$area/q$side,cache.direct=on,aio=io_uring")
     done
-    qemu-storage-daemon "${options[@]}" \
+    quorum_of "${options[@]}"
+}
+
+# quorum_of OPTIONS... : a mirror of the nodes f0 and f1, which the options make; sets URI.
+quorum_of() {
+    local socket=$area/quorum.sock
+    rm -f "$socket"
+    qemu-storage-daemon "$@" \
         --blockdev driver=quorum,node-name=q,vote-threshold=2,read-pattern=fifo,children.0=f0,children.1=f1 \
         --nbd-server addr.type=unix,addr.path="$socket" \
         --export type=nbd,id=e,node-name=q,name=q,writable=on &
@@ -300,21 +306,11 @@ bench_peer() {
 
 # start_quorum_with_peer : over the file q0 and what qemu-nbd serves at PORT; sets URI.
 start_quorum_with_peer() {
-    local socket=$area/quorum.sock
     rm -f "$area/q0"
     truncate -s 1200M "$area/q0"
-    qemu-storage-daemon \
+    quorum_of \
         --blockdev "driver=file,node-name=f0,filename=$area/q0,cache.direct=on,aio=io_uring" \
-        --blockdev "driver=nbd,node-name=f1,server.type=inet,server.host=127.0.0.1,server.port=$PORT,export=q" \
-        --blockdev driver=quorum,node-name=q,vote-threshold=2,read-pattern=fifo,children.0=f0,children.1=f1 \
-        --nbd-server addr.type=unix,addr.path="$socket" \
-        --export type=nbd,id=e,node-name=q,name=q,writable=on &
-    storage_daemon=$!
-    while [ ! -S "$socket" ]; do
-        kill -0 $storage_daemon
-        sleep 0.05
-    done
-    URI="nbd+unix:///q?socket=$socket"
+        --blockdev "driver=nbd,node-name=f1,server.type=inet,server.host=127.0.0.1,server.port=$PORT,export=q"
 }
 
 scrub_is_over() {

@@ -19,7 +19,8 @@
 //! - Before both certificates are accepted nothing of NBD but the wish for TLS is answered, and
 //!   that a client leaves.
 //! - Any bytes give plain text or an error that ends the connection (R17). What is held of a
-//!   connection is a record of 16 KiB or two in each direction.
+//!   connection is a record of 16 KiB or two in each direction. The library takes memory for each
+//!   record: with TLS the data path is not without allocations.
 //! - Keys are renewed by the library before they are worn out, so that a connection may last.
 //! - An end without a farewell is an end like any other: NBD says itself how long everything is.
 
@@ -54,7 +55,10 @@ pub enum TlsError {
         why: String,
     },
     /// Files that are no use.
-    #[error("the certificates in {} are of no use: {why}", folder.display())]
+    #[error(
+        "the certificates in {} are of no use: {why}; put those there that belong to the keys",
+        folder.display()
+    )]
     Files {
         /// Where they are.
         folder: PathBuf,
@@ -62,7 +66,7 @@ pub enum TlsError {
         why: String,
     },
     /// No certificate is about this host.
-    #[error("{0} is no name that a certificate could be for")]
+    #[error("{0} is no name that a certificate could be for; give a host's name or address")]
     Name(String),
     /// What the other side sent or showed is not accepted, or ours is not by it.
     #[error("TLS failed: {}", explained(.0))]

@@ -15,10 +15,10 @@ import subprocess
 import threading
 
 import nbd
-from harness import BINARIES, BLOCK, FAILED, MIB, CannotRun, Failed, Model, check, until
+from harness import BINARIES, BLOCK, FAILED, MIB, PROJECT, CannotRun, Failed, Model, check, until
 
 SIZE = 100 << 20
-CERTIFICATES = "scripts/certificates.sh"
+CERTIFICATES = str(PROJECT / "scripts" / "certificates.sh")
 
 
 def free_port():

@@ -5,9 +5,9 @@
 //! the CRC32 of each block is ([`Disk::sums`]). A block is as it should be when every copy that was
 //! read is the same, every CRC32 is of just that, and it fits the checksum that each member has
 //! stored. Where not all of them answer, everything is read at once; whatever is not so gets the
-//! second look, for which everything is read: nothing is ever repaired, chosen or called right for a reader by a checksum that came from
-//! elsewhere. What is missed by it: a copy behind the network that differs and has the same CRC32,
-//! one in four billion of those that do, is not found.
+//! second look, for which everything is read: nothing is ever repaired, chosen or called right for a
+//! reader by a checksum that came from elsewhere. What is missed by it: a copy behind the network
+//! that differs and has the same CRC32, one in four billion of those that do.
 
 use super::Mirror;
 use super::check::FirstLook;
