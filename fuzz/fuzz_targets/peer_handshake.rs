@@ -37,7 +37,12 @@ fuzz_target!(|data: &[u8]| {
         seen: None,
     };
     play(Handshake::new(NAME), data, SENT_BYTES, false);
-    play(Handshake::new(NAME).with_tls(), data, 16 + SENT_BYTES, false);
+    play(
+        Handshake::new(NAME).with_tls(),
+        data,
+        16 + SENT_BYTES,
+        false,
+    );
     let sent = SENT_BYTES + QUESTION_BYTES;
     play(Handshake::asking(NAME, None), data, sent, false);
     let sent = sent + CLAIM_BYTES;
