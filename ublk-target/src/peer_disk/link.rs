@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use mirror::host::Errno;
+use mirror::order::{Order, Turn};
 use peer::claim::Fence;
 use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
 use peer::{Ask, Export, Session};
@@ -21,6 +22,8 @@ use crate::ring::{self, Ring};
 use crate::signal::Signal;
 use crate::stream::{Inbox, Wire};
 use crate::sys::Lend;
+
+mod again;
 
 /// Between attempts to connect again: at first, and at last.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -41,6 +44,10 @@ struct Part {
     into: Option<Lend>,
     /// A write's data, which may have to be sent again.
     data: Option<Lend>,
+    /// How many were asked before it: what is asked again is asked in this order.
+    number: u64,
+    /// Of a barrier its number, of a change its ticket.
+    place: u64,
 }
 
 /// A request that waits to be sent.
@@ -71,6 +78,9 @@ struct State {
     free: Vec<u32>,
     /// Whose reply was begun when the connection broke.
     unanswered: Option<Part>,
+    asked: u64,
+    /// The book of barriers that the server keeps as well.
+    order: Order,
     orphans: usize,
     /// There was one at some time.
     gave_up: bool,
@@ -106,11 +116,19 @@ impl State {
         if let Op::Running { left, .. } = &mut self.ops[op as usize] {
             *left += 1;
         }
+        let place = if ask.barrier {
+            self.order.barrier_begins()
+        } else {
+            self.order.ticket()
+        };
+        self.asked += 1;
         self.send(Part {
             op,
             ask: *ask,
             into,
             data,
+            number: self.asked,
+            place,
         });
     }
 
@@ -120,11 +138,20 @@ impl State {
         self.queue.push_back(Outgoing { header, data });
     }
 
-    /// Takes all parts that have no reply.
+    /// Takes all parts that have no reply, in the order in which they were asked: a barrier comes
+    /// before what has to wait for it.
     fn take_parts(&mut self) -> Vec<Part> {
         self.queue.clear();
         let begun = self.unanswered.take();
-        begun.into_iter().chain(self.session.give_up()).collect()
+        let mut parts: Vec<Part> = begun.into_iter().chain(self.session.give_up()).collect();
+        parts.sort_unstable_by_key(|part| part.number);
+        parts
+    }
+
+    /// Whether the server has refused that part, and only its reply is lost.
+    fn is_refused(&self, part: &Part) -> bool {
+        let waits = part.ask.kind.changes() && !part.ask.barrier;
+        waits && self.order.turn(part.place) == Turn::Refused
     }
 
     /// Nothing more will be sent on the connection there is.
@@ -214,6 +241,13 @@ impl Link {
         self.in_flight.set(self.in_flight.get() + 1);
         self.to_send.notify();
         Ok(op)
+    }
+
+    /// Whether a change that is asked for now is refused: an intent before it has failed, and who
+    /// goes on with another connection must not find a server that knows nothing of it.
+    pub(super) fn refuses_changes(&self) -> bool {
+        let state = self.state.borrow();
+        state.order.turn(state.order.ticket()) == Turn::Refused
     }
 
     /// The result of an operation, which takes it.
@@ -411,6 +445,10 @@ impl Link {
     /// Every outstanding operation fails.
     fn give_up(&self) {
         let parts = self.state.borrow_mut().take_parts();
+        self.fail(parts);
+    }
+
+    fn fail(&self, parts: Vec<Part>) {
         for Part { op, into, data, .. } in parts {
             drop((into, data));
             self.answered(op, Err(GONE));
@@ -421,74 +459,6 @@ impl Link {
     fn may_go_on(&self) -> bool {
         let state = self.state.borrow();
         !self.ways.is_empty() && !state.ended && !state.leaving && state.orphans == 0
-    }
-
-    /// Tries all ways until another connection is up, or it is clear that none can go on in this
-    /// one's place.
-    async fn go_on(self: Rc<Self>) {
-        self.going_on.set(true);
-        self.find_another().await;
-        self.going_on.set(false);
-    }
-
-    async fn find_another(self: &Rc<Self>) {
-        let begun = ring::now();
-        let mut pause = FIRST_PAUSE;
-        if begun < self.since.get() + LAST_PAUSE {
-            // One that broke soon may be followed by another such.
-            self.ring.sleep_until(begun + IDLE_PAUSE).await;
-        }
-        loop {
-            let (mut nobody, mut last) = (true, String::new());
-            for step in 0..self.ways.len() {
-                let at = (self.way.get() + step) % self.ways.len();
-                let way = self.ways[at].clone();
-                if !self.may_go_on() {
-                    return self.end(GIVEN_UP);
-                }
-                let reopened = match self.ring.try_blocking(move || (way.reopen)()) {
-                    Ok(reopening) => reopening.await,
-                    Err(error) => Reopened::NotNow(format!("no thread is to be had: {error}")),
-                };
-                if !self.may_go_on() {
-                    return self.end(GIVEN_UP);
-                }
-                match reopened {
-                    Reopened::Up(opened) if opened.export == self.export => {
-                        self.way.set(at);
-                        self.wire.replace(Rc::new(Wire::new(opened.fd, opened.tls)));
-                        return self.ask_again(&opened.address, ring::now() - begun);
-                    }
-                    Reopened::Up(_) => return self.end("the export has changed"),
-                    Reopened::Never(why) => return self.end(&why),
-                    Reopened::Nobody(why) => last = why,
-                    Reopened::NotNow(why) => (nobody, last) = (false, why),
-                }
-            }
-            if nobody || ring::now() >= begun + self.deadline {
-                return self.end(&last);
-            }
-            self.ring.sleep_until(ring::now() + pause).await;
-            pause = (pause * 2).min(LAST_PAUSE);
-        }
-    }
-
-    /// Goes on with a new connection.
-    fn ask_again(self: &Rc<Self>, through: &str, after: Duration) {
-        let asked = {
-            let mut state = self.state.borrow_mut();
-            state.broken = false;
-            let parts = state.take_parts();
-            let count = parts.len();
-            parts.into_iter().for_each(|part| state.send(part));
-            count
-        };
-        let after = after.as_millis();
-        tracing::info!(
-            "{} is connected again through {through} after {after} ms; requests asked again: {asked}",
-            self.address
-        );
-        self.begin();
     }
 
     /// Begins to use the connection there is.
@@ -569,6 +539,10 @@ impl Link {
         {
             self.state.borrow_mut().unanswered = Some(part);
             return Err(error.into());
+        }
+        if part.ask.barrier {
+            let mut state = self.state.borrow_mut();
+            state.order.barrier_ended(part.place, result.is_ok());
         }
         let Part { op, into, data, .. } = part;
         drop((into, data));
