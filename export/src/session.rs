@@ -18,12 +18,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mirror::host::Errno;
-use mirror::order::{Order, Turn};
+use mirror::order::{Order, Ticket, Turn};
 use peer::claim::Claim;
 use peer::server::admission::SessionId;
 use peer::server::contexts::Agreed;
 use peer::server::{
-    self as proto, Command, Desk, Export, Peer as _, REQUEST_BYTES, Request, Verdict,
+    self as proto, Command, Desk, Export, Peer as _, REQUEST_BYTES, Rank, Request, Verdict,
 };
 use peer::structured::Head;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
@@ -53,15 +53,15 @@ struct Room {
     _bytes: OwnedSemaphorePermit,
 }
 
-/// Where a request stands among the barriers of its session.
+/// What a request has to do with the order of its session.
 #[derive(Clone, Copy)]
-enum Place {
+enum Part {
     /// It is the barrier of this number.
     Barrier(u64),
-    /// It changes the disk, and has this ticket.
-    Change(u64),
-    /// It waits for none.
-    Any,
+    /// It is behind some.
+    Behind(Ticket),
+    /// Nothing.
+    None,
 }
 
 struct Reply {
@@ -257,6 +257,7 @@ impl<S: Stream> Session<S> {
                 }
             }
             if let Some(error) = refusal {
+                self.has_ended(self.part(&request), false);
                 self.reply(&request, error, None, room);
                 continue;
             }
@@ -267,10 +268,10 @@ impl<S: Stream> Session<S> {
                 return Ok(());
             }
             // From here to its end it counts, whatever becomes of this session.
-            let place = self.place(&request);
+            let part = self.part(&request);
             let (session, server) = (Rc::clone(self), Rc::clone(server));
             spawn(async move {
-                let performed = session.in_order(place, session.perform(&server, &request, memory));
+                let performed = session.in_order(part, session.perform(&server, &request, memory));
                 let (result, data) = performed.await;
                 if changes {
                     server.change_ended();
@@ -282,25 +283,31 @@ impl<S: Stream> Session<S> {
         Ok(())
     }
 
-    /// A request's place between the barriers: of those that have been received before it.
-    fn place(&self, request: &Request) -> Place {
+    /// A request's part in the order, as they are received.
+    fn part(&self, request: &Request) -> Part {
         let mut order = self.order.borrow_mut();
-        if request.barrier {
-            Place::Barrier(order.barrier_begins())
-        } else if request.command.changes() {
-            Place::Change(order.ticket())
-        } else {
-            Place::Any
+        match request.rank {
+            Rank::Barrier { first } => Part::Barrier(order.barrier_begins(first)),
+            Rank::Behind => Part::Behind(order.ticket()),
+            Rank::Any => Part::None,
         }
     }
 
-    /// Lets a change wait for the barriers before it, and refuses it when one of them has failed.
+    /// Whether it was a barrier: it has ended.
+    fn has_ended(&self, part: Part, well: bool) {
+        if let Part::Barrier(number) = part {
+            self.order.borrow_mut().barrier_ended(number, well);
+            self.barrier_ended.notify_waiters();
+        }
+    }
+
+    /// Lets what is behind barriers wait for them, and refuses it when one of them has failed.
     async fn in_order(
         &self,
-        place: Place,
+        part: Part,
         performance: impl Future<Output = (Result<(), Errno>, Option<Memory>)>,
     ) -> (Result<(), Errno>, Option<Memory>) {
-        if let Place::Change(ticket) = place {
+        if let Part::Behind(ticket) = part {
             loop {
                 let moved = self.barrier_ended.notified();
                 let turn = self.order.borrow().turn(ticket);
@@ -312,11 +319,7 @@ impl<S: Stream> Session<S> {
             }
         }
         let performed = performance.await;
-        if let Place::Barrier(number) = place {
-            let well = performed.0.is_ok();
-            self.order.borrow_mut().barrier_ended(number, well);
-            self.barrier_ended.notify_waiters();
-        }
+        self.has_ended(part, performed.0.is_ok());
         performed
     }
 

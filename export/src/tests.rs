@@ -22,7 +22,7 @@ use peer::wire::{
     EXPORT_MULTI_CONN, EXPORT_READ_ONLY, INFO_FENCE, OPTION_CLAIM, OPTION_GO, OPTION_MAGIC,
     REP_ACK, REP_ERR_IN_USE, REP_ERR_POLICY, REP_INFO, be16, be32, be64,
 };
-use peer::{Ask, Kind};
+use peer::{Ask, Kind, Rank};
 use tokio::task::{LocalSet, spawn_local};
 use uuid::Uuid;
 
@@ -200,7 +200,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Write,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
@@ -227,7 +227,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Read,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
@@ -395,7 +395,7 @@ fn the_last_write_of_the_old_session_may_be_a_new_epoch() {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
-            barrier: false,
+            rank: Rank::Any,
             offset: COPY_A_OFFSET,
             len: 8192,
         };
@@ -480,7 +480,7 @@ fn a_client_that_takes_no_replies_costs_a_bounded_amount_and_no_one_else() {
             let ask = Ask {
                 kind: Kind::Read,
                 fua: false,
-                barrier: false,
+                rank: Rank::Any,
                 offset: 0,
                 len: 256 << 10,
             };
@@ -521,7 +521,7 @@ fn nonsense_costs_one_session() {
         let too_long = Ask {
             kind: Kind::Write,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset: 0,
             len: MAX_PAYLOAD_BYTES + 1,
         };

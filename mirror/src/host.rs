@@ -197,8 +197,8 @@ pub trait Disk: 'static {
     /// waits; several queued together share one system call.
     fn submit(&self, request: DiskRequest<Self::Buffer>) -> Self::Op;
 
-    /// [`Disk::submit`] of a durable write. Where [`Geometry::keeps_order`], what is submitted later
-    /// and changes the disk begins when it has ended, and is refused when it has failed
+    /// [`Disk::submit`] of a durable write. Where [`Geometry::keeps_order`], what is submitted before
+    /// its answer and changes the disk begins when it has ended, and is refused when it has failed
     /// ([`order`](crate::order)); elsewhere it is a write like others.
     fn submit_barrier(&self, request: DiskRequest<Self::Buffer>) -> Self::Op {
         self.submit(request)

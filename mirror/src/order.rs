@@ -7,29 +7,30 @@
 //!
 //! # What it promises
 //!
-//! A *barrier* is a durable write. A change (a write, write-zeroes, a discard) that is asked for
-//! after it
+//! A *barrier* is a durable write. A change (a write, write-zeroes, a discard) that a client asks for
+//! while it has no answer to some barrier is *behind* it: it begins when the barriers that were asked
+//! for before it have ended, and is refused when one of them has failed. Reads, flushes, and changes
+//! that are asked for while every barrier has its answer, wait for nothing and are never refused.
 //!
-//! - begins when the barrier has ended;
-//! - is refused when the barrier has failed, until a barrier that was asked for after that failure
-//!   has succeeded. What was asked for in between stays refused.
+//! # Groups
 //!
-//! Reads and flushes wait for nothing.
-//!
-//! # How
-//!
-//! Barriers are numbered; a change's ticket is the number that the next barrier will get.
+//! The server sees a failure before the client knows of it. Barriers that the client has asked for
+//! meanwhile, and their success, say nothing of what lies behind the one that failed. So barriers come
+//! in groups. A group begins with a barrier that the client asks for while no other is open: it has all
+//! answers then, and knows what they mean. A failure dooms all that is behind any barrier of its group.
 //!
 //! ```text
-//!  asked for:   barrier 0    change, ticket 1    barrier 1    change, ticket 2
-//!  barrier 0 fails:          refused             waits for 1  refused if 1 was asked for before
-//!                                                             the failure; else as 1 ends
+//!  client   B1 first ──► B2 ──► D behind            (answers: B1 failed, B2 well)   B3 first ──► E behind
+//!  server   B1 fails            D: refused, whether B2 ends well or not             B3 ends: E begins
 //! ```
 //!
-//! Both sides keep this book: the server to obey it, the client so that a connection that goes on
-//! in another one's place asks for nothing again that was refused.
+//! Both sides keep this book: the server to obey it, the client to know what is behind a barrier, to
+//! refuse it itself once the group has failed, and so that a connection that goes on in another one's
+//! place asks nobody again for what was refused: the new session's book is empty.
 
-use std::ops::Range;
+/// Groups whose failures are remembered. What is behind an older one is refused: it should long have
+/// been told.
+const REMEMBERED: u64 = u32::BITS as u64;
 
 /// The barriers of one session.
 #[derive(Clone, Debug, Default)]
@@ -37,17 +38,17 @@ pub struct Order {
     next: u64,
     /// Barriers that have not ended.
     open: Vec<u64>,
-    failed: Option<Failed>,
-    /// Barriers `from..to` lie between one that failed and the one that has lifted it.
-    refused: Range<u64>,
+    group: u64,
+    /// Of this group and those before it, those in which a barrier has failed, this one's bit lowest.
+    failed: u32,
 }
 
-/// A failure that no barrier has lifted yet.
-#[derive(Clone, Copy, Debug)]
-struct Failed {
-    barrier: u64,
-    /// The first barrier that was asked for afterwards.
-    lifted_from: u64,
+/// The place of a change behind barriers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ticket {
+    /// Barriers with lower numbers were asked for before it.
+    before: u64,
+    group: u64,
 }
 
 /// What becomes of a change.
@@ -57,13 +58,23 @@ pub enum Turn {
     Now,
     /// A barrier before it has not ended.
     Wait,
-    /// A barrier before it has failed.
+    /// A barrier of its group has failed.
     Refused,
 }
 
 impl Order {
-    /// A barrier is asked for; returns its number, with which it ends.
-    pub fn barrier_begins(&mut self) -> u64 {
+    /// Whether a barrier has not ended: for a client, whether what it asks for now is behind one.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        !self.open.is_empty()
+    }
+
+    /// A barrier is asked for, `first` of a group or not; returns its number, with which it ends.
+    pub fn barrier_begins(&mut self, first: bool) -> u64 {
+        if first {
+            self.group += 1;
+            self.failed <<= 1;
+        }
         let number = self.next;
         self.next += 1;
         self.open.push(number);
@@ -73,43 +84,29 @@ impl Order {
     /// A barrier has ended, well or not.
     pub fn barrier_ended(&mut self, number: u64, well: bool) {
         self.open.retain(|&open| open != number);
-        let barrier = self.failed.map_or(number, |it| it.barrier.min(number));
-        match self.failed {
-            _ if !well => {
-                self.failed = Some(Failed {
-                    barrier,
-                    lifted_from: self.next,
-                });
-            }
-            Some(failed) if number >= failed.lifted_from => {
-                // Two such ranges become one: what waits between them is refused as well.
-                let empty = self.refused.is_empty();
-                let from = if empty { u64::MAX } else { self.refused.start };
-                self.refused = from.min(failed.barrier)..self.refused.end.max(number);
-                self.failed = None;
-            }
-            _ => {}
+        self.failed |= u32::from(!well);
+    }
+
+    /// The place of a change that is asked for now, behind a barrier.
+    #[must_use]
+    pub fn ticket(&self) -> Ticket {
+        Ticket {
+            before: self.next,
+            group: self.group,
         }
     }
 
-    /// The ticket of a change that is asked for now.
+    /// What becomes of the change with this ticket.
     #[must_use]
-    pub fn ticket(&self) -> u64 {
-        self.next
-    }
-
-    /// What becomes of the change with this ticket; once it is told not to wait it is not asked
-    /// about again.
-    #[must_use]
-    pub fn turn(&self, ticket: u64) -> Turn {
-        if self.open.iter().any(|&open| open < ticket) {
-            return Turn::Wait;
+    pub fn turn(&self, ticket: Ticket) -> Turn {
+        let age = self.group.saturating_sub(ticket.group);
+        if age >= REMEMBERED || self.failed >> age & 1 == 1 {
+            Turn::Refused
+        } else if self.open.iter().any(|&open| open < ticket.before) {
+            Turn::Wait
+        } else {
+            Turn::Now
         }
-        let fails = self.failed.is_some_and(|it| it.barrier < ticket);
-        if fails || ticket > 0 && self.refused.contains(&(ticket - 1)) {
-            return Turn::Refused;
-        }
-        Turn::Now
     }
 }
 
@@ -120,55 +117,60 @@ mod tests {
     #[test]
     fn changes_wait_for_barriers_before_them_only() {
         let mut order = Order::default();
-        let before = order.ticket();
-        let first = order.barrier_begins();
+        let first = order.barrier_begins(true);
         let between = order.ticket();
-        let second = order.barrier_begins();
+        let second = order.barrier_begins(false);
         let after = order.ticket();
-        let turns = |order: &Order| [before, between, after].map(|ticket| order.turn(ticket));
-        assert_eq!(turns(&order), [Turn::Now, Turn::Wait, Turn::Wait]);
-        order.barrier_ended(second, true);
-        assert_eq!(turns(&order), [Turn::Now, Turn::Wait, Turn::Wait]);
+        let turns = |order: &Order| [between, after].map(|ticket| order.turn(ticket));
+        assert_eq!(turns(&order), [Turn::Wait; 2]);
         order.barrier_ended(first, true);
-        assert_eq!(turns(&order), [Turn::Now; 3]);
+        assert_eq!(turns(&order), [Turn::Now, Turn::Wait]);
+        order.barrier_ended(second, true);
+        assert_eq!(turns(&order), [Turn::Now; 2]);
+        assert!(!order.is_open());
+    }
+
+    /// A barrier of the same group that comes later and ends well says nothing of the failure: its
+    /// client did not know of it.
+    #[test]
+    fn a_failure_dooms_its_group() {
+        let mut order = Order::default();
+        let first = order.barrier_begins(true);
+        let early = order.ticket();
+        order.barrier_ended(first, false);
+        assert_eq!(order.turn(early), Turn::Refused);
+        let second = order.barrier_begins(false);
+        let late = order.ticket();
+        assert_eq!(order.turn(late), Turn::Refused, "also while one is open");
+        order.barrier_ended(second, true);
+        assert_eq!([early, late].map(|it| order.turn(it)), [Turn::Refused; 2]);
     }
 
     #[test]
-    fn a_failure_refuses_until_a_later_barrier_succeeds() {
+    fn the_next_group_begins_anew() {
         let mut order = Order::default();
-        let copies = [order.barrier_begins(), order.barrier_begins()];
-        let held = order.ticket();
-        order.barrier_ended(copies[0], false);
-        let late = order.ticket();
-        assert_eq!(order.turn(late), Turn::Wait, "for the other copy");
-        // It was asked for before the failure: what it says is not about what was refused.
-        order.barrier_ended(copies[1], true);
-        assert_eq!(order.turn(held), Turn::Refused);
-        assert_eq!(order.turn(late), Turn::Refused);
-        let again = order.barrier_begins();
+        let failing = order.barrier_begins(true);
+        let doomed = order.ticket();
+        order.barrier_ended(failing, false);
+        let again = order.barrier_begins(true);
         let next = order.ticket();
         assert_eq!(order.turn(next), Turn::Wait);
-        assert_eq!(order.turn(late), Turn::Refused);
+        assert_eq!(order.turn(doomed), Turn::Refused);
         order.barrier_ended(again, true);
         assert_eq!(order.turn(next), Turn::Now);
-        assert_eq!(order.turn(order.ticket()), Turn::Now);
-        assert_eq!(order.turn(held), Turn::Refused, "for good");
+        assert_eq!(order.turn(doomed), Turn::Refused, "for good");
     }
 
     #[test]
-    fn each_failure_needs_a_later_barrier() {
+    fn what_is_long_over_is_refused() {
         let mut order = Order::default();
-        let first = order.barrier_begins();
-        order.barrier_ended(first, false);
-        let copies = [order.barrier_begins(), order.barrier_begins()];
-        let held = order.ticket();
-        order.barrier_ended(copies[1], true);
-        assert_eq!(order.turn(held), Turn::Wait);
-        order.barrier_ended(copies[0], false);
-        assert_eq!(order.turn(held), Turn::Refused);
-        let lifts = order.barrier_begins();
-        order.barrier_ended(lifts, true);
-        assert_eq!(order.turn(held), Turn::Refused);
-        assert_eq!(order.turn(order.ticket()), Turn::Now);
+        let ticket = order.ticket();
+        for _ in 0..REMEMBERED - 1 {
+            let number = order.barrier_begins(true);
+            order.barrier_ended(number, true);
+        }
+        assert_eq!(order.turn(ticket), Turn::Now);
+        order.barrier_begins(true);
+        assert_eq!(order.turn(ticket), Turn::Refused);
     }
 }

@@ -15,7 +15,7 @@ use crate::claim::{Claim, Fence, Seen};
 use crate::connect_error::ConnectError;
 use crate::export::Export;
 use crate::handshake::{Handshake, REPLY_BYTES_MAX};
-use crate::session::{Ask, Kind, Session, farewell};
+use crate::session::{Ask, Kind, Rank, Session, farewell};
 use crate::stream::{Broken, Stream, left};
 use crate::tls::{self, Tls};
 use crate::wire::REPLY_BYTES;
@@ -282,7 +282,7 @@ impl Client {
             let ask = Ask {
                 kind: Kind::Read,
                 fua: false,
-                barrier: false,
+                rank: Rank::Any,
                 offset: piece.offset,
                 len: piece.len,
             };
@@ -308,7 +308,7 @@ impl Client {
             let ask = Ask {
                 kind: Kind::Write,
                 fua: false,
-                barrier: false,
+                rank: Rank::Any,
                 offset: piece.offset,
                 len: piece.len,
             };
@@ -343,7 +343,7 @@ impl Client {
             let ask = Ask {
                 kind: Kind::WriteZeroes,
                 fua: false,
-                barrier: false,
+                rank: Rank::Any,
                 offset: piece.offset,
                 len: piece.len,
             };

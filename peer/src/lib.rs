@@ -51,4 +51,4 @@ pub use blocking::{Claimant, Client};
 pub use connect_error::ConnectError;
 pub use export::{Export, Unusable};
 pub use handshake::{Handshake, HandshakeError};
-pub use session::{Answer, Ask, Kind, ProtocolError, Session};
+pub use session::{Answer, Ask, Kind, ProtocolError, Rank, Session};

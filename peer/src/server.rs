@@ -17,11 +17,12 @@ pub mod admission;
 pub mod contexts;
 
 use crate::claim::{self, Claim, Fence};
+pub use crate::session::Rank;
 use contexts::{Agreed, answer_context};
 
 pub use crate::wire::REQUEST_BYTES;
 use crate::wire::{
-    COMMAND_FLAG_BARRIER, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE,
+    COMMAND_FLAG_BEHIND, COMMAND_FLAG_FUA, COMMAND_FLAG_NO_HOLE, COMMAND_FLAG_REQ_ONE,
     EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS, EXPORT_MULTI_CONN, EXPORT_READ_ONLY, EXPORT_TRIM,
     EXPORT_WRITE_ZEROES, FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, INFO_BLOCK_SIZE, INFO_EXPORT,
     INFO_FENCE, INIT_MAGIC, OPTION_ABORT, OPTION_BYTES, OPTION_CLAIM, OPTION_EXPORT_NAME,
@@ -465,11 +466,9 @@ pub struct Request {
     pub len: u32,
     /// Durable before the reply.
     pub fua: bool,
-    /// A durable write that later changes wait for.
-    pub barrier: bool,
+    /// Its place among barriers.
+    pub rank: Rank,
 }
-
-const BARRIER: u16 = COMMAND_FLAG_BARRIER | COMMAND_FLAG_FUA;
 
 /// Decodes a request's header.
 pub fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
@@ -501,6 +500,7 @@ pub fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
     // A write keeps its command even when it is refused: its data has to be taken in.
     let known_flags = match command {
         Command::BlockStatus { .. } => COMMAND_FLAG_FUA | COMMAND_FLAG_REQ_ONE,
+        _ if command.changes() => COMMAND_FLAG_FUA | COMMAND_FLAG_NO_HOLE | COMMAND_FLAG_BEHIND,
         _ => COMMAND_FLAG_FUA | COMMAND_FLAG_NO_HOLE,
     };
     let unknown_flags = flags & !known_flags != 0;
@@ -515,7 +515,7 @@ pub fn request(bytes: &[u8; REQUEST_BYTES]) -> Result<Request, ProtocolError> {
         offset: be64(bytes, 16).unwrap_or(0),
         len,
         fua: flags & COMMAND_FLAG_FUA != 0,
-        barrier: command == Command::Write && flags & BARRIER == BARRIER,
+        rank: Rank::of(flags, command == Command::Write, command.changes()),
     })
 }
 

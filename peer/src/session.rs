@@ -13,9 +13,48 @@
 //! reply takes none. Byte tables are in [`crate::wire`].
 
 use crate::wire::{
-    COMMAND_FLAG_BARRIER, COMMAND_FLAG_FUA, REPLY_BYTES, REQUEST_BYTES, REQUEST_MAGIC,
-    SIMPLE_REPLY_MAGIC, be32, be64,
+    COMMAND_FLAG_BARRIER, COMMAND_FLAG_BEHIND, COMMAND_FLAG_FIRST, COMMAND_FLAG_FUA, REPLY_BYTES,
+    REQUEST_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be32, be64,
 };
+
+/// Where a request stands among the barriers of its session ([`mirror::order`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Rank {
+    /// It has nothing to do with them.
+    #[default]
+    Any,
+    /// It is one.
+    Barrier {
+        /// It begins a group.
+        first: bool,
+    },
+    /// It is behind those before it.
+    Behind,
+}
+
+impl Rank {
+    fn flags(self) -> u16 {
+        match self {
+            Self::Any => 0,
+            Self::Barrier { first: false } => COMMAND_FLAG_BARRIER,
+            Self::Barrier { first: true } => COMMAND_FLAG_BARRIER | COMMAND_FLAG_FIRST,
+            Self::Behind => COMMAND_FLAG_BEHIND,
+        }
+    }
+
+    /// What the flags of a request say, whose command is a write or changes otherwise.
+    pub(crate) fn of(flags: u16, writes: bool, changes: bool) -> Self {
+        const BARRIER: u16 = COMMAND_FLAG_BARRIER | COMMAND_FLAG_FUA;
+        if writes && flags & BARRIER == BARRIER {
+            let first = flags & COMMAND_FLAG_FIRST != 0;
+            Self::Barrier { first }
+        } else if changes && flags & COMMAND_FLAG_BEHIND != 0 {
+            Self::Behind
+        } else {
+            Self::Any
+        }
+    }
+}
 
 /// What is asked of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,8 +99,8 @@ pub struct Ask {
     pub kind: Kind,
     /// Durable before the reply; only where the server offers it.
     pub fua: bool,
-    /// A durable write that later changes wait for; only where the server keeps order.
-    pub barrier: bool,
+    /// Its place among barriers; only where the server keeps order.
+    pub rank: Rank,
     /// First byte.
     pub offset: u64,
     /// Length in bytes.
@@ -73,7 +112,7 @@ impl Ask {
     pub const FLUSH: Self = Self {
         kind: Kind::Flush,
         fua: false,
-        barrier: false,
+        rank: Rank::Any,
         offset: 0,
         len: 0,
     };
@@ -82,12 +121,7 @@ impl Ask {
     #[must_use]
     pub fn header(&self, cookie: u64) -> [u8; REQUEST_BYTES] {
         let fua = if self.fua { COMMAND_FLAG_FUA } else { 0 };
-        let barrier = if self.barrier {
-            COMMAND_FLAG_BARRIER
-        } else {
-            0
-        };
-        let flags = fua | barrier;
+        let flags = fua | self.rank.flags();
         header(flags, self.kind.number(), cookie, self.offset, self.len)
     }
 }
@@ -251,7 +285,7 @@ mod tests {
         Ask {
             kind: Kind::Read,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset,
             len,
         }
@@ -274,7 +308,7 @@ mod tests {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
-            barrier: false,
+            rank: Rank::Any,
             offset: 0x0102_0304_0506_0708,
             len: 0x1112_1314,
         };

@@ -62,7 +62,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mirror::host::{Disk, DiskRequest, Errno, Geometry, Span, SumsOp};
-use peer::{Ask, Kind};
+use peer::{Ask, Kind, Rank};
 
 use self::link::Link;
 pub(crate) use self::opened::OpenedPeer;
@@ -116,6 +116,7 @@ impl PeerDisk {
         Self(link, cut_off, sums)
     }
 
+    /// Asks the server; `barrier` only where it keeps order.
     fn ask(&self, request: DiskRequest<IoBuffer>, barrier: bool) -> PeerOp {
         let link = &self.0;
         let export = &link.export;
@@ -140,15 +141,12 @@ impl PeerDisk {
         if len == 0 && kind != Kind::Flush {
             return PeerOp::Over(Ok(()));
         }
-        if kind.changes() && !barrier && link.refuses_changes() {
-            return PeerOp::Over(Err(Errno::IO));
-        }
         let flush = (kind == Kind::Flush).then_some((Ask::FLUSH, None, None));
         let pieces = export.pieces(offset, len).map(|piece| {
             let ask = Ask {
                 kind,
                 fua: fua && export.has_fua(),
-                barrier,
+                rank: Rank::Any,
                 offset: piece.offset,
                 len: piece.len,
             };
@@ -156,7 +154,7 @@ impl PeerDisk {
             (ask, into, data)
         });
         let then_flush = fua && !export.has_fua();
-        let op = match link.submit(then_flush, flush.into_iter().chain(pieces)) {
+        let op = match link.submit(then_flush, barrier, flush.into_iter().chain(pieces)) {
             Ok(op) => op,
             Err(errno) => return PeerOp::Over(Err(errno)),
         };

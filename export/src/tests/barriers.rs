@@ -5,16 +5,24 @@ use super::*;
 const EIO: Option<u32> = Some(5);
 
 impl Client {
-    async fn send_barrier(&self, block: u64, byte: u8) {
+    async fn send_placed(&self, rank: Rank, block: u64, byte: u8) {
         let ask = Ask {
             kind: Kind::Write,
-            fua: true,
-            barrier: true,
+            fua: matches!(rank, Rank::Barrier { .. }),
+            rank,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
         let data = [byte; BLOCK as usize];
         self.0.say(&[&ask.header(block)[..], &data].concat()).await;
+    }
+
+    async fn send_barrier(&self, first: bool, block: u64) {
+        self.send_placed(Rank::Barrier { first }, block, 1).await;
+    }
+
+    async fn send_behind(&self, block: u64) {
+        self.send_placed(Rank::Behind, block, 7).await;
     }
 }
 
@@ -24,25 +32,25 @@ fn holds(store: &SimStore, block: usize, byte: u8) -> bool {
 }
 
 #[test]
-fn changes_wait_for_a_barrier_and_reads_do_not() {
+fn what_is_behind_a_barrier_waits_for_it_and_nothing_else_does() {
     run(async {
         let store = SimStore::new(SIZE);
         let server = server(&store, Unclaimed::Read);
         let writer = Client::writer(&server, &blank(1)).await;
-        assert!(writer.send_write(300, 9).await);
-        assert_eq!(writer.answer().await, Some(0));
+        assert_eq!(writer.write(300, 9).await, Some(0));
         store.hold_flushes(true);
-        writer.send_barrier(100, 1).await;
-        assert!(writer.send_write(200, 7).await);
+        writer.send_barrier(true, 100).await;
+        writer.send_behind(200).await;
         let zeroes = Ask {
             kind: Kind::WriteZeroes,
             fua: false,
-            barrier: false,
+            rank: Rank::Behind,
             offset: 300 * u64::from(BLOCK),
             len: BLOCK,
         };
         writer.ask(&zeroes).await;
         assert!(writer.read(200).await.unwrap().iter().all(|it| *it == 0));
+        assert_eq!(writer.write(400, 5).await, Some(0));
         idle().await;
         assert!(holds(&store, 200, 0) && holds(&store, 300, 9), "too early");
         store.hold_flushes(false);
@@ -53,25 +61,48 @@ fn changes_wait_for_a_barrier_and_reads_do_not() {
     });
 }
 
+/// Also behind another barrier of the group, which ends well: its client does not know yet.
 #[test]
-fn what_follows_a_barrier_that_failed_is_refused() {
+fn what_is_behind_a_barrier_that_failed_is_refused() {
     run(async {
         let store = SimStore::new(SIZE);
         let server = server(&store, Unclaimed::Read);
         let writer = Client::writer(&server, &blank(1)).await;
         store.hold_flushes(true);
         store.fail_one_flush();
-        writer.send_barrier(100, 1).await;
-        assert!(writer.send_write(200, 7).await);
+        writer.send_barrier(true, 100).await;
+        writer.send_behind(200).await;
         idle().await;
         store.hold_flushes(false);
         assert_eq!([writer.answer().await, writer.answer().await], [EIO; 2]);
-        assert_eq!(writer.write(200, 7).await, EIO, "also what comes later");
-        assert!(holds(&store, 200, 0));
-        writer.send_barrier(100, 2).await;
+        writer.send_barrier(false, 101).await;
         assert_eq!(writer.answer().await, Some(0));
-        assert_eq!(writer.write(200, 7).await, Some(0), "until one succeeds");
+        writer.send_behind(200).await;
+        assert_eq!(writer.answer().await, EIO);
+        assert!(holds(&store, 200, 0));
+        assert_eq!(writer.write(300, 9).await, Some(0), "not behind it");
+        writer.send_barrier(true, 100).await;
+        assert_eq!(writer.answer().await, Some(0));
+        writer.send_behind(200).await;
+        assert_eq!(writer.answer().await, Some(0), "the next group");
         assert!(holds(&store, 200, 7));
+    });
+}
+
+/// A barrier that is refused at once has failed as well.
+#[test]
+fn a_barrier_that_is_refused_has_failed() {
+    run(async {
+        let store = SimStore::new(SIZE);
+        let server = server(&store, Unclaimed::Read);
+        let writer = Client::writer(&server, &blank(1)).await;
+        writer
+            .send_barrier(true, SIZE as u64 / u64::from(BLOCK))
+            .await;
+        assert_ne!(writer.answer().await, Some(0));
+        writer.send_behind(200).await;
+        assert_eq!(writer.answer().await, EIO);
+        assert!(holds(&store, 200, 0));
     });
 }
 
@@ -83,8 +114,8 @@ fn a_take_over_does_not_wait_for_ever_behind_a_barrier() {
         let server = server(&store, Unclaimed::Read);
         let old = Client::writer(&server, &blank(1)).await;
         store.hold_flushes(true);
-        old.send_barrier(100, 1).await;
-        assert!(old.send_write(200, 7).await);
+        old.send_barrier(true, 100).await;
+        old.send_behind(200).await;
         idle().await;
         let new = Client::new(&server, WIDE).await;
         let claiming = {

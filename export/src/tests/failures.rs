@@ -9,7 +9,7 @@ use crate::session::HANDSHAKE_LIMIT;
 const FLUSH: Ask = Ask {
     kind: Kind::Flush,
     fua: false,
-    barrier: false,
+    rank: Rank::Any,
     offset: 0,
     len: 0,
 };
@@ -25,7 +25,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
-            barrier: false,
+            rank: Rank::Any,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
@@ -70,7 +70,7 @@ fn a_failed_flush_is_everybodys_who_relied_on_it() {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
-            barrier: false,
+            rank: Rank::Any,
             offset: 0,
             len: BLOCK,
         };
@@ -115,7 +115,7 @@ async fn with_one_that_cannot_end(store: &SimStore, server: &SimServer) -> (Clie
     let mut ask = Ask {
         kind: Kind::Read,
         fua: false,
-        barrier: false,
+        rank: Rank::Any,
         offset: 0,
         len: BLOCK,
     };

@@ -32,7 +32,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Sums,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset,
             len,
         };
@@ -127,7 +127,7 @@ fn reads_are_answered_by_chunks_once_that_is_agreed_on() {
         let ask = Ask {
             kind: Kind::Read,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset: 8192,
             len: 4096,
         };

@@ -14,12 +14,12 @@
 //!
 //! # Ahead of the answer of a disk that keeps order
 //!
-//! A disk behind an export server of ours begins no change before the map pages that were sent
-//! earlier are durable on it, and refuses it if they are not ([`order`](crate::order)). So a write
+//! A disk behind an export server of ours begins no change before the map pages that are on their way
+//! to it are durable there, and refuses it if they are not ([`order`](crate::order)). So a write
 //! into an extent that has just become hot need not wait for that disk's answer: when all other
 //! receiving members hold the commit, an in-sync one among them, [`Mirror::commit_intent`] returns,
-//! and intent and data reach the peer in one round trip. The commit itself ends as ever, and the
-//! next one waits for it. If it fails on all in-sync members after all, the extents of those who
+//! and intent and data reach the peer in one round trip. The commit itself ends as ever, with the last
+//! answer of those peers, and the next one waits for it. If it fails on all in-sync members after all, the extents of those who
 //! went on are not durably hot: they are recorded anew before the next write (`Maps::unrecorded`).
 //!
 //! Its position page names the newest commit before it that all receiving members hold: by that a
@@ -56,7 +56,7 @@ pub(super) struct Commits {
     /// Requests up to this one are held by all members but those that keep order.
     ahead: Cell<u64>,
     /// Whose writers have gone on since, before the commit has ended.
-    went_ahead: RefCell<Vec<Extent>>,
+    pub(super) went_ahead: RefCell<Vec<Extent>>,
     /// Requests whose commit failed on every in-sync member.
     failed: RefCell<Vec<(u64, u64)>>,
     waiting: WaitList,
@@ -142,7 +142,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             commits.kick.until(|| wanted().then_some(())).await;
             let first = commits.served.get() + 1;
             let last = commits.requested.get();
-            let committed = self.commit_pages(&mut buffer, last).await;
+            let committed = self.commit_pages(&mut buffer).await;
             let went_ahead = commits.went_ahead.take();
             if let Err(errno) = committed {
                 tracing::error!("a map commit failed on every in-sync member: {errno}");
@@ -157,8 +157,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Writes all dirty pages, for the requests up to `last`. On failure they stay dirty.
-    async fn commit_pages(&self, buffer: &mut H::Buffer, last: u64) -> Result<(), Errno> {
+    /// Writes all dirty pages. On failure they stay dirty.
+    async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
         // One sequence for all steps: that of a page written twice is no lie, because nobody is
         // answered before the last step.
         let stamp = {
@@ -200,8 +200,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             });
             let view = self.view();
-            // With the last step, who waits may go on ahead.
-            let ahead = self.maps.borrow().dirty.is_empty().then_some(last);
+            // With the last step, whoever has asked by now may go on ahead.
+            let all_taken = self.maps.borrow().dirty.is_empty();
+            let ahead = all_taken.then(|| self.commits.requested.get());
             if let Err(errno) = self.write_pages(&view, &pages, buffer, ahead).await {
                 self.maps.borrow_mut().dirty.extend(pages);
                 return Err(errno);
@@ -241,6 +242,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         ahead: Option<u64>,
     ) -> Result<(), Errno> {
         let layout = self.config.borrow().layout.clone();
+        // Nobody goes ahead of all in-sync members: then nothing has to wait behind the commit, nor
+        // to fail with it.
+        let answers_first = |r: &Receiver<D>| r.in_sync && !r.geometry.keeps_order;
+        let may_go_ahead = view.receivers.iter().any(answers_first);
         let mut under_way: Vec<FanOut<'_, D::Op>> = Vec::new();
         for (first, count) in runs(pages) {
             let page = pages[first];
@@ -250,7 +255,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             for copy in [region.copy_a, region.copy_b] {
                 let mut fan_out = FanOut::new(&self.stalls);
                 for receiver in &view.receivers {
-                    let op = receiver.disk.submit_barrier(DiskRequest::Write {
+                    let write = DiskRequest::Write {
                         offset: copy + page_offset(page.index),
                         span: Span {
                             buffer: buffer.clone(),
@@ -258,14 +263,21 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                             len: count * length(PAGE_BYTES),
                         },
                         fua: true,
-                    });
+                    };
+                    let op = if may_go_ahead {
+                        receiver.disk.submit_barrier(write)
+                    } else {
+                        receiver.disk.submit(write)
+                    };
                     fan_out.push(receiver.slot, receiver.in_sync, op);
                 }
                 under_way.push(fan_out);
             }
         }
         // A member is judged by all its writes together: it has the commit or it has not.
-        let lacking = self.outcomes_of(view, under_way, ahead).await;
+        let lacking = self
+            .outcomes_of(view, under_way, ahead.filter(|_| may_go_ahead))
+            .await;
         self.judge_lacking(view, &lacking, "a map commit")
     }
 

@@ -77,7 +77,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         if self.sums.are_kept() {
             // Extents that begin, or could not be recorded as begun, and may cool without any
             // write: its own map may not call them hot, and its pages of them be of another time.
+            // So with those whose commit has not ended, and who have not waited for it.
+            let went_ahead = self.commits.went_ahead.borrow();
             let begun = maps.preparing.iter().chain(&maps.unrecorded);
+            let begun = begun.chain(went_ahead.iter());
             let begun = begun.filter(|extent| maps.states.get(**extent) == ExtentState::Hot);
             let anew = begun.filter(|extent| maps.sums.is_wanted(**extent));
             lacking.extend(anew.map(|extent| extent.blocks()));
@@ -274,7 +277,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                         span,
                         fua: true,
                     };
-                    let op = receiver.disk.submit_barrier(write);
+                    let op = receiver.disk.submit(write);
                     fan_out.push(receiver.slot, true, op);
                 }
             }

@@ -32,6 +32,23 @@ pub(super) struct Pending {
     pub(super) barrier: Option<u64>,
 }
 
+impl Pending {
+    /// The same once more, for which nobody waits.
+    pub(super) fn unattended(&self) -> Self {
+        if let Some((buffer, device_writes)) = span_of(&self.request) {
+            buffer.begin(device_writes);
+        }
+        Self {
+            request: self.request.clone(),
+            answer: Rc::default(),
+            covers: self.covers,
+            // It is the first one of its disk.
+            opening: 0,
+            barrier: self.barrier,
+        }
+    }
+}
+
 #[derive(Default)]
 struct Answer {
     result: Option<Result<(), Errno>>,
@@ -169,10 +186,10 @@ impl SimDisk {
         for pending in self.0.pending.borrow().iter() {
             let reads = matches!(pending.request, DiskRequest::Read { .. });
             if pending.opening == self.0.outages.get() && !reads {
-                drop(fork.submit_as(pending.request.clone(), pending.barrier.is_some()));
+                fork.begin(pending.unattended());
             }
         }
-        self.hold_in(&fork);
+        fork.0.held.replace(self.0.held.borrow().fork());
         fork
     }
 
@@ -426,7 +443,7 @@ impl SimDisk {
         Ok(())
     }
 
-    pub(super) fn submit_as(&self, request: DiskRequest<SimBuffer>, barrier: bool) -> SimOp {
+    fn submit_as(&self, request: DiskRequest<SimBuffer>, barrier: bool) -> SimOp {
         let end = match &request {
             DiskRequest::Read { offset, span } | DiskRequest::Write { offset, span, .. } => {
                 offset + span.len as u64

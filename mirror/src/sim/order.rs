@@ -1,16 +1,18 @@
 //! A simulated disk that keeps barriers, as one behind an export server of ours does.
+//!
+//! Client and server are one here: an answer is known as soon as the disk has given it.
 
 use super::SimDisk;
 use super::disk::Pending;
 use crate::host::{DiskRequest, Errno};
-use crate::order::{Order, Turn};
+use crate::order::{Order, Ticket, Turn};
 use std::collections::VecDeque;
 
 /// What waits for barriers, in the order in which it was asked for.
 #[derive(Default)]
 pub(super) struct Held {
     order: Order,
-    waiting: VecDeque<(u64, Pending)>,
+    waiting: VecDeque<(Ticket, Pending)>,
 }
 
 impl Held {
@@ -20,6 +22,15 @@ impl Held {
 
     pub(super) fn into_waiting(self) -> impl Iterator<Item = Pending> {
         self.waiting.into_iter().map(|(_, pending)| pending)
+    }
+
+    /// The same in another course of events, in which nobody waits for it.
+    pub(super) fn fork(&self) -> Self {
+        let waiting = self.waiting.iter();
+        Self {
+            order: self.order.clone(),
+            waiting: waiting.map(|(at, it)| (*at, it.unattended())).collect(),
+        }
     }
 }
 
@@ -32,11 +43,10 @@ impl SimDisk {
         });
     }
 
-    /// Another session, of which the disk has refused nothing. What waits in the old one is done
-    /// with before.
+    /// Another session, of which the disk has refused nothing, once the old one is done with.
     pub(super) fn order_anew(&self) {
         let mut held = self.held().borrow_mut();
-        if held.waiting.is_empty() {
+        if !held.order.is_open() {
             held.order = Order::default();
         }
     }
@@ -44,15 +54,19 @@ impl SimDisk {
     /// Begins an operation, or lets it wait for the barriers before it.
     pub(super) fn in_order(&self, mut pending: Pending, barrier: bool) {
         let mut held = self.held().borrow_mut();
-        let (ticket, changes) = (held.order.ticket(), changes(&pending.request));
+        let open = held.order.is_open();
+        let mut turn = Turn::Now;
         if barrier {
-            pending.barrier = Some(held.order.barrier_begins());
-        } else if changes && held.order.turn(ticket) == Turn::Wait {
-            return held.waiting.push_back((ticket, pending));
+            pending.barrier = Some(held.order.barrier_begins(!open));
+        } else if open && changes(&pending.request) {
+            let ticket = held.order.ticket();
+            turn = held.order.turn(ticket);
+            if turn == Turn::Wait {
+                return held.waiting.push_back((ticket, pending));
+            }
         }
-        let refused = !barrier && changes && held.order.turn(ticket) == Turn::Refused;
         drop(held);
-        if refused {
+        if turn == Turn::Refused {
             self.answer(&pending, Err(Errno::IO));
         } else {
             self.begin(pending);
@@ -69,7 +83,7 @@ impl SimDisk {
             let next = {
                 let mut held = self.held().borrow_mut();
                 let Held { order, waiting } = &mut *held;
-                let due = |(ticket, _): &(u64, Pending)| order.turn(*ticket) != Turn::Wait;
+                let due = |(ticket, _): &(Ticket, Pending)| order.turn(*ticket) != Turn::Wait;
                 let at = waiting.iter().position(due);
                 let next = at.and_then(|at| waiting.remove(at));
                 next.map(|(ticket, pending)| (order.turn(ticket), pending))
@@ -79,13 +93,6 @@ impl SimDisk {
                 Some((_, pending)) => self.begin(pending),
                 None => return,
             }
-        }
-    }
-
-    /// What waits here waits there as well.
-    pub(super) fn hold_in(&self, fork: &Self) {
-        for pending in self.held().borrow().iter() {
-            drop(fork.submit_as(pending.request.clone(), false));
         }
     }
 }

@@ -59,7 +59,7 @@ fn a_request_is_decoded_field_by_field() {
         offset: 4096,
         len: 8192,
         fua: true,
-        barrier: false,
+        rank: crate::session::Rank::Any,
     };
     assert_eq!(decoded, expected);
 }

@@ -8,10 +8,10 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use mirror::host::Errno;
-use mirror::order::{Order, Turn};
+use mirror::order::{Order, Ticket, Turn};
 use peer::claim::Fence;
 use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
-use peer::{Ask, Export, Session};
+use peer::{Ask, Export, Rank, Session};
 use rustix::net::{Shutdown, sockopt};
 
 use super::GONE;
@@ -46,8 +46,17 @@ struct Part {
     data: Option<Lend>,
     /// How many were asked before it: what is asked again is asked in this order.
     number: u64,
-    /// Of a barrier its number, of a change its ticket.
-    place: u64,
+    order: InOrder,
+}
+
+/// What a part has to do with barriers.
+#[derive(Clone, Copy)]
+enum InOrder {
+    /// It is the one of this number.
+    Barrier(u64),
+    /// It is behind some.
+    Behind(Ticket),
+    Any,
 }
 
 /// A request that waits to be sent.
@@ -112,23 +121,35 @@ impl State {
         key
     }
 
-    fn ask(&mut self, op: u32, ask: &Ask, into: Option<Lend>, data: Option<Lend>) {
+    fn ask(
+        &mut self,
+        op: u32,
+        mut ask: Ask,
+        into: Option<Lend>,
+        data: Option<Lend>,
+        barrier: bool,
+    ) {
         if let Op::Running { left, .. } = &mut self.ops[op as usize] {
             *left += 1;
         }
-        let place = if ask.barrier {
-            self.order.barrier_begins()
+        let open = self.order.is_open();
+        let order = if barrier {
+            ask.rank = Rank::Barrier { first: !open };
+            InOrder::Barrier(self.order.barrier_begins(!open))
+        } else if open && ask.kind.changes() {
+            ask.rank = Rank::Behind;
+            InOrder::Behind(self.order.ticket())
         } else {
-            self.order.ticket()
+            InOrder::Any
         };
         self.asked += 1;
         self.send(Part {
             op,
-            ask: *ask,
+            ask,
             into,
             data,
             number: self.asked,
-            place,
+            order,
         });
     }
 
@@ -148,10 +169,12 @@ impl State {
         parts
     }
 
-    /// Whether the server has refused that part, and only its reply is lost.
+    /// Whether the server refuses that part, or will: a barrier before it has failed.
     fn is_refused(&self, part: &Part) -> bool {
-        let waits = part.ask.kind.changes() && !part.ask.barrier;
-        waits && self.order.turn(part.place) == Turn::Refused
+        match part.order {
+            InOrder::Behind(ticket) => self.order.turn(ticket) == Turn::Refused,
+            InOrder::Barrier(_) | InOrder::Any => false,
+        }
     }
 
     /// Nothing more will be sent on the connection there is.
@@ -224,10 +247,11 @@ impl Link {
     }
 
     /// Begins an operation of these requests, each with the memory that its data go to or come
-    /// from; `then_flush` adds a flush after the last reply.
+    /// from; `then_flush` adds a flush after the last reply. Each may be a barrier.
     pub(super) fn submit(
         &self,
         then_flush: bool,
+        barrier: bool,
         requests: impl Iterator<Item = (Ask, Option<Lend>, Option<Lend>)>,
     ) -> Result<u32, Errno> {
         let mut state = self.state.borrow_mut();
@@ -236,18 +260,11 @@ impl Link {
         }
         let op = state.begin(then_flush);
         for (ask, into, data) in requests {
-            state.ask(op, &ask, into, data);
+            state.ask(op, ask, into, data, barrier);
         }
         self.in_flight.set(self.in_flight.get() + 1);
         self.to_send.notify();
         Ok(op)
-    }
-
-    /// Whether a change that is asked for now is refused: an intent before it has failed, and who
-    /// goes on with another connection must not find a server that knows nothing of it.
-    pub(super) fn refuses_changes(&self) -> bool {
-        let state = self.state.borrow();
-        state.order.turn(state.order.ticket()) == Turn::Refused
     }
 
     /// The result of an operation, which takes it.
@@ -332,7 +349,7 @@ impl Link {
         }
         if std::mem::take(then_flush) && result.is_ok() {
             if !ended {
-                state.ask(op, &Ask::FLUSH, None, None);
+                state.ask(op, Ask::FLUSH, None, None, false);
                 self.to_send.notify();
                 return;
             }
@@ -540,9 +557,9 @@ impl Link {
             self.state.borrow_mut().unanswered = Some(part);
             return Err(error.into());
         }
-        if part.ask.barrier {
+        if let InOrder::Barrier(number) = part.order {
             let mut state = self.state.borrow_mut();
-            state.order.barrier_ended(part.place, result.is_ok());
+            state.order.barrier_ended(number, result.is_ok());
         }
         let Part { op, into, data, .. } = part;
         drop((into, data));

@@ -183,34 +183,67 @@ fn what_is_asked_again_keeps_its_order() {
     });
 }
 
-/// The server refuses what follows a barrier that failed; a new session would not know of it.
+/// The server refuses what is behind a barrier that failed; a new session would not know of it. Also
+/// while another barrier of the group has no answer.
 #[test]
 fn what_was_refused_is_not_asked_again() {
+    for barriers in [1, 2] {
+        on_ring(64, move |ring| {
+            let (first, mut old) = pair();
+            let (second, mut new) = pair();
+            let attempts: Vec<Attempt> = vec![Box::new(move || Ok((second, FENCE)))];
+            let (disk, _, _) = disk(&ring, first, Some(FENCE), attempts);
+            let (close, closes) = mpsc::channel::<()>();
+            let server = std::thread::spawn(move || {
+                let asked = old.requests(barriers + 1);
+                old.reply(asked[0].cookie, 5, &[]);
+                closes.recv().unwrap();
+                drop(old);
+                new.next()
+            });
+            ring.block_on(async move {
+                let data = [1, 2, 3].map(|byte| buffer(4096, byte));
+                let mut intents: Vec<_> = (0..barriers as u64)
+                    .map(|at| barrier(&disk, at * 4096, &data[0]))
+                    .collect();
+                let behind = write(&disk, 65536, &data[1], false);
+                assert_eq!(intents.remove(0).await, Err(Errno::IO));
+                close.send(()).unwrap();
+                assert_eq!(behind.await, Err(GONE));
+                for intent in intents {
+                    assert_eq!(intent.await, Err(GONE));
+                }
+            })
+            .unwrap();
+            assert_eq!(server.join().unwrap(), None, "{barriers} barriers");
+        });
+    }
+}
+
+/// Once all barriers are answered nothing is behind them, whatever became of them.
+#[test]
+fn what_is_asked_after_the_answers_is_behind_nothing() {
     on_ring(64, |ring| {
-        let (first, mut old) = pair();
-        let (second, mut new) = pair();
-        let attempts: Vec<Attempt> = vec![Box::new(move || Ok((second, FENCE)))];
-        let (disk, _, _) = disk(&ring, first, Some(FENCE), attempts);
-        let (close, closes) = mpsc::channel::<()>();
-        let server = std::thread::spawn(move || {
-            let asked = old.requests(2);
-            old.reply(asked[0].cookie, 5, &[]);
-            closes.recv().unwrap();
-            drop(old);
-            new.next()
+        let (first, mut server) = pair();
+        let (disk, _, _) = disk(&ring, first, Some(FENCE), Vec::new());
+        let serving = std::thread::spawn(move || {
+            let mut flags = Vec::new();
+            for error in [5, 0, 0] {
+                let request = server.next().unwrap();
+                flags.push(request.flags);
+                server.reply(request.cookie, error, &[]);
+            }
+            flags
         });
         ring.block_on(async move {
             let data = [1, 2, 3].map(|byte| buffer(4096, byte));
-            let intent = barrier(&disk, 4096, &data[0]);
-            let held = write(&disk, 65536, &data[1], false);
-            assert_eq!(intent.await, Err(Errno::IO));
-            let later = write(&disk, 65536, &data[2], false);
-            assert_eq!(later.await, Err(Errno::IO), "refused here as well");
-            close.send(()).unwrap();
-            assert_eq!(held.await, Err(GONE));
+            assert_eq!(barrier(&disk, 4096, &data[0]).await, Err(Errno::IO));
+            assert_eq!(write(&disk, 65536, &data[1], false).await, Ok(()));
+            assert_eq!(barrier(&disk, 4096, &data[2]).await, Ok(()));
         })
         .unwrap();
-        assert_eq!(server.join().unwrap(), None);
+        let fua_first = 1 | 1 << 15 | 1 << 14;
+        assert_eq!(serving.join().unwrap(), [fua_first, 0, fua_first]);
     });
 }
 

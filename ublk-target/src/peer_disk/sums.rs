@@ -34,7 +34,7 @@ use peer::server::Peer as _;
 use peer::structured::{Brings, decode_chunk, decode_sums};
 use peer::tls::Tls;
 use peer::wire::{CHUNK_BYTES, REQUEST_BYTES, SUM_BLOCK_BYTES, SUMS_MAX};
-use peer::{Address, Ask, Client, Kind, Session};
+use peer::{Address, Ask, Client, Kind, Rank, Session};
 use rustix::net::Shutdown;
 
 use crate::batch::Batch;
@@ -161,7 +161,7 @@ impl Sums {
         let ask = Ask {
             kind: Kind::Sums,
             fua: false,
-            barrier: false,
+            rank: Rank::Any,
             offset,
             len: count * SUM_BLOCK_BYTES,
         };
