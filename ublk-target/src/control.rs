@@ -162,7 +162,10 @@ async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
             status.scrub = Some(Box::new(daemon.scrubber.status()));
             for member in &mut status.members {
                 let path = &member.path;
-                member.unfenced = peer::is_address(path) && !daemon.peers.is_fenced(path);
+                let is_peer = peer::is_address(path);
+                member.unfenced = is_peer && !daemon.peers.is_fenced(path);
+                member.scrub_reads_all =
+                    is_peer && member.state == MemberState::InSync && !daemon.peers.has_sums(path);
             }
             return Reply::Status(Box::new(status));
         }
