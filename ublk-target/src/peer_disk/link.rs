@@ -1,6 +1,8 @@
 //! One connection to a peer after another: what is outstanding, and the two tasks that send and
 //! receive. What it promises stands in the parent module.
 
+mod going_on;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -15,17 +17,13 @@ use rustix::net::{Shutdown, sockopt};
 
 use super::GONE;
 use super::Trouble;
-use super::opened::{OpenedPeer, Reopened, Way};
+use super::opened::{OpenedPeer, Way};
 use crate::batch::Batch;
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
 use crate::stream::{Inbox, Wire};
 use crate::sys::Lend;
 
-/// Between attempts to connect again: at first, and at last.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const IDLE_PAUSE: Duration = Duration::from_millis(100);
-const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// How long an answer may take at first where there is another way.
 const QUIET: Duration = Duration::from_secs(1);
 /// Why a link that has broken goes on no more.
@@ -76,6 +74,10 @@ struct State {
     gave_up: bool,
     /// The connection has failed: another one may go on in its place.
     broken: bool,
+    /// So long ago that nobody waits any more: all that is asked fails, until there is another one.
+    down: bool,
+    /// It was down, and nothing has succeeded since.
+    has_been_down: bool,
     /// Its server is expected to close it.
     leaving: bool,
     /// Nothing is sent or asked any more.
@@ -204,7 +206,7 @@ impl Link {
         requests: impl Iterator<Item = (Ask, Option<Lend>, Option<Lend>)>,
     ) -> Result<u32, Errno> {
         let mut state = self.state.borrow_mut();
-        if state.ended {
+        if state.ended || state.down {
             return Err(GONE);
         }
         let op = state.begin(then_flush);
@@ -248,7 +250,7 @@ impl Link {
                 state.orphans += 1;
                 state.gave_up = true;
             }
-            _ => state.release(op),
+            _ => return state.release(op),
         }
         let broken = state.broken;
         drop(state);
@@ -266,10 +268,11 @@ impl Link {
         }
     }
 
-    /// Whether it has ended, or has ever owed an answer for longer than anybody waited.
+    /// Whether it has ended, or something failed because it was down, or it has ever owed an answer
+    /// for longer than anybody waited.
     pub(super) fn has_failed(&self) -> bool {
         let state = self.state.borrow();
-        state.ended || state.gave_up
+        state.ended || state.has_been_down || state.gave_up
     }
 
     /// Whether nothing of it is left, a connection that is tried included.
@@ -281,6 +284,7 @@ impl Link {
     fn answered(&self, op: u32, answer: Result<(), Errno>) {
         let mut state = self.state.borrow_mut();
         let ended = state.ended;
+        state.has_been_down &= answer.is_err();
         let Op::Running {
             left,
             result,
@@ -356,41 +360,6 @@ impl Link {
         self.shut_down();
     }
 
-    /// Gives a connection up that owes an answer and says nothing, when there is another way, unless
-    /// its server answers who asks anew on the same way: then its disk is slow. With each in a row
-    /// that is given up so the next one gets twice the time.
-    async fn watch(self: Rc<Self>) {
-        let wire = Rc::clone(&self.wire.borrow());
-        let (mut replies, mut heard) = (self.replies.get(), ring::now());
-        loop {
-            self.ring.sleep_until(ring::now() + QUIET / 4).await;
-            if self.state.borrow().is_over() || !Rc::ptr_eq(&wire, &self.wire.borrow()) {
-                return;
-            }
-            if self.replies.get() != replies {
-                self.quiet.set(QUIET);
-            }
-            if self.in_flight.get() == 0 || self.replies.get() != replies {
-                (replies, heard) = (self.replies.get(), ring::now());
-            } else if ring::now() > heard + self.quiet.get() && self.may_go_on() {
-                let way = self.ways[self.way.get()].clone();
-                let silent = match self.ring.try_blocking(move || (way.answers)()) {
-                    Ok(asking) => !asking.await,
-                    Err(_) => false,
-                };
-                if !silent {
-                    heard = ring::now();
-                }
-                if !silent || self.replies.get() != replies || !self.may_go_on() {
-                    continue;
-                }
-                self.quiet.set(self.quiet.get() * 2);
-                self.way.set((self.way.get() + 1) % self.ways.len());
-                return self.break_off("no answer, and there is another way");
-            }
-        }
-    }
-
     /// A task has nothing under way in the kernel any more.
     fn task_over(self: &Rc<Self>, trouble: &Trouble) {
         match trouble {
@@ -415,80 +384,6 @@ impl Link {
             drop((into, data));
             self.answered(op, Err(GONE));
         }
-    }
-
-    /// Whether another connection may go on in this one's place.
-    fn may_go_on(&self) -> bool {
-        let state = self.state.borrow();
-        !self.ways.is_empty() && !state.ended && !state.leaving && state.orphans == 0
-    }
-
-    /// Tries all ways until another connection is up, or it is clear that none can go on in this
-    /// one's place.
-    async fn go_on(self: Rc<Self>) {
-        self.going_on.set(true);
-        self.find_another().await;
-        self.going_on.set(false);
-    }
-
-    async fn find_another(self: &Rc<Self>) {
-        let begun = ring::now();
-        let mut pause = FIRST_PAUSE;
-        if begun < self.since.get() + LAST_PAUSE {
-            // One that broke soon may be followed by another such.
-            self.ring.sleep_until(begun + IDLE_PAUSE).await;
-        }
-        loop {
-            let (mut nobody, mut last) = (true, String::new());
-            for step in 0..self.ways.len() {
-                let at = (self.way.get() + step) % self.ways.len();
-                let way = self.ways[at].clone();
-                if !self.may_go_on() {
-                    return self.end(GIVEN_UP);
-                }
-                let reopened = match self.ring.try_blocking(move || (way.reopen)()) {
-                    Ok(reopening) => reopening.await,
-                    Err(error) => Reopened::NotNow(format!("no thread is to be had: {error}")),
-                };
-                if !self.may_go_on() {
-                    return self.end(GIVEN_UP);
-                }
-                match reopened {
-                    Reopened::Up(opened) if opened.export == self.export => {
-                        self.way.set(at);
-                        self.wire.replace(Rc::new(Wire::new(opened.fd, opened.tls)));
-                        return self.ask_again(&opened.address, ring::now() - begun);
-                    }
-                    Reopened::Up(_) => return self.end("the export has changed"),
-                    Reopened::Never(why) => return self.end(&why),
-                    Reopened::Nobody(why) => last = why,
-                    Reopened::NotNow(why) => (nobody, last) = (false, why),
-                }
-            }
-            if nobody || ring::now() >= begun + self.deadline {
-                return self.end(&last);
-            }
-            self.ring.sleep_until(ring::now() + pause).await;
-            pause = (pause * 2).min(LAST_PAUSE);
-        }
-    }
-
-    /// Goes on with a new connection.
-    fn ask_again(self: &Rc<Self>, through: &str, after: Duration) {
-        let asked = {
-            let mut state = self.state.borrow_mut();
-            state.broken = false;
-            let parts = state.take_parts();
-            let count = parts.len();
-            parts.into_iter().for_each(|part| state.send(part));
-            count
-        };
-        let after = after.as_millis();
-        tracing::info!(
-            "{} is connected again through {through} after {after} ms; requests asked again: {asked}",
-            self.address
-        );
-        self.begin();
     }
 
     /// Begins to use the connection there is.

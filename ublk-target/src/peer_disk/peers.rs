@@ -72,7 +72,8 @@ impl Peers {
     }
 
     /// The ways on which a connection that breaks can be taken up again, the one that it took first.
-    pub(super) fn ways_to(&self, opened: &OpenedPeer) -> Vec<Way> {
+    /// No try takes longer than `deadline`.
+    pub(super) fn ways_to(&self, opened: &OpenedPeer, deadline: Duration) -> Vec<Way> {
         let known = self.known.borrow();
         let own = opened.address.parse::<Address>();
         let (Some(fence), Some(known), Ok(own)) = (opened.fence, known.get(&opened.address), own)
@@ -81,7 +82,7 @@ impl Peers {
         };
         let (all, patience) = self.addresses(own);
         all.iter()
-            .map(|address| Way::through(address, known.owner, fence, patience))
+            .map(|address| Way::through(address, known.owner, fence, patience.min(deadline)))
             .collect()
     }
 
