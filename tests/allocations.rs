@@ -74,6 +74,7 @@ impl Disk for MemoryDisk {
         Geometry {
             behind_network: false,
             server_instance: None,
+            keeps_order: false,
             size_bytes: self.0.len() as u64,
             logical_block_bytes: 512,
             cheap_zeroes: true,

@@ -3,7 +3,7 @@
 # quorum over files of the same kind, the same with one copy behind the network, and the mirrors of
 # 12 TiB.
 #
-# Usage: benches/native/bench.sh [quorum] [sums] [peer] [scrub] [budget] [big]      default: all of them
+# Usage: benches/native/bench.sh [quorum] [sums] [peer] [link] [scrub] [budget] [big]      default: all
 #
 # Results go to benches/out/raw. The files lie in memory where it is big enough and takes direct
 # I/O, so that the programs are measured and not the disk below; where it is not, they lie under
@@ -247,10 +247,71 @@ new_disk() {
     truncate -s 1200M "$area/p1"
 }
 
+# full_resync : of a new disk in the place of the mirror's second one, and stops the mirror; sets TOOK,
+# in ms.
+full_resync() {
+    local began
+    mirrorctl fail peer 1
+    mirrorctl remove peer 1
+    stop_server
+    new_disk && free_port
+    serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data
+    began=$(now_ms)
+    mirrorctl add peer "nbd://127.0.0.1:$PORT/data"
+    mirrorctl wait peer
+    TOOK=$(($(now_ms) - began))
+    [ "$(status_of peer state)" = in-sync ]
+    mirrorctl stop peer
+    stop_server
+}
+
+# nbdcopy_of MIB : to a new disk behind the same server; sets TOOK, in ms.
+nbdcopy_of() {
+    local began
+    new_disk && free_port
+    serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data --any-writer
+    rm -f "$area/p2"
+    dd if=/dev/urandom of="$area/p2" bs=1M count="$1" status=none
+    began=$(now_ms)
+    nbdcopy --flush "$area/p2" "nbd://127.0.0.1:$PORT/data"
+    TOOK=$(($(now_ms) - began))
+    stop_server
+}
+
+# The resync beside nbdcopy where the network is what limits both: the loopback of a network namespace
+# of its own, at 1 Gbit/s.
+bench_link() {
+    local round place=native-link mib=512 resync=() copy=()
+    if [ -z "${BENCH_IN_NAMESPACE:-}" ]; then
+        local name=ublk-mirror-bench-$$
+        if ! ip netns add "$name"; then
+            echo "no network namespace is to be had here: the figure of a link stays empty"
+            return
+        fi
+        BENCH_IN_NAMESPACE=yes ip netns exec "$name" "$0" link || { ip netns delete "$name" && return 1; }
+        ip netns delete "$name"
+        return
+    fi
+    ip link set lo up
+    tc qdisc add dev lo root tbf rate 1gbit burst 256kb latency 50ms
+    choose_area 4
+    rm -f "$out/${place}__"*
+    for round in $(seq "$rounds"); do
+        new_disk && free_port
+        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data
+        start_peer "nbd://127.0.0.1:$PORT/data"
+        fill "$URI" "$mib"
+        full_resync && resync+=("$TOOK")
+        nbdcopy_of "$mib" && copy+=("$TOOK")
+        rm -f "$area"/p?
+    done
+    result resync mib "$mib" resync_ms "$(median "${resync[@]}")" nbdcopy_ms "$(median "${copy[@]}")"
+}
+
 # One copy here and one behind TCP on the loopback, in turn with qemu's quorum over the same, and
 # with TLS; and a full resync beside nbdcopy to the same server.
 bench_peer() {
-    local round place=native-peer tls=$area/tls began resync=() copy=()
+    local round place=native-peer tls=$area/tls resync=() copy=()
     choose_area 5
     rm -f "$out/${place}__"*
     "$project/scripts/certificates.sh" "$tls" 127.0.0.1
@@ -276,28 +337,8 @@ bench_peer() {
         start_peer "nbd://127.0.0.1:$PORT/data"
         fill "$URI" 1024
         four_jobs mirror "$round" "$URI"
-        # A new disk in its place.
-        mirrorctl fail peer 1
-        mirrorctl remove peer 1
-        stop_server
-        new_disk && free_port
-        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data
-        began=$(now_ms)
-        mirrorctl add peer "nbd://127.0.0.1:$PORT/data"
-        mirrorctl wait peer
-        resync+=($(($(now_ms) - began)))
-        [ "$(status_of peer state)" = in-sync ]
-        mirrorctl stop peer
-        stop_server
-
-        new_disk && free_port
-        serve mirrorctl export "$area/p1" --listen "127.0.0.1:$PORT" --name data --any-writer
-        truncate -s 1024M "$area/p2"
-        dd if=/dev/urandom of="$area/p2" bs=1M count=1024 status=none
-        began=$(now_ms)
-        nbdcopy --flush "$area/p2" "nbd://127.0.0.1:$PORT/data"
-        copy+=($(($(now_ms) - began)))
-        stop_server
+        full_resync && resync+=("$TOOK")
+        nbdcopy_of 1024 && copy+=("$TOOK")
         rm -f "$area"/p?
     done
     result resync mib 1024 resync_ms "$(median "${resync[@]}")" nbdcopy_ms "$(median "${copy[@]}")"
@@ -500,7 +541,7 @@ print(member["data-offset"], sums["copy-a"], sums["len"])')
 }
 
 parts=("$@")
-[ $# -gt 0 ] || parts=(quorum sums peer scrub budget big)
+[ $# -gt 0 ] || parts=(quorum sums peer link scrub budget big)
 for part in "${parts[@]}"; do
     "bench_$part"
 done

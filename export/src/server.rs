@@ -161,6 +161,7 @@ impl<D: Store, S: Stream> Server<D, S> {
         Fence {
             instance: self.instance,
             turn: self.turn.get(),
+            keeps_order: true,
         }
     }
 

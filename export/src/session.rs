@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mirror::host::Errno;
+use mirror::order::{Order, Turn};
 use peer::claim::Claim;
 use peer::server::admission::SessionId;
 use peer::server::contexts::Agreed;
@@ -52,6 +53,17 @@ struct Room {
     _bytes: OwnedSemaphorePermit,
 }
 
+/// Where a request stands among the barriers of its session.
+#[derive(Clone, Copy)]
+enum Place {
+    /// It is the barrier of this number.
+    Barrier(u64),
+    /// It changes the disk, and has this ticket.
+    Change(u64),
+    /// It waits for none.
+    Any,
+}
+
 struct Reply {
     head: Head,
     data: Option<Memory>,
@@ -75,6 +87,9 @@ pub(crate) struct Session<S> {
     told: Cell<bool>,
     /// How its requests are answered.
     agreed: Cell<Agreed>,
+    /// Its barriers, and what waits for one to end.
+    order: RefCell<Order>,
+    barrier_ended: Notify,
     requests: Arc<Semaphore>,
     bytes: Arc<Semaphore>,
     replies: RefCell<VecDeque<Reply>>,
@@ -102,6 +117,8 @@ impl<S: Stream> Session<S> {
             failures_seen: Cell::new(0),
             told: Cell::new(false),
             agreed: Cell::default(),
+            order: RefCell::default(),
+            barrier_ended: Notify::new(),
             requests: Arc::new(Semaphore::new(REQUESTS_MAX as usize)),
             bytes: Arc::new(Semaphore::new((PAYLOAD_BYTES_MAX / UNIT_BYTES) as usize)),
             replies: RefCell::default(),
@@ -250,9 +267,11 @@ impl<S: Stream> Session<S> {
                 return Ok(());
             }
             // From here to its end it counts, whatever becomes of this session.
+            let place = self.place(&request);
             let (session, server) = (Rc::clone(self), Rc::clone(server));
             spawn(async move {
-                let (result, data) = session.perform(&server, &request, memory).await;
+                let performed = session.in_order(place, session.perform(&server, &request, memory));
+                let (result, data) = performed.await;
                 if changes {
                     server.change_ended();
                 }
@@ -261,6 +280,44 @@ impl<S: Stream> Session<S> {
             });
         }
         Ok(())
+    }
+
+    /// A request's place between the barriers: of those that have been received before it.
+    fn place(&self, request: &Request) -> Place {
+        let mut order = self.order.borrow_mut();
+        if request.barrier {
+            Place::Barrier(order.barrier_begins())
+        } else if request.command.changes() {
+            Place::Change(order.ticket())
+        } else {
+            Place::Any
+        }
+    }
+
+    /// Lets a change wait for the barriers before it, and refuses it when one of them has failed.
+    async fn in_order(
+        &self,
+        place: Place,
+        performance: impl Future<Output = (Result<(), Errno>, Option<Memory>)>,
+    ) -> (Result<(), Errno>, Option<Memory>) {
+        if let Place::Change(ticket) = place {
+            loop {
+                let moved = self.barrier_ended.notified();
+                let turn = self.order.borrow().turn(ticket);
+                match turn {
+                    Turn::Now => break,
+                    Turn::Wait => moved.await,
+                    Turn::Refused => return (Err(Errno::IO), None),
+                }
+            }
+        }
+        let performed = performance.await;
+        if let Place::Barrier(number) = place {
+            let well = performed.0.is_ok();
+            self.order.borrow_mut().barrier_ended(number, well);
+            self.barrier_ended.notify_waiters();
+        }
+        performed
     }
 
     /// Bytes of memory that a request takes, or the error that it is answered with at once.

@@ -2,6 +2,7 @@
 //! Time stands still while anything can run, and jumps to the next timer otherwise.
 #![allow(clippy::unwrap_used)]
 
+mod barriers;
 mod failures;
 mod sums;
 mod tls;
@@ -199,6 +200,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Write,
             fua: false,
+            barrier: false,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
@@ -225,6 +227,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Read,
             fua: false,
+            barrier: false,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
@@ -392,6 +395,7 @@ fn the_last_write_of_the_old_session_may_be_a_new_epoch() {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
+            barrier: false,
             offset: COPY_A_OFFSET,
             len: 8192,
         };
@@ -476,6 +480,7 @@ fn a_client_that_takes_no_replies_costs_a_bounded_amount_and_no_one_else() {
             let ask = Ask {
                 kind: Kind::Read,
                 fua: false,
+                barrier: false,
                 offset: 0,
                 len: 256 << 10,
             };
@@ -516,6 +521,7 @@ fn nonsense_costs_one_session() {
         let too_long = Ask {
             kind: Kind::Write,
             fua: false,
+            barrier: false,
             offset: 0,
             len: MAX_PAYLOAD_BYTES + 1,
         };

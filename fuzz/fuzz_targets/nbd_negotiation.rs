@@ -53,6 +53,7 @@ static DISK: LazyLock<Vec<u8>> = LazyLock::new(|| {
 const FENCE: Fence = Fence {
     instance: 1,
     turn: 1,
+    keeps_order: true,
 };
 
 /// Decides on claims as the export server does, by the disk; with certificates or without.

@@ -179,6 +179,8 @@ pub struct Geometry {
     pub behind_network: bool,
     /// Of a disk behind an export server that admits one writer: the server's instance.
     pub server_instance: Option<u128>,
+    /// Whether it keeps the order of [`Disk::submit_barrier`].
+    pub keeps_order: bool,
 }
 
 /// One member's device.
@@ -194,6 +196,13 @@ pub trait Disk: 'static {
     /// Queues the operation. It reaches the device at the latest when the calling task next
     /// waits; several queued together share one system call.
     fn submit(&self, request: DiskRequest<Self::Buffer>) -> Self::Op;
+
+    /// [`Disk::submit`] of a durable write. Where [`Geometry::keeps_order`], what is submitted later
+    /// and changes the disk begins when it has ended, and is refused when it has failed
+    /// ([`order`](crate::order)); elsewhere it is a write like others.
+    fn submit_barrier(&self, request: DiskRequest<Self::Buffer>) -> Self::Op {
+        self.submit(request)
+    }
 
     /// Operations that the device still owes, orphans included.
     fn in_flight(&self) -> usize;

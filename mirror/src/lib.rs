@@ -33,6 +33,7 @@ mod epochs;
 mod histories;
 pub mod host;
 pub mod layout;
+pub mod order;
 pub mod pace;
 mod records;
 pub mod scrub_log;

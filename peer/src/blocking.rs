@@ -282,6 +282,7 @@ impl Client {
             let ask = Ask {
                 kind: Kind::Read,
                 fua: false,
+                barrier: false,
                 offset: piece.offset,
                 len: piece.len,
             };
@@ -307,6 +308,7 @@ impl Client {
             let ask = Ask {
                 kind: Kind::Write,
                 fua: false,
+                barrier: false,
                 offset: piece.offset,
                 len: piece.len,
             };
@@ -341,6 +343,7 @@ impl Client {
             let ask = Ask {
                 kind: Kind::WriteZeroes,
                 fua: false,
+                barrier: false,
                 offset: piece.offset,
                 len: piece.len,
             };

@@ -176,6 +176,7 @@ impl Desk for Claims {
 const FENCE: Fence = Fence {
     instance: 77,
     turn: 1,
+    keeps_order: true,
 };
 
 /// Serves so many connections with a member on the disk; what was claimed.

@@ -37,6 +37,7 @@
 //! | 2 | its kind |
 //! | 16 | the server's instance, random at each of its starts: by it a client knows whether the disk's cache has lived on (R14) |
 //! | 8 | the turn: grows whenever the right to write is granted, except to a claim that resumes, and whenever a flush of the disk fails |
+//! | 1 | bit 0: it keeps barriers ([`mirror::order`]); the others are 0, and ignored |
 //!
 //! A claim that resumes is granted to the owner of the present turn, if it names that turn, and to
 //! nobody else; it cuts nobody before that is known. Who is granted it, by the same instance, knows
@@ -126,7 +127,7 @@ impl Seen {
 }
 
 /// Length of a [`Fence`] in bytes.
-pub const FENCE_BYTES: usize = 24;
+pub const FENCE_BYTES: usize = 25;
 
 /// What a server that knows claims says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +137,8 @@ pub struct Fence {
     /// Grows whenever the right to write is granted, except to a claim that resumes, and whenever a
     /// flush of the disk fails.
     pub turn: u64,
+    /// It keeps barriers ([`mirror::order`]).
+    pub keeps_order: bool,
 }
 
 impl Fence {
@@ -144,7 +147,8 @@ impl Fence {
     pub fn encode(&self) -> [u8; FENCE_BYTES] {
         let mut out = [0; FENCE_BYTES];
         out[..16].copy_from_slice(&self.instance.to_be_bytes());
-        out[16..].copy_from_slice(&self.turn.to_be_bytes());
+        out[16..24].copy_from_slice(&self.turn.to_be_bytes());
+        out[24] = u8::from(self.keeps_order);
         out
     }
 
@@ -154,6 +158,7 @@ impl Fence {
         Self {
             instance: u128::from_be_bytes(std::array::from_fn(|at| bytes[at])),
             turn: u64::from_be_bytes(std::array::from_fn(|at| bytes[16 + at])),
+            keeps_order: bytes[24] & 1 != 0,
         }
     }
 }

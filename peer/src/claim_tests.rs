@@ -127,8 +127,9 @@ fn a_claim_is_encoded_as_its_table_says() {
     let fence = Fence {
         instance: 7,
         turn: 8,
+        keeps_order: true,
     };
-    let bytes = [&7_u128.to_be_bytes()[..], &8_u64.to_be_bytes()].concat();
+    let bytes = [&7_u128.to_be_bytes()[..], &8_u64.to_be_bytes(), &[1]].concat();
     assert_eq!(fence.encode()[..], bytes);
     assert_eq!(Fence::decode(&fence.encode()), fence);
 }

@@ -60,6 +60,7 @@ fn claim_reply(kind: u32, data: &[u8]) -> Vec<u8> {
 const FENCE: Fence = Fence {
     instance: 77,
     turn: 3,
+    keeps_order: true,
 };
 
 fn granted() -> Vec<u8> {

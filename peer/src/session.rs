@@ -13,7 +13,8 @@
 //! reply takes none. Byte tables are in [`crate::wire`].
 
 use crate::wire::{
-    COMMAND_FLAG_FUA, REPLY_BYTES, REQUEST_BYTES, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, be32, be64,
+    COMMAND_FLAG_BARRIER, COMMAND_FLAG_FUA, REPLY_BYTES, REQUEST_BYTES, REQUEST_MAGIC,
+    SIMPLE_REPLY_MAGIC, be32, be64,
 };
 
 /// What is asked of a server.
@@ -34,6 +35,12 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Whether it changes what the export holds.
+    #[must_use]
+    pub fn changes(self) -> bool {
+        matches!(self, Self::Write | Self::Trim | Self::WriteZeroes)
+    }
+
     fn number(self) -> u16 {
         match self {
             Self::Read => 0,
@@ -53,6 +60,8 @@ pub struct Ask {
     pub kind: Kind,
     /// Durable before the reply; only where the server offers it.
     pub fua: bool,
+    /// A durable write that later changes wait for; only where the server keeps order.
+    pub barrier: bool,
     /// First byte.
     pub offset: u64,
     /// Length in bytes.
@@ -64,6 +73,7 @@ impl Ask {
     pub const FLUSH: Self = Self {
         kind: Kind::Flush,
         fua: false,
+        barrier: false,
         offset: 0,
         len: 0,
     };
@@ -71,7 +81,13 @@ impl Ask {
     /// The header under a cookie.
     #[must_use]
     pub fn header(&self, cookie: u64) -> [u8; REQUEST_BYTES] {
-        let flags = if self.fua { COMMAND_FLAG_FUA } else { 0 };
+        let fua = if self.fua { COMMAND_FLAG_FUA } else { 0 };
+        let barrier = if self.barrier {
+            COMMAND_FLAG_BARRIER
+        } else {
+            0
+        };
+        let flags = fua | barrier;
         header(flags, self.kind.number(), cookie, self.offset, self.len)
     }
 }
@@ -235,6 +251,7 @@ mod tests {
         Ask {
             kind: Kind::Read,
             fua: false,
+            barrier: false,
             offset,
             len,
         }
@@ -257,6 +274,7 @@ mod tests {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
+            barrier: false,
             offset: 0x0102_0304_0506_0708,
             len: 0x1112_1314,
         };

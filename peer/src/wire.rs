@@ -45,7 +45,7 @@
 //! | offset | bytes | request | offset | bytes | reply |
 //! |---|---|---|---|---|---|
 //! | 0 | 4 | [`REQUEST_MAGIC`] | 0 | 4 | [`SIMPLE_REPLY_MAGIC`] |
-//! | 4 | 2 | flags: FUA, no hole | 4 | 4 | error, 0 for success |
+//! | 4 | 2 | flags: FUA, no hole, barrier | 4 | 4 | error, 0 for success |
 //! | 6 | 2 | command | 8 | 8 | cookie of the request |
 //! | 8 | 8 | cookie | 16 | | data of a read that succeeded |
 //! | 16 | 8 | offset | | | |
@@ -194,6 +194,10 @@ pub const EXPORT_MULTI_CONN: u16 = 1 << 8;
 pub const COMMAND_FLAG_FUA: u16 = 1 << 0;
 /// Flag of WRITE_ZEROES: keep the space allocated.
 pub const COMMAND_FLAG_NO_HOLE: u16 = 1 << 1;
+
+/// Flag of a FUA write, between our client and our export server alone
+/// ([`Fence::keeps_order`](crate::claim::Fence::keeps_order)): a barrier, as `mirror::order` has it.
+pub const COMMAND_FLAG_BARRIER: u16 = 1 << 15;
 
 /// Flag of BLOCK_STATUS: one descriptor.
 pub const COMMAND_FLAG_REQ_ONE: u16 = 1 << 3;

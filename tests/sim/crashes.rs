@@ -42,6 +42,8 @@ struct Script {
     beside: &'static [Step],
     /// The disks cannot write zeroes by themselves.
     plain: bool,
+    /// The last one keeps the order of intent and data.
+    order: bool,
 }
 
 const BASE: Script = Script {
@@ -51,6 +53,7 @@ const BASE: Script = Script {
     steps: &[],
     beside: &[],
     plain: false,
+    order: false,
 };
 const WRITTEN: &[Step] = &[Ask(Write(0, 16)), Ask(Write(EXTENT, 8)), Ask(Flush)];
 const AWAY: &[Step] = &[
@@ -260,6 +263,37 @@ const SCRIPTS: &[Script] = &[
         plain: true,
         ..BASE
     },
+    Script {
+        name: "intent and data travel together",
+        before: &[],
+        steps: &[Ask(Write(8, 8)), Ask(Flush)],
+        beside: &[Ask(Write(EXTENT, 8))],
+        order: true,
+        ..BASE
+    },
+    Script {
+        name: "intent and data travel together, three, garbage on the disks",
+        members: 3,
+        before: &[],
+        steps: &[Ask(Write(8, 8)), Ask(Write(EXTENT - 4, 8))],
+        plain: true,
+        order: true,
+        ..BASE
+    },
+    Script {
+        name: "intent and data travel together after cooling",
+        steps: &[Do(Seconds(14)), Ask(Write(0, 8)), Ask(Write(EXTENT, 8))],
+        order: true,
+        ..BASE
+    },
+    Script {
+        name: "the intent fails on who keeps order",
+        before: &[],
+        steps: &[Do(Faulty(1, Fault::Writes, 1)), Ask(Flush)],
+        beside: &[Ask(Write(8, 8)), Ask(Write(EXTENT, 8))],
+        order: true,
+        ..BASE
+    },
 ];
 
 fn client_of(
@@ -405,6 +439,9 @@ fn enumerate(script: &Script, schedule: u64, samples: usize) -> HashSet<u64> {
             .disks
             .iter()
             .for_each(|disk| disk.alter(|it| it.cheap_zeroes = false));
+    }
+    if script.order {
+        machine.disks[script.members - 1].keep_order();
     }
     machine.start();
     let bench = Rc::new(Bench::of(&machine));

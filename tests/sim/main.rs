@@ -10,6 +10,7 @@
 // `cargo sim` (cli.rs) is made of the same files: each of the two leaves something unused.
 #![allow(dead_code)]
 
+mod barriers;
 mod block_sums;
 mod budgets;
 mod cases;

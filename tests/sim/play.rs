@@ -111,6 +111,10 @@ fn build(script: &Script) -> Machine {
     if let Some(disk) = machine.disks.last().filter(|_| script.schedule % 3 == 1) {
         disk.tell_sums(script.schedule);
     }
+    // In every other one it keeps the order of intent and data.
+    if let Some(disk) = machine.disks.last().filter(|_| script.schedule % 2 == 1) {
+        disk.keep_order();
+    }
     for &slot in &script.plain {
         machine.disks[usize::from(slot)].alter(|it| it.cheap_zeroes = false);
     }

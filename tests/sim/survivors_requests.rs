@@ -219,6 +219,8 @@ fn what_is_bad_here_is_read_there() {
         for (disk, bad) in machine.disks.iter().zip([&first, &second]) {
             bad.iter().for_each(|&bad| disk.spoil(sector(bad)));
         }
+        // Until no commit is under way.
+        seconds(&machine, 3);
         let client = machine.client();
         let read = machine
             .world

@@ -179,6 +179,7 @@ pub(crate) fn open(path: &str) -> Result<OpenedDisk, OpenError> {
     let geometry = Geometry {
         behind_network: false,
         server_instance: None,
+        keeps_order: false,
         size_bytes,
         logical_block_bytes: block.max(512),
         cheap_zeroes,

@@ -122,6 +122,13 @@ impl Disk for MemberDisk {
         }
     }
 
+    fn submit_barrier(&self, request: DiskRequest<IoBuffer>) -> MemberOp {
+        match self {
+            Self::Local(disk) => MemberOp::Local(disk.submit_barrier(request)),
+            Self::Peer(disk) => MemberOp::Peer(disk.submit_barrier(request)),
+        }
+    }
+
     fn in_flight(&self) -> usize {
         match self {
             Self::Local(disk) => disk.in_flight(),

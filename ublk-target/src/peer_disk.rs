@@ -116,27 +116,8 @@ impl PeerDisk {
         peers.add(&link);
         Self(link, cut_off, sums)
     }
-}
 
-impl Drop for PeerDisk {
-    fn drop(&mut self) {
-        // Whoever has failed otherwise has a connection still.
-        if self.0.has_failed() {
-            self.1.set(true);
-        }
-        if let Some(sums) = &self.2 {
-            sums.end();
-        }
-        self.0.say_farewell();
-        self.0.end("it is not needed any more");
-    }
-}
-
-impl Disk for PeerDisk {
-    type Buffer = IoBuffer;
-    type Op = PeerOp;
-
-    fn submit(&self, request: DiskRequest<IoBuffer>) -> PeerOp {
+    fn ask(&self, request: DiskRequest<IoBuffer>, barrier: bool) -> PeerOp {
         let link = &self.0;
         let export = &link.export;
         let (kind, offset, len, fua, span) = match request {
@@ -160,11 +141,15 @@ impl Disk for PeerDisk {
         if len == 0 && kind != Kind::Flush {
             return PeerOp::Over(Ok(()));
         }
+        if kind.changes() && !barrier && link.refuses_changes() {
+            return PeerOp::Over(Err(Errno::IO));
+        }
         let flush = (kind == Kind::Flush).then_some((Ask::FLUSH, None, None));
         let pieces = export.pieces(offset, len).map(|piece| {
             let ask = Ask {
                 kind,
                 fua: fua && export.has_fua(),
+                barrier,
                 offset: piece.offset,
                 len: piece.len,
             };
@@ -180,6 +165,33 @@ impl Disk for PeerDisk {
             link: Some(Rc::clone(link)),
             op,
         }
+    }
+}
+
+impl Drop for PeerDisk {
+    fn drop(&mut self) {
+        // Whoever has failed otherwise has a connection still.
+        if self.0.has_failed() {
+            self.1.set(true);
+        }
+        if let Some(sums) = &self.2 {
+            sums.end();
+        }
+        self.0.say_farewell();
+        self.0.end("it is not needed any more");
+    }
+}
+
+impl Disk for PeerDisk {
+    type Buffer = IoBuffer;
+    type Op = PeerOp;
+
+    fn submit(&self, request: DiskRequest<IoBuffer>) -> PeerOp {
+        self.ask(request, false)
+    }
+
+    fn submit_barrier(&self, request: DiskRequest<IoBuffer>) -> PeerOp {
+        self.ask(request, self.geometry().keeps_order)
     }
 
     fn in_flight(&self) -> usize {
@@ -199,6 +211,8 @@ impl Disk for PeerDisk {
             discard: export.has_trim(),
             behind_network: true,
             server_instance: self.0.fence.map(|it| it.instance),
+            // A write is a barrier by itself, or not at all.
+            keeps_order: self.0.fence.is_some_and(|it| it.keeps_order) && export.has_fua(),
         }
     }
 }

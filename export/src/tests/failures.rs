@@ -9,6 +9,7 @@ use crate::session::HANDSHAKE_LIMIT;
 const FLUSH: Ask = Ask {
     kind: Kind::Flush,
     fua: false,
+    barrier: false,
     offset: 0,
     len: 0,
 };
@@ -24,6 +25,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
+            barrier: false,
             offset: block * u64::from(BLOCK),
             len: BLOCK,
         };
@@ -68,6 +70,7 @@ fn a_failed_flush_is_everybodys_who_relied_on_it() {
         let ask = Ask {
             kind: Kind::Write,
             fua: true,
+            barrier: false,
             offset: 0,
             len: BLOCK,
         };
@@ -112,6 +115,7 @@ async fn with_one_that_cannot_end(store: &SimStore, server: &SimServer) -> (Clie
     let mut ask = Ask {
         kind: Kind::Read,
         fua: false,
+        barrier: false,
         offset: 0,
         len: BLOCK,
     };

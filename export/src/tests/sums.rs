@@ -32,6 +32,7 @@ impl Client {
         let ask = Ask {
             kind: Kind::Sums,
             fua: false,
+            barrier: false,
             offset,
             len,
         };
@@ -126,6 +127,7 @@ fn reads_are_answered_by_chunks_once_that_is_agreed_on() {
         let ask = Ask {
             kind: Kind::Read,
             fua: false,
+            barrier: false,
             offset: 8192,
             len: 4096,
         };

@@ -12,6 +12,16 @@
 //! one page may both be torn by a power cut; each sector then holds its old or its new content,
 //! and the caller has not gone on.
 //!
+//! # Ahead of the answer of a disk that keeps order
+//!
+//! A disk behind an export server of ours begins no change before the map pages that were sent
+//! earlier are durable on it, and refuses it if they are not ([`order`](crate::order)). So a write
+//! into an extent that has just become hot need not wait for that disk's answer: when all other
+//! receiving members hold the commit, an in-sync one among them, [`Mirror::commit_intent`] returns,
+//! and intent and data reach the peer in one round trip. The commit itself ends as ever, and the
+//! next one waits for it. If it fails on all in-sync members after all, the extents of those who
+//! went on are not durably hot: they are recorded anew before the next write (`Maps::unrecorded`).
+//!
 //! Its position page names the newest commit before it that all receiving members hold: by that a
 //! start tells older images of members (R16, `assemble.rs`).
 
@@ -20,10 +30,14 @@ use super::maps::{Page, page_offset};
 use super::wait::WaitList;
 use super::{FanOut, Mirror, Receiver, Running, View, front, length};
 use crate::host::{Buffer, Disk, DiskRequest, Errno, Host, Span};
-use crate::layout::PAGE_BYTES;
+use crate::layout::{PAGE_BYTES, SLOTS_MAX};
 use crate::superblock::SlotState;
+use dirty_map::Extent;
 use std::cell::{Cell, RefCell};
+use std::future::{Future as _, poll_fn};
+use std::pin::Pin;
 use std::rc::Rc;
+use std::task::Poll;
 
 /// Pages written by one commit step; a larger commit takes several.
 pub(super) const PAGES_PER_STEP: usize = 64;
@@ -39,6 +53,10 @@ pub(super) struct Commits {
     requested: Cell<u64>,
     /// Requests up to this one have been served.
     served: Cell<u64>,
+    /// Requests up to this one are held by all members but those that keep order.
+    ahead: Cell<u64>,
+    /// Whose writers have gone on since, before the commit has ended.
+    went_ahead: RefCell<Vec<Extent>>,
     /// Requests whose commit failed on every in-sync member.
     failed: RefCell<Vec<(u64, u64)>>,
     waiting: WaitList,
@@ -72,16 +90,39 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         self.commit_now().await
     }
 
+    /// [`Mirror::commit`] for those who are about to write into these extents, which it makes hot:
+    /// it may return as soon as nothing can reach a member before the commit does.
+    pub(super) async fn commit_intent(&self, cold: &[Extent]) -> Result<(), Errno> {
+        self.losses_effective().await?;
+        let (commits, ticket) = (&self.commits, self.ask_for_commit());
+        let held = || commits.ahead.get().max(commits.served.get()) >= ticket;
+        commits.waiting.until(|| held().then_some(())).await;
+        if commits.served.get() >= ticket {
+            return self.served(ticket);
+        }
+        commits.went_ahead.borrow_mut().extend(cold);
+        Ok(())
+    }
+
     /// [`Mirror::commit`] for the losing itself.
     pub(super) async fn commit_now(&self) -> Result<(), Errno> {
+        let (commits, ticket) = (&self.commits, self.ask_for_commit());
+        let served = || (commits.served.get() >= ticket).then_some(());
+        commits.waiting.until(served).await;
+        self.served(ticket)
+    }
+
+    fn ask_for_commit(&self) -> u64 {
         let commits = &self.commits;
         let ticket = commits.requested.get() + 1;
         commits.requested.set(ticket);
         commits.kick.wake_all();
-        commits
-            .waiting
-            .until(|| (commits.served.get() >= ticket).then_some(()))
-            .await;
+        ticket
+    }
+
+    /// What came of a request for a commit that has been served.
+    fn served(&self, ticket: u64) -> Result<(), Errno> {
+        let commits = &self.commits;
         let failed = commits.failed.borrow();
         if failed
             .iter()
@@ -101,8 +142,11 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             commits.kick.until(|| wanted().then_some(())).await;
             let first = commits.served.get() + 1;
             let last = commits.requested.get();
-            if let Err(errno) = self.commit_pages(&mut buffer).await {
+            let committed = self.commit_pages(&mut buffer, last).await;
+            let went_ahead = commits.went_ahead.take();
+            if let Err(errno) = committed {
                 tracing::error!("a map commit failed on every in-sync member: {errno}");
+                self.maps.borrow_mut().unrecorded.extend(went_ahead);
                 let mut failed = commits.failed.borrow_mut();
                 let old = failed.len().saturating_sub(FAILED_KEPT);
                 failed.drain(..old);
@@ -113,8 +157,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Writes all dirty pages. On failure they stay dirty.
-    async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
+    /// Writes all dirty pages, for the requests up to `last`. On failure they stay dirty.
+    async fn commit_pages(&self, buffer: &mut H::Buffer, last: u64) -> Result<(), Errno> {
         // One sequence for all steps: that of a page written twice is no lie, because nobody is
         // answered before the last step.
         let stamp = {
@@ -156,7 +200,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             });
             let view = self.view();
-            if let Err(errno) = self.write_pages(&view, &pages, buffer).await {
+            // With the last step, who waits may go on ahead.
+            let ahead = self.maps.borrow().dirty.is_empty().then_some(last);
+            if let Err(errno) = self.write_pages(&view, &pages, buffer, ahead).await {
                 self.maps.borrow_mut().dirty.extend(pages);
                 return Err(errno);
             }
@@ -186,12 +232,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     /// Writes page images to both copies on every member of `view`; members that fail while
-    /// another in-sync one succeeds begin to be lost.
+    /// another in-sync one succeeds begin to be lost. Requests up to `ahead` may go on before the end.
     async fn write_pages(
         &self,
         view: &View<D>,
         pages: &[Page],
         buffer: &H::Buffer,
+        ahead: Option<u64>,
     ) -> Result<(), Errno> {
         let layout = self.config.borrow().layout.clone();
         let mut under_way: Vec<FanOut<'_, D::Op>> = Vec::new();
@@ -201,29 +248,69 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 continue;
             };
             for copy in [region.copy_a, region.copy_b] {
-                under_way.push(self.to_receivers(view, |_| DiskRequest::Write {
-                    offset: copy + page_offset(page.index),
-                    span: Span {
-                        buffer: buffer.clone(),
-                        start: first * length(PAGE_BYTES),
-                        len: count * length(PAGE_BYTES),
-                    },
-                    fua: true,
-                }));
+                let mut fan_out = FanOut::new(&self.stalls);
+                for receiver in &view.receivers {
+                    let op = receiver.disk.submit_barrier(DiskRequest::Write {
+                        offset: copy + page_offset(page.index),
+                        span: Span {
+                            buffer: buffer.clone(),
+                            start: first * length(PAGE_BYTES),
+                            len: count * length(PAGE_BYTES),
+                        },
+                        fua: true,
+                    });
+                    fan_out.push(receiver.slot, receiver.in_sync, op);
+                }
+                under_way.push(fan_out);
             }
         }
         // A member is judged by all its writes together: it has the commit or it has not.
-        let mut lacking = [None; crate::layout::SLOTS_MAX];
-        for fan_out in under_way {
-            let outcomes = fan_out.await;
-            self.lose_stalled(&outcomes, "a map commit");
-            for outcome in outcomes.iter() {
-                if let Err(errno) = outcome.result {
-                    lacking[usize::from(outcome.slot)] = Some(errno);
+        let lacking = self.outcomes_of(view, under_way, ahead).await;
+        self.judge_lacking(view, &lacking, "a map commit")
+    }
+
+    /// Waits for all writes of a commit; the error of each member that lacks one.
+    async fn outcomes_of(
+        &self,
+        view: &View<D>,
+        mut under_way: Vec<FanOut<'_, D::Op>>,
+        ahead: Option<u64>,
+    ) -> [Option<Errno>; SLOTS_MAX] {
+        let keep_order = view.receivers.iter().filter(|r| r.geometry.keeps_order);
+        let keep_order = keep_order.fold(0, |all: u16, r| all | 1 << r.slot);
+        let ahead = ahead.filter(|_| keep_order != 0);
+        let mut lacking = [None; SLOTS_MAX];
+        let mut over = vec![false; under_way.len()];
+        poll_fn(|context| {
+            for (fan_out, over) in under_way.iter_mut().zip(&mut over) {
+                if *over {
+                    continue;
+                }
+                let Poll::Ready(outcomes) = Pin::new(fan_out).poll(context) else {
+                    continue;
+                };
+                *over = true;
+                self.lose_stalled(&outcomes, "a map commit");
+                for outcome in outcomes.iter() {
+                    if let Err(errno) = outcome.result {
+                        lacking[usize::from(outcome.slot)] = Some(errno);
+                    }
                 }
             }
-        }
-        self.judge_lacking(view, &lacking, "a map commit")
+            if over.iter().all(|over| *over) {
+                return Poll::Ready(());
+            }
+            let held = |fan_out: &FanOut<'_, D::Op>| fan_out.has_succeeded_but_for(keep_order);
+            if let Some(ahead) = ahead.filter(|ahead| *ahead > self.commits.ahead.get())
+                && under_way.iter().all(held)
+            {
+                self.commits.ahead.set(ahead);
+                self.commits.waiting.wake_all();
+            }
+            Poll::Pending
+        })
+        .await;
+        lacking
     }
 
     /// Loses whoever has given no answer within the deadline, at once: whether the other

@@ -248,6 +248,19 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
         all.filter_map(|(op, outcome)| op.as_ref().and(outcome.as_ref()).map(|o| o.slot))
     }
 
+    /// Whether every operation has succeeded, except that those on `slots` may still run, and an
+    /// in-sync member is among those that have.
+    pub(crate) fn has_succeeded_but_for(&self, slots: u16) -> bool {
+        let len = self.outcomes.len;
+        let all = self.running[..len].iter().zip(&self.outcomes.list);
+        let mut outcomes = all.filter_map(|(op, outcome)| Some((op.is_some(), (*outcome)?)));
+        let good = |(runs, outcome): (bool, Outcome)| match runs {
+            true => slots & (1 << outcome.slot) != 0,
+            false => outcome.result.is_ok(),
+        };
+        outcomes.all(good) && self.outcomes.common_error(self.watch).is_none()
+    }
+
     /// Whether the operations still running may be given up: whoever is still in-sync has
     /// answered, or one of them has succeeded, or there is one that this was not meant for.
     ///

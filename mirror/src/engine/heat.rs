@@ -143,7 +143,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // Unsafe, for benchmarks only: what the intent costs is measured against this.
             return Ok(());
         }
-        self.commit().await
+        self.commit_intent(cold).await
     }
 
     /// Zeroes the data area of unwritten and discarded extents on every receiving member that

@@ -274,7 +274,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                         span,
                         fua: true,
                     };
-                    fan_out.push(receiver.slot, true, receiver.disk.submit(write));
+                    let op = receiver.disk.submit_barrier(write);
+                    fan_out.push(receiver.slot, true, op);
                 }
             }
             let outcomes = fan_out.await;

@@ -8,6 +8,7 @@
 
 use super::content::{Content, Run, Sectors, sectors, some_of, written_by};
 use super::faults::{Faults, Observer, WriteFault};
+use super::order::Held;
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
 use std::cell::{Cell, RefCell};
@@ -18,13 +19,17 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 
-struct Pending {
-    request: DiskRequest<SimBuffer>,
+mod look;
+
+pub(super) struct Pending {
+    pub(super) request: DiskRequest<SimBuffer>,
     answer: Rc<RefCell<Answer>>,
     /// Cached sectors that a flush covers: those cached when it was submitted.
     covers: Option<u64>,
     /// The opening that it came through.
     opening: u32,
+    /// Its number among the barriers, if it is one.
+    pub(super) barrier: Option<u64>,
 }
 
 #[derive(Default)]
@@ -42,6 +47,8 @@ struct Inner {
     /// disk took it. What a failed flush gave up is not here: readable, and never durable.
     cache: RefCell<Vec<(u64, Run)>>,
     pending: RefCell<Vec<Pending>>,
+    /// What waits for a barrier: the disk has not been given it yet.
+    held: RefCell<Held>,
     faults: Cell<Faults>,
     write_fault: Cell<Option<WriteFault>>,
     bad_sectors: RefCell<BTreeSet<u64>>,
@@ -99,6 +106,7 @@ impl SimDisk {
                 durable: RefCell::new(content),
                 cache: RefCell::default(),
                 pending: RefCell::default(),
+                held: RefCell::default(),
                 faults: Cell::default(),
                 write_fault: Cell::default(),
                 bad_sectors: RefCell::default(),
@@ -112,6 +120,7 @@ impl SimDisk {
                     discard: true,
                     behind_network: false,
                     server_instance: None,
+                    keeps_order: false,
                 }),
                 operations: Cell::new(0),
                 tells_sums: Cell::default(),
@@ -160,9 +169,10 @@ impl SimDisk {
         for pending in self.0.pending.borrow().iter() {
             let reads = matches!(pending.request, DiskRequest::Read { .. });
             if pending.opening == self.0.outages.get() && !reads {
-                drop(fork.submit(pending.request.clone()));
+                drop(fork.submit_as(pending.request.clone(), pending.barrier.is_some()));
             }
         }
+        self.hold_in(&fork);
         fork
     }
 
@@ -218,6 +228,10 @@ impl SimDisk {
         self.0.observer.borrow().clone()
     }
 
+    pub(super) fn held(&self) -> &RefCell<Held> {
+        &self.0.held
+    }
+
     pub(super) fn tells_sums(&self) -> &Cell<Option<u64>> {
         &self.0.tells_sums
     }
@@ -226,54 +240,6 @@ impl SimDisk {
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         Rc::ptr_eq(&self.0, &other.0)
-    }
-
-    /// The bytes that a power cut leaves in any case, if no sector of them is in the cache,
-    /// given up, or under way.
-    #[must_use]
-    pub fn settled(&self, offset: u64, len: u64) -> Option<Vec<u8>> {
-        let range = sectors(offset, len);
-        let (cache, given_up) = (self.0.cache.borrow(), self.0.given_up.borrow());
-        let mut loose = cache.iter().chain(given_up.iter());
-        if loose.any(|(_, run)| run.part(&range).is_some()) || self.is_under_way(offset, len) {
-            return None;
-        }
-        let mut out = vec![0; usize::try_from(len).ok()?];
-        self.0.durable.borrow().read(range.start, &mut out);
-        Some(out)
-    }
-
-    /// Whether an operation under way changes part of this range.
-    #[must_use]
-    pub fn is_under_way(&self, offset: u64, len: u64) -> bool {
-        let range = offset..offset + len;
-        let pending = self.0.pending.borrow();
-        let mut alive = pending.iter().filter(|p| p.opening == self.0.outages.get());
-        alive.any(|pending| match &pending.request {
-            DiskRequest::Write { offset, span, .. } => {
-                *offset < range.end && range.start < offset + span.len as u64
-            }
-            DiskRequest::WriteZeroes { offset, len } | DiskRequest::Discard { offset, len } => {
-                *offset < range.end && range.start < offset + len
-            }
-            DiskRequest::Read { .. } | DiskRequest::Flush => false,
-        })
-    }
-
-    /// The number that the next cached write gets.
-    #[must_use]
-    pub fn next_number(&self) -> u64 {
-        self.0.next_number.get()
-    }
-
-    /// Whether nothing from `offset` on that was cached before `number` had been reached is in
-    /// the cache still.
-    #[must_use]
-    pub fn is_flushed(&self, offset: u64, number: u64) -> bool {
-        let beyond = offset / SECTOR..u64::MAX;
-        let cache = self.0.cache.borrow();
-        let mut cached = cache.iter();
-        !cached.any(|(of, run)| *of < number && run.part(&beyond).is_some())
     }
 
     /// Operations completed so far.
@@ -289,7 +255,9 @@ impl SimDisk {
     pub fn cut_power(&self, choose: &mut impl FnMut(usize) -> usize) {
         let pending = self.0.pending.take();
         self.lose_cache(&pending, choose);
-        pending.iter().for_each(|pending| release(&pending.request));
+        let held = self.0.held.take().into_waiting();
+        let all = pending.into_iter().chain(held);
+        all.for_each(|pending| release(&pending.request));
     }
 
     /// The power of this disk alone goes, and comes back: what was under way fails, and so does
@@ -298,14 +266,16 @@ impl SimDisk {
         let pending = self.0.pending.take();
         self.lose_cache(&pending, choose);
         self.0.outages.set(self.0.outages.get() + 1);
-        for pending in &pending {
-            self.answer(pending, Err(Errno::NO_DEVICE));
+        let held = self.0.held.take().into_waiting();
+        for pending in pending.into_iter().chain(held) {
+            self.answer(&pending, Err(Errno::NO_DEVICE));
         }
     }
 
     /// The disk opened anew.
     #[must_use]
     pub fn reopen(&self) -> Self {
+        self.order_anew();
         Self(self.0.clone(), self.0.outages.get())
     }
 
@@ -347,6 +317,7 @@ impl SimDisk {
             let chosen = rng.index(self.completable());
             self.complete(chosen, rng);
         }
+        self.order_anew();
     }
 
     /// Operations that may complete now.
@@ -374,9 +345,10 @@ impl SimDisk {
         let pending = self.0.pending.borrow_mut().swap_remove(at);
         let result = self.apply(&pending, rng);
         self.answer(&pending, result);
+        self.barrier_ended(&pending, result.is_ok());
     }
 
-    fn answer(&self, pending: &Pending, result: Result<(), Errno>) {
+    pub(super) fn answer(&self, pending: &Pending, result: Result<(), Errno>) {
         if let (Ok(()), Some(observer)) = (result, self.observer()) {
             observer.completed(self, &pending.request);
         }
@@ -452,6 +424,44 @@ impl SimDisk {
             }
         }
         Ok(())
+    }
+
+    pub(super) fn submit_as(&self, request: DiskRequest<SimBuffer>, barrier: bool) -> SimOp {
+        let end = match &request {
+            DiskRequest::Read { offset, span } | DiskRequest::Write { offset, span, .. } => {
+                offset + span.len as u64
+            }
+            DiskRequest::WriteZeroes { offset, len } | DiskRequest::Discard { offset, len } => {
+                offset + len
+            }
+            DiskRequest::Flush => 0,
+        };
+        assert!(
+            end <= self.geometry().size_bytes,
+            "a request beyond the end of the disk"
+        );
+        if let Some((buffer, device_writes)) = span_of(&request) {
+            buffer.begin(device_writes);
+        }
+        let answer = Rc::new(RefCell::new(Answer::default()));
+        let covers = matches!(request, DiskRequest::Flush).then(|| self.0.next_number.get());
+        let pending = Pending {
+            request,
+            answer: answer.clone(),
+            covers,
+            opening: self.1,
+            barrier: None,
+        };
+        self.in_order(pending, barrier);
+        SimOp(answer)
+    }
+
+    /// The disk is given it.
+    pub(super) fn begin(&self, pending: Pending) {
+        if let Some(observer) = self.observer() {
+            observer.submitted(self, &pending.request);
+        }
+        self.0.pending.borrow_mut().push(pending);
     }
 
     /// Everything cached before `covers` becomes durable, in order.
@@ -540,39 +550,18 @@ impl Disk for SimDisk {
     type Op = SimOp;
 
     fn submit(&self, request: DiskRequest<SimBuffer>) -> SimOp {
-        let end = match &request {
-            DiskRequest::Read { offset, span } | DiskRequest::Write { offset, span, .. } => {
-                offset + span.len as u64
-            }
-            DiskRequest::WriteZeroes { offset, len } | DiskRequest::Discard { offset, len } => {
-                offset + len
-            }
-            DiskRequest::Flush => 0,
-        };
-        assert!(
-            end <= self.geometry().size_bytes,
-            "a request beyond the end of the disk"
-        );
-        if let Some(observer) = self.observer() {
-            observer.submitted(self, &request);
-        }
-        if let Some((buffer, device_writes)) = span_of(&request) {
-            buffer.begin(device_writes);
-        }
-        let answer = Rc::new(RefCell::new(Answer::default()));
-        let covers = matches!(request, DiskRequest::Flush).then(|| self.0.next_number.get());
-        self.0.pending.borrow_mut().push(Pending {
-            request,
-            answer: answer.clone(),
-            covers,
-            opening: self.1,
-        });
-        SimOp(answer)
+        self.submit_as(request, false)
+    }
+
+    fn submit_barrier(&self, request: DiskRequest<SimBuffer>) -> SimOp {
+        self.submit_as(request, self.geometry().keeps_order)
     }
 
     fn in_flight(&self) -> usize {
         let pending = self.0.pending.borrow();
-        pending.iter().filter(|p| p.opening == self.1).count()
+        let waiting = self.0.held.borrow();
+        let all = pending.iter().chain(waiting.iter());
+        all.filter(|p| p.opening == self.1).count()
     }
 
     fn sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {

@@ -11,6 +11,7 @@
 mod content;
 mod disk;
 mod faults;
+mod order;
 mod sums;
 
 pub use disk::{SimDisk, SimOp};

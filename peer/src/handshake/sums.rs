@@ -92,6 +92,7 @@ mod tests {
     const FENCE: Fence = Fence {
         instance: 77,
         turn: 3,
+        keeps_order: true,
     };
 
     /// Our server's side: a desk, and the client that it talks to.

@@ -59,6 +59,7 @@ fn a_request_is_decoded_field_by_field() {
         offset: 4096,
         len: 8192,
         fua: true,
+        barrier: false,
     };
     assert_eq!(decoded, expected);
 }

@@ -10,6 +10,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use mirror::host::Errno;
+use mirror::order::{Order, Turn};
 use peer::claim::Fence;
 use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
 use peer::{Ask, Export, Session};
@@ -39,6 +40,10 @@ struct Part {
     into: Option<Lend>,
     /// A write's data, which may have to be sent again.
     data: Option<Lend>,
+    /// How many were asked before it: what is asked again is asked in this order.
+    number: u64,
+    /// Of a barrier its number, of a change its ticket.
+    place: u64,
 }
 
 /// A request that waits to be sent.
@@ -69,6 +74,9 @@ struct State {
     free: Vec<u32>,
     /// Whose reply was begun when the connection broke.
     unanswered: Option<Part>,
+    asked: u64,
+    /// The book of barriers that the server keeps as well.
+    order: Order,
     orphans: usize,
     /// There was one at some time.
     gave_up: bool,
@@ -108,11 +116,19 @@ impl State {
         if let Op::Running { left, .. } = &mut self.ops[op as usize] {
             *left += 1;
         }
+        let place = if ask.barrier {
+            self.order.barrier_begins()
+        } else {
+            self.order.ticket()
+        };
+        self.asked += 1;
         self.send(Part {
             op,
             ask: *ask,
             into,
             data,
+            number: self.asked,
+            place,
         });
     }
 
@@ -122,11 +138,20 @@ impl State {
         self.queue.push_back(Outgoing { header, data });
     }
 
-    /// Takes all parts that have no reply.
+    /// Takes all parts that have no reply, in the order in which they were asked: a barrier comes
+    /// before what has to wait for it.
     fn take_parts(&mut self) -> Vec<Part> {
         self.queue.clear();
         let begun = self.unanswered.take();
-        begun.into_iter().chain(self.session.give_up()).collect()
+        let mut parts: Vec<Part> = begun.into_iter().chain(self.session.give_up()).collect();
+        parts.sort_unstable_by_key(|part| part.number);
+        parts
+    }
+
+    /// Whether the server has refused that part, and only its reply is lost.
+    fn is_refused(&self, part: &Part) -> bool {
+        let waits = part.ask.kind.changes() && !part.ask.barrier;
+        waits && self.order.turn(part.place) == Turn::Refused
     }
 
     /// Nothing more will be sent on the connection there is.
@@ -216,6 +241,13 @@ impl Link {
         self.in_flight.set(self.in_flight.get() + 1);
         self.to_send.notify();
         Ok(op)
+    }
+
+    /// Whether a change that is asked for now is refused: an intent before it has failed, and who
+    /// goes on with another connection must not find a server that knows nothing of it.
+    pub(super) fn refuses_changes(&self) -> bool {
+        let state = self.state.borrow();
+        state.order.turn(state.order.ticket()) == Turn::Refused
     }
 
     /// The result of an operation, which takes it.
@@ -380,7 +412,17 @@ impl Link {
     /// Every outstanding operation fails.
     fn give_up(&self) {
         let parts = self.state.borrow_mut().take_parts();
-        for Part { op, into, data, .. } in parts {
+        self.fail(parts);
+    }
+
+    fn fail(&self, parts: Vec<Part>) {
+        for part in parts {
+            if part.ask.barrier {
+                // What was to follow it is refused, also on a connection that comes up later.
+                let mut state = self.state.borrow_mut();
+                state.order.barrier_ended(part.place, false);
+            }
+            let Part { op, into, data, .. } = part;
             drop((into, data));
             self.answered(op, Err(GONE));
         }
@@ -464,6 +506,10 @@ impl Link {
         {
             self.state.borrow_mut().unanswered = Some(part);
             return Err(error.into());
+        }
+        if part.ask.barrier {
+            let mut state = self.state.borrow_mut();
+            state.order.barrier_ended(part.place, result.is_ok());
         }
         let Part { op, into, data, .. } = part;
         drop((into, data));

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 const FENCE: Fence = Fence {
     instance: 77,
     turn: 5,
+    keeps_order: true,
 };
 
 fn opened(stream: UnixStream, fence: Option<Fence>) -> OpenedPeer {
@@ -134,6 +135,82 @@ fn another_connection_goes_on_where_one_broke() {
             list.sort_by_key(|it| (it.kind, it.offset));
         }
         assert_eq!(again, missing);
+    });
+}
+
+fn barrier(disk: &PeerDisk, offset: u64, data: &IoBuffer) -> PeerOp {
+    let span = Span {
+        buffer: data.clone(),
+        start: 0,
+        len: 4096,
+    };
+    disk.submit_barrier(DiskRequest::Write {
+        offset,
+        span,
+        fua: true,
+    })
+}
+
+/// A barrier reaches the new connection before what waits for it, whatever the order of the places
+/// that they had in the old one.
+#[test]
+fn what_is_asked_again_keeps_its_order() {
+    on_ring(64, |ring| {
+        let (first, mut old) = pair();
+        let (second, mut new) = pair();
+        let attempts: Vec<Attempt> = vec![Box::new(move || Ok((second, FENCE)))];
+        let (disk, _, _) = disk(&ring, first, Some(FENCE), attempts);
+        let server = std::thread::spawn(move || {
+            let asked = old.requests(2);
+            old.reply(asked[0].cookie, 0, &[]);
+            old.next().unwrap();
+            drop(old);
+            let again = new.requests(2);
+            again.iter().for_each(|it| new.reply(it.cookie, 0, &[]));
+            again.iter().map(|it| it.offset).collect::<Vec<_>>()
+        });
+        ring.block_on(async move {
+            let data = [1, 2, 3].map(|byte| buffer(4096, byte));
+            let early = write(&disk, 8192, &data[0], false);
+            let intent = barrier(&disk, 4096, &data[1]);
+            assert_eq!(early.await, Ok(()));
+            let late = write(&disk, 65536, &data[2], false);
+            assert_eq!(intent.await, Ok(()));
+            assert_eq!(late.await, Ok(()));
+        })
+        .unwrap();
+        assert_eq!(server.join().unwrap(), [4096, 65536]);
+    });
+}
+
+/// The server refuses what follows a barrier that failed; a new session would not know of it.
+#[test]
+fn what_was_refused_is_not_asked_again() {
+    on_ring(64, |ring| {
+        let (first, mut old) = pair();
+        let (second, mut new) = pair();
+        let attempts: Vec<Attempt> = vec![Box::new(move || Ok((second, FENCE)))];
+        let (disk, _, _) = disk(&ring, first, Some(FENCE), attempts);
+        let (close, closes) = mpsc::channel::<()>();
+        let server = std::thread::spawn(move || {
+            let asked = old.requests(2);
+            old.reply(asked[0].cookie, 5, &[]);
+            closes.recv().unwrap();
+            drop(old);
+            new.next()
+        });
+        ring.block_on(async move {
+            let data = [1, 2, 3].map(|byte| buffer(4096, byte));
+            let intent = barrier(&disk, 4096, &data[0]);
+            let held = write(&disk, 65536, &data[1], false);
+            assert_eq!(intent.await, Err(Errno::IO));
+            let later = write(&disk, 65536, &data[2], false);
+            assert_eq!(later.await, Err(Errno::IO), "refused here as well");
+            close.send(()).unwrap();
+            assert_eq!(held.await, Err(GONE));
+        })
+        .unwrap();
+        assert_eq!(server.join().unwrap(), None);
     });
 }
 

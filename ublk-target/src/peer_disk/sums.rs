@@ -161,6 +161,7 @@ impl Sums {
         let ask = Ask {
             kind: Kind::Sums,
             fua: false,
+            barrier: false,
             offset,
             len: count * SUM_BLOCK_BYTES,
         };

@@ -137,14 +137,18 @@ impl Link {
 
     /// Goes on with a new connection.
     fn ask_again(self: &Rc<Self>, through: &str, after: Duration) {
-        let asked = {
+        let parts = self.state.borrow_mut().take_parts();
+        let asked = parts.len();
+        {
             let mut state = self.state.borrow_mut();
+            if parts.iter().any(|part| state.is_refused(part)) {
+                drop(state);
+                self.fail(parts);
+                return self.end("what its server has refused must not be asked again");
+            }
             (state.broken, state.down) = (false, false);
-            let parts = state.take_parts();
-            let count = parts.len();
             parts.into_iter().for_each(|part| state.send(part));
-            count
-        };
+        }
         let after = after.as_millis();
         tracing::info!(
             "{} is connected again through {through} after {after} ms; requests asked again: {asked}",
