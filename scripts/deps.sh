@@ -12,10 +12,10 @@ set -euo pipefail
 . "$(dirname "$0")/private-apt.sh"
 
 build=(g++ gcc libc6-dev libclang-dev make pkg-config)
-tests=(busybox-static dmsetup e2fsprogs fio kmod mdadm nbd-server nbdkit openssl procps psmisc
-    python3 python3-venv qemu-system-x86 qemu-utils sqlite3 udev util-linux xfsprogs)
+tests=(busybox-static dmsetup e2fsprogs fio iproute2 kmod mdadm nbd-server nbdkit nftables openssl
+    procps psmisc python3 python3-venv qemu-system-x86 qemu-utils sqlite3 udev util-linux xfsprogs)
 
-others=(drbd-utils iproute2 libnbd-bin)
+others=(drbd-utils libnbd-bin)
 
 check=no bench=no
 for option in "$@"; do

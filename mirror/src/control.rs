@@ -281,6 +281,10 @@ pub struct MemberStatus {
     /// Whether it is a peer whose server cannot end an earlier session first (R13).
     #[serde(default)]
     pub unfenced: bool,
+    /// Whether it is an in-sync peer of which checksums of blocks are not to be had now, as far as is
+    /// known: a scrub reads all of its blocks.
+    #[serde(default)]
+    pub scrub_reads_all: bool,
 }
 
 /// How many extents are in each state.

@@ -23,10 +23,10 @@ pub enum ConnectError {
         /// The system's answer.
         source: io::Error,
     },
-    /// Somebody is there and says nothing.
+    /// Nobody says anything.
     #[error(
-        "{address} did not answer within {seconds} s; its server hangs, or serves one client at a \
-         time and has one"
+        "{address} did not answer within {seconds} s; the network is down, or its server hangs, or \
+         serves one client at a time and has one"
     )]
     NoAnswer {
         /// The export.

@@ -13,12 +13,13 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, sockop
 use crate::address::Place;
 use crate::tls::{Opened, Tls, TlsError};
 
-/// An idle connection is asked after so long whether its other end is still there.
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(10);
+/// An idle connection is asked after so long whether its other end is still there. A host that knows
+/// nothing of it any more says so, and who only waits for an answer would never hear of that.
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(1);
 /// Between two such questions.
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(1);
 /// Unanswered questions after which the connection is dead.
-const KEEPALIVE_PROBES: u32 = 3;
+const KEEPALIVE_PROBES: u32 = 24;
 
 /// Bytes that are received at once where there is TLS.
 const SEALED_BYTES: usize = 32 << 10;

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -72,11 +73,17 @@ class Area:
     def close(self):
         """Ends every daemon of this area and removes all."""
         self.kill_daemons()
+        troubles = []
         for child in self.children:
-            child.kill()
+            try:
+                child.kill()
+            except Exception as trouble:  # the others end all the same
+                troubles.append(trouble)
         for mount in reversed(self.mounts):
             subprocess.run(["umount", "-l", mount], check=False)
         shutil.rmtree(self.path, ignore_errors=True)
+        if troubles:
+            raise troubles[0]
 
     def daemons(self):
         """Process ids of the daemons that serve this area."""
@@ -270,14 +277,17 @@ class Model:
             count = min(step, len(self.legal) - begin)
             data = client.read(begin * BLOCK, count * BLOCK)
             for index in range(count):
-                number, got = begin + index, data[index * BLOCK:(index + 1) * BLOCK]
-                fits = [v for v in self.legal[number] if got == block(number, v)]
-                check(
-                    fits,
-                    f"block {number} holds {got[:32]!r}, "
-                    f"legal are the versions {sorted(self.legal[number])}",
-                )
-                self.legal[number] = set(fits)
+                self.saw(begin + index, data[index * BLOCK:(index + 1) * BLOCK])
+
+    def saw(self, number, got):
+        """A block reads so: it has to be one of its legal versions, which is then the only one."""
+        fits = [version for version in self.legal[number] if got == block(number, version)]
+        check(
+            fits,
+            f"block {number} holds {got[:32]!r}, "
+            f"legal are the versions {sorted(self.legal[number])}",
+        )
+        self.legal[number] = set(fits)
 
     def load(self, client, rng, seconds=None, writes=None, depth=16, meanwhile=None):
         """Random writes, `depth` in flight, until the time, the count or the connection ends.
@@ -325,3 +335,77 @@ class Model:
             return 0
         self.answered(number)
         return 1
+
+
+class Load:
+    """Random writes and verified reads of the first blocks in the background, `depth` in flight, now
+    and then a flush; each answer is timed. It ends when it is left."""
+
+    def __init__(self, area, model, depth=8, blocks=1024, name="m"):
+        self.model, self.depth, self.blocks = model, depth, blocks
+        self.random = random.Random(area.random.random())
+        self.client = area.client(name)
+        # Answers, the errors among them, and the longest time that one took.
+        self.answers = self.errors = 0
+        self.longest = 0.0
+        self.over, self.trouble = threading.Event(), None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, *_):
+        self.over.set()
+        self.thread.join(60)
+        self.client.close()
+        if kind is None:
+            check(not self.thread.is_alive(), "requests are never answered")
+            self._look()
+
+    def _look(self):
+        if self.trouble is not None:
+            raise Failed(f"the load has ended: {self.trouble!r}") from self.trouble
+
+    def goes_on(self, answers=100, seconds=30):
+        """Until so many more requests have been answered."""
+        wanted = self.answers + answers
+
+        def are_in():
+            self._look()
+            return self.answers >= wanted
+
+        until(are_in, f"{answers} more answers", seconds)
+
+    def _run(self):
+        flying = []
+        try:
+            while not self.over.is_set():
+                self._ask(flying)
+                while len(flying) >= self.depth:
+                    self._land(*flying.pop(0))
+            while flying:
+                self._land(*flying.pop(0))
+        except Exception as trouble:  # whoever waits for it says so
+            self.trouble = trouble
+
+    def _ask(self, flying):
+        number = self.random.randrange(self.blocks)
+        kind = self.random.choices((nbd.WRITE, nbd.READ, nbd.FLUSH), (70, 29, 1))[0]
+        if kind == nbd.FLUSH:
+            flying.append((kind, None, self.client.submit(kind)))
+        elif all(number != other for _, other, _ in flying):
+            data = self.model.issue(number) if kind == nbd.WRITE else b""
+            flying.append((kind, number, self.client.submit(kind, number * BLOCK, BLOCK, data)))
+
+    def _land(self, kind, number, future):
+        try:
+            data = future.wait()
+            if kind == nbd.WRITE:
+                self.model.answered(number)
+            elif kind == nbd.READ:
+                self.model.saw(number, data)
+        except nbd.Refused:
+            self.errors += 1
+        self.longest = max(self.longest, future.ended - future.began)
+        self.answers += 1

@@ -8,6 +8,7 @@ the replies. When the connection ends every outstanding request ends with `Gone`
 import socket
 import struct
 import threading
+import time
 
 READ, WRITE, DISCONNECT, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 2, 3, 4, 6
 FUA, NO_HOLE = 1, 2
@@ -45,10 +46,17 @@ class Future:
     """An answer that will come."""
 
     def __init__(self, length):
+        self.began, self.ended = time.monotonic(), None
         self.length = length
         self.done = threading.Event()
         self.error = None
         self.data = b""
+
+    def end(self, error=None):
+        """It has come, or never will."""
+        self.error = self.error or error
+        self.ended = time.monotonic()
+        self.done.set()
 
     def wait(self, seconds=60):
         """The data of a read; raises Refused or Gone."""
@@ -131,15 +139,14 @@ class Client:
                     future.error = Refused(error)
                 elif future.length:
                     future.data = self._receive(future.length)
-                future.done.set()
+                future.end()
         except (OSError, Gone, KeyError) as error:
             with self.lock:
                 self.ended = True
                 futures = list(self.waiting.values())
                 self.waiting.clear()
             for future in futures:
-                future.error = Gone(str(error))
-                future.done.set()
+                future.end(Gone(str(error)))
 
     def submit(self, kind, offset=0, length=0, data=b"", flags=0):
         """Sends a request; the answer is awaited with the future's wait()."""
@@ -155,8 +162,7 @@ class Client:
         try:
             self.socket.sendall(header + data)
         except OSError as error:
-            future.error = Gone(str(error))
-            future.done.set()
+            future.end(Gone(str(error)))
         return future
 
     def read(self, offset, length):

@@ -20,10 +20,12 @@ import harness
 import t_crash
 import t_damage
 import t_export
+import t_hosts
 import t_input
 import t_life
 import t_links
 import t_offline
+import t_partitions
 import t_peer
 import t_roles
 import t_scrub
@@ -32,7 +34,7 @@ import t_sums
 import t_tls
 
 MODULES = [t_life, t_crash, t_input, t_damage, t_offline, t_space, t_scrub, t_peer, t_export, t_links,
-           t_roles, t_sums, t_tls]
+           t_roles, t_sums, t_tls, t_partitions, t_hosts]
 
 
 def tests():

@@ -109,7 +109,10 @@ class Server:
             self.process = subprocess.Popen(self.command(), stdin=subprocess.DEVNULL, stdout=log,
                                             stderr=log, start_new_session=True)
         self.group = self.process.pid
-        until(lambda: self._lives() and _answers(self.where), f"{self.program} does not listen")
+        until(lambda: self._lives() and self._listens(), f"{self.program} does not listen")
+
+    def _listens(self):
+        return _answers(self.where)
 
     def _lives(self):
         """Whether it runs; fails with what it said when it has ended."""

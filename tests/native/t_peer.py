@@ -408,6 +408,7 @@ def a_peer_takes_an_empty_slot(area):
         area.ctl("add", "m", server.address)
         area.ctl("wait", "m", "--timeout", 90)
         check(_member(area, 1)["unfenced"], "not shown as unfenced")
+        check(_member(area, 1)["scrub-reads-all"], "who tells it checksums?")
         area.pull(0)
         model.check(client)
         area.put_back(paths[0])

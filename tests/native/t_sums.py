@@ -91,6 +91,8 @@ def a_scrub_goes_on_without_checksums(area):
     first = between.connections
     done = _pass(area)
     check(between.connections == first + 1, "there is no second connection")
+    peer = area.status()["members"][1]
+    check(not peer["scrub-reads-all"], f"checksums are to be had, and status says {peer}")
     # The newest one is that for checksums.
     between.cut_last()
     _spoil(server.backing, area.examine(local)["data-offset"] + 700 * BLOCK)
@@ -98,6 +100,10 @@ def a_scrub_goes_on_without_checksums(area):
     done = _pass(area)
     check((done["findings"], done["repaired-blocks"]) == (1, 1), f"the pass says {done}")
     check(between.passed - before > SIZE // 2, "where do the checksums come from?")
+    flags = [member["scrub-reads-all"] for member in area.status()["members"]]
+    check(flags == [False, True], f"scrub-reads-all is {flags}")
+    said = area.ctl("status", "m")
+    check("  fenced; scrub reads all" in said, f"status does not say that all is read: {said}")
     check(area.states() == ["in-sync", "in-sync"], f"{area.states()}")
     with area.client() as client:
         model.check(client)

@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use mirror::ControlError;
 use mirror::control::{
-    ErrorKind, MAX_REQUEST_BYTES, MemberRef, MemberState, MemberStatus, Reply, Request, from_line,
-    to_line,
+    ErrorKind, MAX_REQUEST_BYTES, MemberRef, MemberState, MemberStatus, Reply, Request, Status,
+    from_line, to_line,
 };
 use mirror::engine::Return;
 use scrubber::Start;
@@ -152,20 +152,26 @@ fn in_one_form(mut request: Request) -> Request {
     request
 }
 
+/// The state of the mirror, with what only the daemon knows.
+fn status(daemon: &Daemon) -> Status {
+    let mut status = daemon.engine.status();
+    status.device = Some(daemon.device.clone());
+    status.daemon_pid = std::process::id();
+    status.scrub = Some(Box::new(daemon.scrubber.status()));
+    for member in &mut status.members {
+        let path = &member.path;
+        let is_peer = peer::is_address(path);
+        let in_sync = member.state == MemberState::InSync;
+        member.unfenced = is_peer && !daemon.peers.is_fenced(path);
+        member.scrub_reads_all = is_peer && in_sync && !daemon.peers.has_sums(path);
+    }
+    status
+}
+
 async fn answer(daemon: &Rc<Daemon>, request: Request) -> Reply {
     let engine = &daemon.engine;
     let result = match request {
-        Request::Status => {
-            let mut status = engine.status();
-            status.device = Some(daemon.device.clone());
-            status.daemon_pid = std::process::id();
-            status.scrub = Some(Box::new(daemon.scrubber.status()));
-            for member in &mut status.members {
-                let path = &member.path;
-                member.unfenced = peer::is_address(path) && !daemon.peers.is_fenced(path);
-            }
-            return Reply::Status(Box::new(status));
-        }
+        Request::Status => return Reply::Status(Box::new(status(daemon))),
         Request::Fail { member } => engine.fail(&member).await,
         Request::Remove { member, force } => remove(daemon, &member, force).await,
         Request::ReAdd {

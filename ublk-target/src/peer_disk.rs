@@ -22,7 +22,8 @@
 //!   seen to that. It did then what it is asked now, or nothing.) There may be several ways to a
 //!   server: then a connection that owes an answer and says nothing is given up as well. An
 //!   operation that was given up must not be asked again, later ones may be to the same blocks:
-//!   with the first orphan such a connection has failed.
+//!   with the first orphan such a connection has failed. After the deadline all that is outstanding
+//!   fails, and all that follows, until such a connection is up after all (`link/going_on.rs`).
 //! - After an unclean end of a session a start uses a peer only if the server that it meets is the
 //!   very one that served that session, and has ended it: each copy of a superblock names the
 //!   instance through which it was written. For any other server, one of ours that was restarted
@@ -108,7 +109,7 @@ impl PeerDisk {
         deadline: Duration,
         peers: &Peers,
     ) -> Self {
-        let ways = peers.ways_to(&opened);
+        let ways = peers.ways_to(&opened, deadline);
         let cut_off = peers.cut_off(&opened.address);
         let sums = peers.sums_of(ring, &opened, deadline);
         let link = Link::new(ring, opened, ways, deadline);

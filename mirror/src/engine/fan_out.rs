@@ -2,7 +2,8 @@
 //!
 //! Outcomes are judged only when all are in, or when the deadline has passed and at least one
 //! in-sync member has succeeded (R8). Operations still running then become orphans: the disk
-//! keeps their buffer, and the member is lost for the stall.
+//! keeps their buffer, and the member is lost for the stall. When it is, all else that it owes is
+//! given up at once: a stall costs one deadline, whatever was asked when.
 
 use crate::host::Errno;
 use crate::layout::SLOTS_MAX;
@@ -20,6 +21,9 @@ pub(crate) struct StallWatch {
     /// Slots that are in-sync now, one bit each: a member that was lost after a request went
     /// to it is no proof that the request succeeded.
     in_sync: Cell<u16>,
+    /// Slots to which requests go now, and those of them and others that have stalled.
+    receiving: Cell<u16>,
+    stalled: Cell<u16>,
     places: RefCell<Places>,
 }
 
@@ -33,14 +37,41 @@ impl StallWatch {
     /// One step of coarse time; every waiting request looks at its age.
     pub(crate) fn advance(&self) {
         self.tick.set(self.tick.get() + 1);
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
         for waker in self.places.borrow().wakers.iter().flatten() {
             waker.wake_by_ref();
         }
     }
 
-    /// Replaces the set of slots that are in-sync.
-    pub(crate) fn set_in_sync(&self, slots: impl Iterator<Item = u8>) {
-        self.in_sync.set(slots.fold(0, |all, slot| all | 1 << slot));
+    /// Replaces the set of slots to which requests go: each with whether it is in-sync.
+    pub(crate) fn set_receiving(&self, slots: impl Iterator<Item = (u8, bool)>) {
+        let before = self.receiving.get();
+        let (mut receiving, mut in_sync) = (0, 0);
+        for (slot, is_in_sync) in slots {
+            receiving |= 1 << slot;
+            in_sync |= u16::from(is_in_sync) << slot;
+        }
+        self.in_sync.set(in_sync);
+        self.receiving.set(receiving);
+        // Who has come back has nothing to do with who has stalled.
+        self.stalled
+            .set(self.stalled.get() & !(receiving & !before));
+        if before & !receiving & self.stalled.get() != 0 {
+            self.wake_all();
+        }
+    }
+
+    /// The member in `slot` has stalled, and is about to be lost for it.
+    pub(crate) fn has_stalled(&self, slot: u8) {
+        self.stalled.set(self.stalled.get() | 1 << slot);
+    }
+
+    /// Whether the member in `slot` has been lost for a stall.
+    fn is_lost(&self, slot: u8) -> bool {
+        self.stalled.get() & !self.receiving.get() & (1 << slot) != 0
     }
 
     /// Whether the member in `slot` is in-sync now.
@@ -211,6 +242,12 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
         self.outcomes.len += 1;
     }
 
+    /// The slots whose operations still run.
+    fn waiting(&self) -> impl Iterator<Item = u8> {
+        let all = self.running.iter().zip(&self.outcomes.list);
+        all.filter_map(|(op, outcome)| op.as_ref().and(outcome.as_ref()).map(|o| o.slot))
+    }
+
     /// Whether every operation has succeeded, except that those on `slots` may still run, and an
     /// in-sync member is among those that have.
     pub(crate) fn has_succeeded_but_for(&self, slots: u16) -> bool {
@@ -234,15 +271,10 @@ impl<'a, Op: Future<Output = Result<(), Errno>> + Unpin> FanOut<'a, Op> {
             return false;
         }
         let asked = self.outcomes.iter().fold(0, |all, o| all | 1 << o.slot);
-        let mut waiting = self
-            .running
-            .iter()
-            .zip(&self.outcomes.list)
-            .filter(|(op, _)| op.is_some());
         self.limited
             || self.watch.is_beyond(asked)
             || self.outcomes.common_error(self.watch).is_none()
-            || waiting.all(|(_, outcome)| outcome.is_some_and(|o| !self.watch.is_in_sync(o.slot)))
+            || self.waiting().all(|slot| !self.watch.is_in_sync(slot))
     }
 }
 
@@ -272,7 +304,9 @@ impl<Op: Future<Output = Result<(), Errno>> + Unpin> Future for FanOut<'_, Op> {
         if this.proved.is_none() && this.outcomes.common_error(this.watch).is_none() {
             this.proved = Some(this.watch.tick.get());
         }
-        if this.watch.tick.get() - this.begun > TICKS_PER_DEADLINE && this.may_end() {
+        let late = this.watch.tick.get() - this.begun > TICKS_PER_DEADLINE;
+        if late && this.may_end() || this.waiting().all(|slot| this.watch.is_lost(slot)) {
+            this.waiting().for_each(|slot| this.watch.has_stalled(slot));
             // Dropping the operations leaves them to the disk as orphans.
             return Poll::Ready(this.outcomes);
         }

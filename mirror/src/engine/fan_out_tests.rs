@@ -30,8 +30,12 @@ fn poll<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
 
 fn watch(in_sync: &[u8]) -> StallWatch {
     let watch = StallWatch::default();
-    watch.set_in_sync(in_sync.iter().copied());
+    set_in_sync(&watch, in_sync);
     watch
+}
+
+fn set_in_sync(watch: &StallWatch, slots: &[u8]) {
+    watch.set_receiving(slots.iter().map(|&slot| (slot, true)));
 }
 
 /// To members of these slots, all in-sync when it was sent.
@@ -77,7 +81,7 @@ fn when_a_request_may_be_given_up() {
     ops[0].0.set(Some(Err(Errno::IO)));
     assert!(poll(&mut fan_out).is_pending());
     // Whoever has not answered is not in-sync any more.
-    all.set_in_sync([1].into_iter());
+    set_in_sync(&all, &[1]);
     let Poll::Ready(outcomes) = poll(&mut fan_out) else {
         panic!("the last one that counts has answered");
     };
@@ -93,7 +97,7 @@ fn when_a_request_may_be_given_up() {
     let all = watch(&[1, 2]);
     let (mut fan_out, ops) = sent(&all, &[1, 2]);
     ops[1].0.set(Some(Ok(())));
-    all.set_in_sync([1].into_iter());
+    set_in_sync(&all, &[1]);
     assert!(!ends_with_the_deadline(&all, &mut fan_out));
 
     // There is another one that was not asked.
@@ -114,6 +118,58 @@ fn when_a_request_may_be_given_up() {
     assert!(ends_with_the_deadline(&all, &mut fan_out));
 }
 
+/// Slots 0 and 1, and 2 that is resyncing.
+fn with_a_resyncing_one() -> StallWatch {
+    let all = StallWatch::default();
+    all.set_receiving([(0, true), (1, true), (2, false)].into_iter());
+    all
+}
+
+#[test]
+fn a_stall_costs_one_deadline_whatever_was_asked_when() {
+    for (lost, left) in [(1, [(0, true), (2, false)]), (2, [(0, true), (1, true)])] {
+        let all = with_a_resyncing_one();
+        let (mut first, ops) = sent(&all, &[0, lost]);
+        ops[0].0.set(Some(Ok(())));
+        for _ in 0..TICKS_PER_DEADLINE {
+            all.advance();
+        }
+        let (mut second, later) = sent(&all, &[0, lost]);
+        let (mut other, _ops) = sent(&all, &[0]);
+        assert!(poll(&mut first).is_pending() && poll(&mut second).is_pending());
+        all.advance();
+        assert!(poll(&mut first).is_ready());
+        assert!(poll(&mut second).is_pending(), "it is not lost yet");
+        all.set_receiving(left.into_iter());
+        assert!(
+            poll(&mut second).is_pending(),
+            "the other one is waited for"
+        );
+        later[0].0.set(Some(Ok(())));
+        let Poll::Ready(outcomes) = poll(&mut second) else {
+            panic!("only who was lost for a stall has not answered");
+        };
+        let results: Vec<_> = outcomes.iter().map(|o| o.result).collect();
+        assert_eq!(results, [Ok(()), Err(Errno::TIMED_OUT)]);
+        assert!(poll(&mut other).is_pending());
+        // It comes back.
+        all.set_receiving([(0, true), (1, true), (2, false)].into_iter());
+        let (mut third, ops) = sent(&all, &[0, lost]);
+        ops[0].0.set(Some(Ok(())));
+        assert!(poll(&mut third).is_pending());
+    }
+}
+
+#[test]
+fn who_is_lost_for_something_else_may_answer() {
+    let all = with_a_resyncing_one();
+    let (mut sent, ops) = sent(&all, &[0, 1]);
+    ops[0].0.set(Some(Ok(())));
+    assert!(poll(&mut sent).is_pending());
+    all.set_receiving([(0, true), (2, false)].into_iter());
+    assert!(ends_with_the_deadline(&all, &mut sent));
+}
+
 #[test]
 fn outcomes_are_those_of_the_operations() {
     let all = watch(&[0, 1, 2]);
@@ -130,7 +186,7 @@ fn outcomes_are_those_of_the_operations() {
     assert_eq!(results, expected);
     assert!(!outcomes.all_ok());
     assert_eq!(outcomes.common_error(&all), None);
-    all.set_in_sync([1].into_iter());
+    set_in_sync(&all, &[1]);
     assert_eq!(outcomes.common_error(&all), Some(Errno::NO_DEVICE));
     let (mut fan_out, ops) = sent(&all, &[0, 1]);
     ops.iter().for_each(|op| op.0.set(Some(Ok(()))));

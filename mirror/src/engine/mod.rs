@@ -355,7 +355,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         self.stalls
-            .set_in_sync(view.receivers.iter().filter(|r| r.in_sync).map(|r| r.slot));
+            .set_receiving(view.receivers.iter().map(|r| (r.slot, r.in_sync)));
         *self.view.borrow_mut() = Rc::new(view);
     }
 

@@ -122,6 +122,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             let mut others = view.receivers.iter().filter(|r| r.slot != slot);
             let others_answer = others.any(|r| r.in_sync && answers(r.slot));
             if stalled && others_answer {
+                self.stalls.has_stalled(slot);
                 break;
             }
             // A fault that all share may have ended in this moment: one step more.

@@ -105,6 +105,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 read_errors: state.read_errors,
                 repaired_blocks: state.repaired_blocks,
                 unfenced: false,
+                scrub_reads_all: false,
             }
         })
         .collect()

@@ -74,6 +74,7 @@ mod tests {
             read_errors: 0,
             repaired_blocks: 0,
             unfenced: false,
+            scrub_reads_all: false,
         }
     }
 

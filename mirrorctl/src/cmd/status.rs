@@ -171,7 +171,9 @@ fn member_rows(status: &Status) -> Vec<Vec<String>> {
             (false, true) => Some("fenced".to_owned()),
             (false, false) => None,
         };
-        let mut notes: Vec<String> = fence.into_iter().chain(member.reason.clone()).collect();
+        let reads_all = member.scrub_reads_all.then(|| "scrub reads all".to_owned());
+        let notes = fence.into_iter().chain(reads_all);
+        let mut notes: Vec<String> = notes.chain(member.reason.clone()).collect();
         for (count, what) in [
             (member.read_errors, "read errors"),
             (member.repaired_blocks, "blocks repaired"),

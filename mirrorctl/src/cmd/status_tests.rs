@@ -55,6 +55,12 @@ fn a_peer_is_fenced_or_is_not() {
         said.contains("nbd://h/m  unfenced; 2 read errors"),
         "{said}"
     );
+    status.members[0].scrub_reads_all = true;
+    let said = text(&status);
+    assert!(
+        said.contains("nbd://h/m  unfenced; scrub reads all; 2 read errors"),
+        "{said}"
+    );
 }
 
 #[test]

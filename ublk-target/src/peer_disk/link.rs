@@ -1,6 +1,8 @@
 //! One connection to a peer after another: what is outstanding, and the two tasks that send and
 //! receive. What it promises stands in the parent module.
 
+mod going_on;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -16,19 +18,13 @@ use rustix::net::{Shutdown, sockopt};
 
 use super::GONE;
 use super::Trouble;
-use super::opened::{OpenedPeer, Reopened, Way};
+use super::opened::{OpenedPeer, Way};
 use crate::batch::Batch;
 use crate::ring::{self, Ring};
 use crate::signal::Signal;
 use crate::stream::{Inbox, Wire};
 use crate::sys::Lend;
 
-mod again;
-
-/// Between attempts to connect again: at first, and at last.
-const FIRST_PAUSE: Duration = Duration::from_millis(20);
-const IDLE_PAUSE: Duration = Duration::from_millis(100);
-const LAST_PAUSE: Duration = Duration::from_secs(1);
 /// How long an answer may take at first where there is another way.
 const QUIET: Duration = Duration::from_secs(1);
 /// Why a link that has broken goes on no more.
@@ -95,6 +91,10 @@ struct State {
     gave_up: bool,
     /// The connection has failed: another one may go on in its place.
     broken: bool,
+    /// So long ago that nobody waits any more: all that is asked fails, until there is another one.
+    down: bool,
+    /// It was down, and nothing has succeeded since.
+    has_been_down: bool,
     /// Its server is expected to close it.
     leaving: bool,
     /// Nothing is sent or asked any more.
@@ -255,7 +255,7 @@ impl Link {
         requests: impl Iterator<Item = (Ask, Option<Lend>, Option<Lend>)>,
     ) -> Result<u32, Errno> {
         let mut state = self.state.borrow_mut();
-        if state.ended {
+        if state.ended || state.down {
             return Err(GONE);
         }
         let op = state.begin(then_flush);
@@ -299,7 +299,7 @@ impl Link {
                 state.orphans += 1;
                 state.gave_up = true;
             }
-            _ => state.release(op),
+            _ => return state.release(op),
         }
         let broken = state.broken;
         drop(state);
@@ -317,10 +317,11 @@ impl Link {
         }
     }
 
-    /// Whether it has ended, or has ever owed an answer for longer than anybody waited.
+    /// Whether it has ended, or something failed because it was down, or it has ever owed an answer
+    /// for longer than anybody waited.
     pub(super) fn has_failed(&self) -> bool {
         let state = self.state.borrow();
-        state.ended || state.gave_up
+        state.ended || state.has_been_down || state.gave_up
     }
 
     /// Whether nothing of it is left, a connection that is tried included.
@@ -332,6 +333,7 @@ impl Link {
     fn answered(&self, op: u32, answer: Result<(), Errno>) {
         let mut state = self.state.borrow_mut();
         let ended = state.ended;
+        state.has_been_down &= answer.is_err();
         let Op::Running {
             left,
             result,
@@ -407,41 +409,6 @@ impl Link {
         self.shut_down();
     }
 
-    /// Gives a connection up that owes an answer and says nothing, when there is another way, unless
-    /// its server answers who asks anew on the same way: then its disk is slow. With each in a row
-    /// that is given up so the next one gets twice the time.
-    async fn watch(self: Rc<Self>) {
-        let wire = Rc::clone(&self.wire.borrow());
-        let (mut replies, mut heard) = (self.replies.get(), ring::now());
-        loop {
-            self.ring.sleep_until(ring::now() + QUIET / 4).await;
-            if self.state.borrow().is_over() || !Rc::ptr_eq(&wire, &self.wire.borrow()) {
-                return;
-            }
-            if self.replies.get() != replies {
-                self.quiet.set(QUIET);
-            }
-            if self.in_flight.get() == 0 || self.replies.get() != replies {
-                (replies, heard) = (self.replies.get(), ring::now());
-            } else if ring::now() > heard + self.quiet.get() && self.may_go_on() {
-                let way = self.ways[self.way.get()].clone();
-                let silent = match self.ring.try_blocking(move || (way.answers)()) {
-                    Ok(asking) => !asking.await,
-                    Err(_) => false,
-                };
-                if !silent {
-                    heard = ring::now();
-                }
-                if !silent || self.replies.get() != replies || !self.may_go_on() {
-                    continue;
-                }
-                self.quiet.set(self.quiet.get() * 2);
-                self.way.set((self.way.get() + 1) % self.ways.len());
-                return self.break_off("no answer, and there is another way");
-            }
-        }
-    }
-
     /// A task has nothing under way in the kernel any more.
     fn task_over(self: &Rc<Self>, trouble: &Trouble) {
         match trouble {
@@ -466,16 +433,16 @@ impl Link {
     }
 
     fn fail(&self, parts: Vec<Part>) {
-        for Part { op, into, data, .. } in parts {
+        for part in parts {
+            if part.ask.barrier {
+                // What was to follow it is refused, also on a connection that comes up later.
+                let mut state = self.state.borrow_mut();
+                state.order.barrier_ended(part.place, false);
+            }
+            let Part { op, into, data, .. } = part;
             drop((into, data));
             self.answered(op, Err(GONE));
         }
-    }
-
-    /// Whether another connection may go on in this one's place.
-    fn may_go_on(&self) -> bool {
-        let state = self.state.borrow();
-        !self.ways.is_empty() && !state.ended && !state.leaving && state.orphans == 0
     }
 
     /// Begins to use the connection there is.

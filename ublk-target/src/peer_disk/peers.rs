@@ -31,6 +31,8 @@ struct Known {
     fenced: bool,
     /// There is no connection because the last one failed, or there was none to be had.
     cut_off: Rc<Cell<bool>>,
+    /// Where the last connection's disk asks for checksums of blocks.
+    sums: Weak<Sums>,
 }
 
 /// Nobody else brings in the member at an address: two that do would end each other's sessions.
@@ -70,7 +72,8 @@ impl Peers {
     }
 
     /// The ways on which a connection that breaks can be taken up again, the one that it took first.
-    pub(super) fn ways_to(&self, opened: &OpenedPeer) -> Vec<Way> {
+    /// No try takes longer than `deadline`.
+    pub(super) fn ways_to(&self, opened: &OpenedPeer, deadline: Duration) -> Vec<Way> {
         let known = self.known.borrow();
         let own = opened.address.parse::<Address>();
         let (Some(fence), Some(known), Ok(own)) = (opened.fence, known.get(&opened.address), own)
@@ -79,7 +82,7 @@ impl Peers {
         };
         let (all, patience) = self.addresses(own);
         all.iter()
-            .map(|address| Way::through(address, known.owner, fence, patience))
+            .map(|address| Way::through(address, known.owner, fence, patience.min(deadline)))
             .collect()
     }
 
@@ -106,7 +109,21 @@ impl Peers {
         let (all, patience) = self.addresses(own);
         let size_bytes = opened.export.size_bytes;
         let connect = connect_to(all, fence, size_bytes, patience.min(deadline));
-        Some(Sums::new(ring, &opened.address, connect, deadline))
+        let sums = Sums::new(ring, &opened.address, connect, deadline);
+        if let Some(known) = self.known.borrow_mut().get_mut(&opened.address) {
+            known.sums = Rc::downgrade(&sums);
+        }
+        Some(sums)
+    }
+
+    /// Whether checksums of the blocks of the member at `address` are to be had now, as far as is
+    /// known.
+    pub(crate) fn has_sums(&self, address: &str) -> bool {
+        let known = self.known.borrow();
+        let sums = known
+            .get(&one_form(address))
+            .and_then(|it| it.sums.upgrade());
+        sums.is_some_and(|sums| sums.are_to_be_had())
     }
 
     /// Who connects to `address`. Each has an owner of its own, so that two addresses which lead
@@ -117,6 +134,7 @@ impl Peers {
             owner: u128::from_le_bytes(random_bytes()),
             fenced: false,
             cut_off: Rc::default(),
+            sums: Weak::new(),
         });
         Claimant {
             owner: known.owner,

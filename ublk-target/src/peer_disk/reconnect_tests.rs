@@ -320,6 +320,50 @@ fn a_connection_that_none_can_replace_has_failed() {
     }
 }
 
+/// All fails while nobody is there; then it works, and what has failed is not asked again.
+#[test]
+fn a_connection_that_is_down_comes_up_again() {
+    on_ring(32, |ring| {
+        let ((first, mut old), (second, mut new)) = (pair(), pair());
+        let (release, held) = mpsc::channel::<()>();
+        let attempts: Vec<Attempt> = vec![
+            Box::new(|| Err(io::ErrorKind::ConnectionRefused)),
+            Box::new(move || {
+                held.recv().unwrap();
+                Ok((second, FENCE))
+            }),
+        ];
+        let (disk, _, _) = disk(&ring, first, Some(FENCE), attempts);
+        let server = std::thread::spawn(move || {
+            old.next().unwrap();
+            drop(old);
+            let asked = new.next().unwrap();
+            new.reply(asked.cookie, 0, &[]);
+            (asked.offset, new.next())
+        });
+        let ours = Rc::clone(&ring);
+        ring.block_on(async move {
+            let data = buffer(4096, 1);
+            for at in 0..3 {
+                let written = write(&disk, at * 4096, &data, false).await;
+                assert_eq!(written, Err(GONE), "write {at}");
+            }
+            assert!(disk.0.has_failed() && disk.in_flight() == 0 && !data.in_use());
+            release.send(()).unwrap();
+            while write(&disk, 8 * 4096, &data, false).await.is_err() {
+                assert!(disk.0.has_failed());
+                let soon = crate::ring::now() + Duration::from_millis(5);
+                ours.sleep_until(soon).await;
+            }
+            assert!(!disk.0.has_failed());
+            drop(disk);
+            let got = ours.blocking(move || server.join().unwrap()).await;
+            assert_eq!(got, (8 * 4096, None));
+        })
+        .unwrap();
+    });
+}
+
 /// What was given up is not asked again: later writes may be to the same blocks (R13).
 #[test]
 fn nothing_goes_on_once_an_operation_was_given_up() {

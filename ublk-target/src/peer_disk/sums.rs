@@ -209,6 +209,12 @@ impl Sums {
         }))
     }
 
+    /// Whether checksums are to be had now, as far as is known without asking.
+    pub(super) fn are_to_be_had(&self) -> bool {
+        let state = self.state.borrow();
+        !state.ended && (state.connection.is_some() || ring::now() >= state.not_before)
+    }
+
     /// Nothing more is asked.
     pub(super) fn end(&self) {
         self.state.borrow_mut().ended = true;

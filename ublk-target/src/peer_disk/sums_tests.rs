@@ -138,11 +138,13 @@ fn where_nobody_is_nothing_is_to_be_had() {
     on_ring(64, |ring| {
         let sums = scripted::<fn(Server)>(&ring, Vec::new());
         ring.block_on(async move {
+            assert!(sums.are_to_be_had(), "nobody knows better yet");
             let both = (sums.ask(0, 3).unwrap(), sums.ask(0, 3).unwrap());
             assert_eq!((both.0.await, both.1.await), (None, None));
-            assert!(sums.ask(0, 3).is_none());
+            assert!(sums.ask(0, 3).is_none() && !sums.are_to_be_had());
             // Another time it is tried again.
             sums.state.borrow_mut().not_before = Duration::ZERO;
+            assert!(sums.are_to_be_had());
             assert_eq!(sums.ask(0, 3).unwrap().await, None);
         })
         .unwrap();

@@ -1,0 +1,159 @@
+//! Another connection in the place of one that has broken.
+//!
+//! ```text
+//!      broken               within the deadline
+//! Up ─────────► Broken ──────────────────────────► Up, asked again what was not answered
+//!                 │ the deadline has passed, or no server is there
+//!                 ▼          the very server, and nobody else has had the right to write
+//!               Down ────────────────────────────► Up, nothing is asked again
+//!                 │ another has had it, the disk is let go of
+//!                 ▼
+//!               Ended
+//! ```
+//!
+//! While it is down all that is asked fails, as on a disk that has errors: a mirror that has another
+//! in-sync member loses this one then, and lets go of it. The last one in-sync is lost by no error
+//! (R8), and serves again without anybody's help. What failed is never asked again, and has ended when
+//! the server admits another connection (R13).
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::super::opened::Reopened;
+use super::{GIVEN_UP, Link, QUIET};
+use crate::ring;
+use crate::stream::Wire;
+
+/// Between attempts to connect again: at first, and at last.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const IDLE_PAUSE: Duration = Duration::from_millis(100);
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+
+impl Link {
+    /// Whether another connection may go on in this one's place.
+    pub(super) fn may_go_on(&self) -> bool {
+        let state = self.state.borrow();
+        !self.ways.is_empty() && !state.ended && !state.leaving && state.orphans == 0
+    }
+
+    /// Gives a connection up that owes an answer and says nothing, when there is another way, unless
+    /// its server answers who asks anew on the same way: then its disk is slow. With each in a row
+    /// that is given up so the next one gets twice the time.
+    pub(super) async fn watch(self: Rc<Self>) {
+        let wire = Rc::clone(&self.wire.borrow());
+        let (mut replies, mut heard) = (self.replies.get(), ring::now());
+        loop {
+            self.ring.sleep_until(ring::now() + QUIET / 4).await;
+            if self.state.borrow().is_over() || !Rc::ptr_eq(&wire, &self.wire.borrow()) {
+                return;
+            }
+            if self.replies.get() != replies {
+                self.quiet.set(QUIET);
+            }
+            if self.in_flight.get() == 0 || self.replies.get() != replies {
+                (replies, heard) = (self.replies.get(), ring::now());
+            } else if ring::now() > heard + self.quiet.get() && self.may_go_on() {
+                let way = self.ways[self.way.get()].clone();
+                let silent = match self.ring.try_blocking(move || (way.answers)()) {
+                    Ok(asking) => !asking.await,
+                    Err(_) => false,
+                };
+                if !silent {
+                    heard = ring::now();
+                }
+                if !silent || self.replies.get() != replies || !self.may_go_on() {
+                    continue;
+                }
+                self.quiet.set(self.quiet.get() * 2);
+                self.way.set((self.way.get() + 1) % self.ways.len());
+                return self.break_off("no answer, and there is another way");
+            }
+        }
+    }
+
+    /// Tries all ways until another connection is up, or it is clear that none can go on in this
+    /// one's place.
+    pub(super) async fn go_on(self: Rc<Self>) {
+        self.going_on.set(true);
+        self.find_another().await;
+        self.going_on.set(false);
+    }
+
+    async fn find_another(self: &Rc<Self>) {
+        let begun = ring::now();
+        let mut pause = FIRST_PAUSE;
+        if begun < self.since.get() + LAST_PAUSE {
+            // One that broke soon may be followed by another such.
+            self.ring.sleep_until(begun + IDLE_PAUSE).await;
+        }
+        loop {
+            let (mut nobody, mut last) = (true, String::new());
+            for step in 0..self.ways.len() {
+                let at = (self.way.get() + step) % self.ways.len();
+                let way = self.ways[at].clone();
+                if !self.may_go_on() {
+                    return self.end(GIVEN_UP);
+                }
+                let reopened = match self.ring.try_blocking(move || (way.reopen)()) {
+                    Ok(reopening) => reopening.await,
+                    Err(error) => Reopened::NotNow(format!("no thread is to be had: {error}")),
+                };
+                if !self.may_go_on() {
+                    return self.end(GIVEN_UP);
+                }
+                match reopened {
+                    Reopened::Up(opened) if opened.export == self.export => {
+                        self.way.set(at);
+                        self.wire.replace(Rc::new(Wire::new(opened.fd, opened.tls)));
+                        return self.ask_again(&opened.address, ring::now() - begun);
+                    }
+                    Reopened::Up(_) => return self.end("the export has changed"),
+                    Reopened::Never(why) => return self.end(&why),
+                    Reopened::Nobody(why) => last = why,
+                    Reopened::NotNow(why) => (nobody, last) = (false, why),
+                }
+            }
+            if nobody || ring::now() >= begun + self.deadline {
+                self.is_down(&last);
+            }
+            self.ring.sleep_until(ring::now() + pause).await;
+            pause = (pause * 2).min(LAST_PAUSE);
+        }
+    }
+
+    /// Nobody waits any longer. Whoever has another member goes on with that, and this link ends with
+    /// its disk; who has none is served again when another connection is up.
+    fn is_down(&self, why: &str) {
+        {
+            let mut state = self.state.borrow_mut();
+            if std::mem::replace(&mut state.down, true) {
+                return;
+            }
+            state.has_been_down = true;
+        }
+        tracing::warn!("{} cannot be reached: {why}", self.address);
+        self.give_up();
+    }
+
+    /// Goes on with a new connection.
+    fn ask_again(self: &Rc<Self>, through: &str, after: Duration) {
+        let parts = self.state.borrow_mut().take_parts();
+        let asked = parts.len();
+        {
+            let mut state = self.state.borrow_mut();
+            if parts.iter().any(|part| state.is_refused(part)) {
+                drop(state);
+                self.fail(parts);
+                return self.end("what its server has refused must not be asked again");
+            }
+            (state.broken, state.down) = (false, false);
+            parts.into_iter().for_each(|part| state.send(part));
+        }
+        let after = after.as_millis();
+        tracing::info!(
+            "{} is connected again through {through} after {after} ms; requests asked again: {asked}",
+            self.address
+        );
+        self.begin();
+    }
+}
