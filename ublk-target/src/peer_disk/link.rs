@@ -434,10 +434,8 @@ impl Link {
 
     fn fail(&self, parts: Vec<Part>) {
         for part in parts {
-            if part.ask.barrier {
-                // What was to follow it is refused, also on a connection that comes up later.
-                let mut state = self.state.borrow_mut();
-                state.order.barrier_ended(part.place, false);
+            if let InOrder::Barrier(number) = part.order {
+                self.state.borrow_mut().order.barrier_ended(number, false);
             }
             let Part { op, into, data, .. } = part;
             drop((into, data));
