@@ -26,7 +26,9 @@
 //!
 //! Both sides keep this book: the server to obey it, the client to know what is behind a barrier, to
 //! refuse it itself once the group has failed, and so that a connection that goes on in another one's
-//! place asks nobody again for what was refused: the new session's book is empty.
+//! place asks nobody again for what was refused: the new session's book is empty. To a client a barrier
+//! is open until whoever asked for it has taken its result: until then others may rely on it. That it
+//! has failed counts as soon as the answer is there.
 
 /// Groups whose failures are remembered. What is behind an older one is refused: it should long have
 /// been told.
@@ -84,7 +86,27 @@ impl Order {
     /// A barrier has ended, well or not.
     pub fn barrier_ended(&mut self, number: u64, well: bool) {
         self.open.retain(|&open| open != number);
-        self.failed |= u32::from(!well);
+        if !well {
+            self.barrier_failed();
+        }
+    }
+
+    /// An open barrier has failed.
+    pub fn barrier_failed(&mut self) {
+        self.failed |= 1;
+    }
+
+    /// Whether the group of the change with this ticket is known to have failed.
+    #[must_use]
+    pub fn has_failed(&self, ticket: Ticket) -> bool {
+        let age = self.group.saturating_sub(ticket.group);
+        age < REMEMBERED && self.failed >> age & 1 == 1
+    }
+
+    /// For a client: whether what it asks for now is refused.
+    #[must_use]
+    pub fn refuses(&self) -> bool {
+        self.is_open() && self.has_failed(self.ticket())
     }
 
     /// The place of a change that is asked for now, behind a barrier.
@@ -100,7 +122,7 @@ impl Order {
     #[must_use]
     pub fn turn(&self, ticket: Ticket) -> Turn {
         let age = self.group.saturating_sub(ticket.group);
-        if age >= REMEMBERED || self.failed >> age & 1 == 1 {
+        if age >= REMEMBERED || self.has_failed(ticket) {
             Turn::Refused
         } else if self.open.iter().any(|&open| open < ticket.before) {
             Turn::Wait
@@ -142,8 +164,10 @@ mod tests {
         let second = order.barrier_begins(false);
         let late = order.ticket();
         assert_eq!(order.turn(late), Turn::Refused, "also while one is open");
+        assert!(order.refuses());
         order.barrier_ended(second, true);
         assert_eq!([early, late].map(|it| order.turn(it)), [Turn::Refused; 2]);
+        assert!(!order.refuses(), "all answers are there");
     }
 
     #[test]

@@ -147,6 +147,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if let Err(errno) = committed {
                 tracing::error!("a map commit failed on every in-sync member: {errno}");
                 self.maps.borrow_mut().unrecorded.extend(went_ahead);
+                // Nor does anybody go ahead whom this was said to and who has not looked yet.
+                commits.ahead.set(commits.ahead.get().min(last));
                 let mut failed = commits.failed.borrow_mut();
                 let old = failed.len().saturating_sub(FAILED_KEPT);
                 failed.drain(..old);

@@ -8,22 +8,20 @@
 
 use super::content::{Content, Run, Sectors, sectors, some_of, written_by};
 use super::faults::{Faults, Observer, WriteFault};
+use super::op::{Answer, SimOp};
 use super::order::Held;
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::ops::Range;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
 
 mod look;
 
 pub(super) struct Pending {
     pub(super) request: DiskRequest<SimBuffer>,
-    answer: Rc<RefCell<Answer>>,
+    pub(super) answer: Rc<RefCell<Answer>>,
     /// Cached sectors that a flush covers: those cached when it was submitted.
     covers: Option<u64>,
     /// The opening that it came through.
@@ -47,12 +45,6 @@ impl Pending {
             barrier: self.barrier,
         }
     }
-}
-
-#[derive(Default)]
-struct Answer {
-    result: Option<Result<(), Errno>>,
-    waker: Option<Waker>,
 }
 
 struct Inner {
@@ -85,24 +77,6 @@ struct Inner {
 /// A simulated disk, opened; clones are the same disk and the same opening of it.
 #[derive(Clone)]
 pub struct SimDisk(Rc<Inner>, u32);
-
-/// A running operation.
-pub struct SimOp(Rc<RefCell<Answer>>);
-
-impl Future for SimOp {
-    type Output = Result<(), Errno>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut answer = self.0.borrow_mut();
-        match answer.result {
-            Some(result) => Poll::Ready(result),
-            None => {
-                answer.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
 
 impl SimDisk {
     /// A disk of `size_bytes` whose untouched sectors hold `background` throughout.
@@ -469,8 +443,8 @@ impl SimDisk {
             opening: self.1,
             barrier: None,
         };
-        self.in_order(pending, barrier);
-        SimOp(answer)
+        let number = self.in_order(pending, barrier);
+        SimOp::new(answer, number.map(|number| (self.clone(), number)))
     }
 
     /// The disk is given it.

@@ -11,11 +11,13 @@
 mod content;
 mod disk;
 mod faults;
+mod op;
 mod order;
 mod sums;
 
-pub use disk::{SimDisk, SimOp};
+pub use disk::SimDisk;
 pub use faults::{Faults, Observer, WriteFault};
+pub use op::SimOp;
 
 use crate::host::{Buffer, Host};
 use std::cell::{Cell, RefCell};

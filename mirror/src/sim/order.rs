@@ -1,6 +1,7 @@
 //! A simulated disk that keeps barriers, as one behind an export server of ours does.
 //!
-//! Client and server are one here: an answer is known as soon as the disk has given it.
+//! There are two books: the disk's, and that of the client, in which a barrier is open until its result
+//! has been taken.
 
 use super::SimDisk;
 use super::disk::Pending;
@@ -12,6 +13,7 @@ use std::collections::VecDeque;
 #[derive(Default)]
 pub(super) struct Held {
     order: Order,
+    client: Order,
     waiting: VecDeque<(Ticket, Pending)>,
 }
 
@@ -29,6 +31,7 @@ impl Held {
         let waiting = self.waiting.iter();
         Self {
             order: self.order.clone(),
+            client: Order::default(),
             waiting: waiting.map(|(at, it)| (*at, it.unattended())).collect(),
         }
     }
@@ -48,29 +51,39 @@ impl SimDisk {
         let mut held = self.held().borrow_mut();
         if !held.order.is_open() {
             held.order = Order::default();
+            held.client = Order::default();
         }
     }
 
-    /// Begins an operation, or lets it wait for the barriers before it.
-    pub(super) fn in_order(&self, mut pending: Pending, barrier: bool) {
+    /// Begins an operation, or lets it wait for the barriers before it; returns its number if it is one.
+    pub(super) fn in_order(&self, mut pending: Pending, barrier: bool) -> Option<u64> {
         let mut held = self.held().borrow_mut();
-        let open = held.order.is_open();
+        let open = held.client.is_open();
         let mut turn = Turn::Now;
         if barrier {
+            held.client.barrier_begins(!open);
             pending.barrier = Some(held.order.barrier_begins(!open));
         } else if open && changes(&pending.request) {
             let ticket = held.order.ticket();
             turn = held.order.turn(ticket);
             if turn == Turn::Wait {
-                return held.waiting.push_back((ticket, pending));
+                held.waiting.push_back((ticket, pending));
+                return None;
             }
         }
         drop(held);
+        let number = pending.barrier;
         if turn == Turn::Refused {
             self.answer(&pending, Err(Errno::IO));
         } else {
             self.begin(pending);
         }
+        number
+    }
+
+    /// The client has taken a barrier's result, or never will.
+    pub(super) fn barrier_taken(&self, number: u64, well: bool) {
+        self.held().borrow_mut().client.barrier_ended(number, well);
     }
 
     /// If it was a barrier, what has waited for it begins or is refused.
@@ -79,10 +92,13 @@ impl SimDisk {
             return;
         };
         self.held().borrow_mut().order.barrier_ended(number, well);
+        if pending.answer.borrow().abandoned {
+            self.barrier_taken(number, well);
+        }
         loop {
             let next = {
                 let mut held = self.held().borrow_mut();
-                let Held { order, waiting } = &mut *held;
+                let Held { order, waiting, .. } = &mut *held;
                 let due = |(ticket, _): &(Ticket, Pending)| order.turn(*ticket) != Turn::Wait;
                 let at = waiting.iter().position(due);
                 let next = at.and_then(|at| waiting.remove(at));

@@ -5,12 +5,13 @@ mod going_on;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use mirror::host::Errno;
-use mirror::order::{Order, Ticket, Turn};
+use mirror::order::{Order, Ticket};
 use peer::claim::Fence;
 use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
 use peer::{Ask, Export, Rank, Session};
@@ -48,8 +49,7 @@ struct Part {
 /// What a part has to do with barriers.
 #[derive(Clone, Copy)]
 enum InOrder {
-    /// It is the one of this number.
-    Barrier(u64),
+    Barrier,
     /// It is behind some.
     Behind(Ticket),
     Any,
@@ -71,8 +71,10 @@ enum Op {
         then_flush: bool,
         orphaned: bool,
         waker: Option<Waker>,
+        /// The barriers that its requests are.
+        barriers: Range<u64>,
     },
-    Done(Result<(), Errno>),
+    Done(Result<(), Errno>, Range<u64>),
 }
 
 #[derive(Default)]
@@ -93,8 +95,8 @@ struct State {
     broken: bool,
     /// So long ago that nobody waits any more: all that is asked fails, until there is another one.
     down: bool,
-    /// It was down, and nothing has succeeded since.
-    has_been_down: bool,
+    /// When it came up after it had been down.
+    up_again: Option<Duration>,
     /// Its server is expected to close it.
     leaving: bool,
     /// Nothing is sent or asked any more.
@@ -109,6 +111,7 @@ impl State {
             then_flush,
             orphaned: false,
             waker: None,
+            barriers: 0..0,
         };
         if let Some(key) = self.free.pop() {
             self.ops[key as usize] = op;
@@ -129,13 +132,19 @@ impl State {
         data: Option<Lend>,
         barrier: bool,
     ) {
-        if let Op::Running { left, .. } = &mut self.ops[op as usize] {
-            *left += 1;
-        }
+        let Op::Running { left, barriers, .. } = &mut self.ops[op as usize] else {
+            return;
+        };
+        *left += 1;
         let open = self.order.is_open();
         let order = if barrier {
             ask.rank = Rank::Barrier { first: !open };
-            InOrder::Barrier(self.order.barrier_begins(!open))
+            let number = self.order.barrier_begins(!open);
+            if barriers.is_empty() {
+                barriers.start = number;
+            }
+            barriers.end = number + 1;
+            InOrder::Barrier
         } else if open && ask.kind.changes() {
             ask.rank = Rank::Behind;
             InOrder::Behind(self.order.ticket())
@@ -172,8 +181,15 @@ impl State {
     /// Whether the server refuses that part, or will: a barrier before it has failed.
     fn is_refused(&self, part: &Part) -> bool {
         match part.order {
-            InOrder::Behind(ticket) => self.order.turn(ticket) == Turn::Refused,
-            InOrder::Barrier(_) | InOrder::Any => false,
+            InOrder::Behind(ticket) => self.order.has_failed(ticket),
+            InOrder::Barrier | InOrder::Any => false,
+        }
+    }
+
+    /// Nobody relies any more on what has no result yet.
+    fn barriers_over(&mut self, barriers: Range<u64>, well: bool) {
+        for number in barriers {
+            self.order.barrier_ended(number, well);
         }
     }
 
@@ -258,6 +274,11 @@ impl Link {
         if state.ended || state.down {
             return Err(GONE);
         }
+        let mut requests = requests.peekable();
+        let changes = requests.peek().is_some_and(|(ask, ..)| ask.kind.changes());
+        if changes && !barrier && state.order.refuses() {
+            return Err(Errno::IO);
+        }
         let op = state.begin(then_flush);
         for (ask, into, data) in requests {
             state.ask(op, ask, into, data, barrier);
@@ -278,8 +299,9 @@ impl Link {
                 }
                 Poll::Pending
             }
-            Op::Done(result) => {
-                let result = *result;
+            Op::Done(result, barriers) => {
+                let (result, barriers) = (*result, barriers.clone());
+                state.barriers_over(barriers, result.is_ok());
                 state.release(op);
                 Poll::Ready(result)
             }
@@ -299,7 +321,12 @@ impl Link {
                 state.orphans += 1;
                 state.gave_up = true;
             }
-            _ => return state.release(op),
+            Op::Done(result, barriers) => {
+                let (result, barriers) = (*result, barriers.clone());
+                state.barriers_over(barriers, result.is_ok());
+                return state.release(op);
+            }
+            Op::Free => return state.release(op),
         }
         let broken = state.broken;
         drop(state);
@@ -321,7 +348,9 @@ impl Link {
     /// for longer than anybody waited.
     pub(super) fn has_failed(&self) -> bool {
         let state = self.state.borrow();
-        state.ended || state.has_been_down || state.gave_up
+        // What failed then may not have been judged yet.
+        let lately = |up: Duration| ring::now() < up + self.deadline * 2;
+        state.ended || state.down || state.gave_up || state.up_again.is_some_and(lately)
     }
 
     /// Whether nothing of it is left, a connection that is tried included.
@@ -333,13 +362,13 @@ impl Link {
     fn answered(&self, op: u32, answer: Result<(), Errno>) {
         let mut state = self.state.borrow_mut();
         let ended = state.ended;
-        state.has_been_down &= answer.is_err();
         let Op::Running {
             left,
             result,
             then_flush,
             orphaned,
             waker,
+            barriers,
         } = &mut state.ops[op as usize]
         else {
             return;
@@ -358,12 +387,14 @@ impl Link {
             *result = Err(GONE);
         }
         let (result, orphaned, waker) = (*result, *orphaned, waker.take());
+        let barriers = barriers.clone();
         self.in_flight.set(self.in_flight.get() - 1);
         if orphaned {
             state.orphans -= 1;
+            state.barriers_over(barriers, result.is_ok());
             state.release(op);
         } else {
-            state.ops[op as usize] = Op::Done(result);
+            state.ops[op as usize] = Op::Done(result, barriers);
         }
         drop(state);
         if let Some(waker) = waker {
@@ -434,9 +465,6 @@ impl Link {
 
     fn fail(&self, parts: Vec<Part>) {
         for part in parts {
-            if let InOrder::Barrier(number) = part.order {
-                self.state.borrow_mut().order.barrier_ended(number, false);
-            }
             let Part { op, into, data, .. } = part;
             drop((into, data));
             self.answered(op, Err(GONE));
@@ -522,9 +550,8 @@ impl Link {
             self.state.borrow_mut().unanswered = Some(part);
             return Err(error.into());
         }
-        if let InOrder::Barrier(number) = part.order {
-            let mut state = self.state.borrow_mut();
-            state.order.barrier_ended(number, result.is_ok());
+        if matches!(part.order, InOrder::Barrier) && result.is_err() {
+            self.state.borrow_mut().order.barrier_failed();
         }
         let Part { op, into, data, .. } = part;
         drop((into, data));

@@ -129,7 +129,6 @@ impl Link {
             if std::mem::replace(&mut state.down, true) {
                 return;
             }
-            state.has_been_down = true;
         }
         tracing::warn!("{} cannot be reached: {why}", self.address);
         self.give_up();
@@ -146,7 +145,10 @@ impl Link {
                 self.fail(parts);
                 return self.end("what its server has refused must not be asked again");
             }
-            (state.broken, state.down) = (false, false);
+            state.broken = false;
+            if std::mem::take(&mut state.down) {
+                state.up_again = Some(ring::now());
+            }
             parts.into_iter().for_each(|part| state.send(part));
         }
         let after = after.as_millis();
