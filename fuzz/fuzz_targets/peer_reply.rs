@@ -45,6 +45,7 @@ fn asked(step: u8, len: u16) -> Ask {
     Ask {
         kind,
         fua: step & 16 != 0,
+        rank: peer::Rank::Any,
         offset: u64::from(len) * 512,
         len: u32::from(len),
     }

@@ -270,7 +270,7 @@ fn a_barrier_is_open_until_its_result_is_taken() {
                 let intent = barrier(&disk, 4096, &data[0]);
                 assert_eq!(disk.submit(DiskRequest::Flush).await, Ok(()));
                 let beside = write(&disk, 65536, &data[1], false).await;
-                let failed = u32::try_from(error).unwrap() != 0;
+                let failed = error != 0;
                 assert_eq!(beside, if failed { Err(Errno::IO) } else { Ok(()) });
                 assert_eq!(intent.await.is_err(), failed);
                 assert_eq!(write(&disk, 65536, &data[1], false).await, Ok(()));
