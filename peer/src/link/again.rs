@@ -3,10 +3,9 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::{FIRST_PAUSE, GIVEN_UP, IDLE_PAUSE, LAST_PAUSE, Link, Reopened, Wire};
-use crate::ring;
+use super::{FIRST_PAUSE, GIVEN_UP, IDLE_PAUSE, LAST_PAUSE, Link, Net, Reopened};
 
-impl Link {
+impl<N: Net> Link<N> {
     /// Tries all ways until another connection is up, or it is clear that none can go on in this
     /// one's place.
     pub(super) async fn go_on(self: Rc<Self>) {
@@ -16,32 +15,29 @@ impl Link {
     }
 
     async fn find_another(self: &Rc<Self>) {
-        let begun = ring::now();
+        let begun = self.net.now();
         let mut pause = FIRST_PAUSE;
         if begun < self.since.get() + LAST_PAUSE {
             // One that broke soon may be followed by another such.
-            self.ring.sleep_until(begun + IDLE_PAUSE).await;
+            self.net.sleep_until(begun + IDLE_PAUSE).await;
         }
         loop {
             let (mut nobody, mut last) = (true, String::new());
             for step in 0..self.ways.len() {
                 let at = (self.way.get() + step) % self.ways.len();
-                let way = self.ways[at].clone();
+                let way = Rc::clone(&self.ways[at]);
                 if !self.may_go_on() {
                     return self.end(GIVEN_UP);
                 }
-                let reopened = match self.ring.try_blocking(move || (way.reopen)()) {
-                    Ok(reopening) => reopening.await,
-                    Err(error) => Reopened::NotNow(format!("no thread is to be had: {error}")),
-                };
+                let reopened = self.net.reopen(&way).await;
                 if !self.may_go_on() {
                     return self.end(GIVEN_UP);
                 }
                 match reopened {
                     Reopened::Up(opened) if opened.export == self.export => {
                         self.way.set(at);
-                        self.wire.replace(Rc::new(Wire::new(opened.fd, opened.tls)));
-                        return self.ask_again(&opened.address, ring::now() - begun);
+                        self.wire.replace(Rc::new(opened.wire));
+                        return self.ask_again(&opened.address, self.net.now() - begun);
                     }
                     Reopened::Up(_) => return self.end("the export has changed"),
                     Reopened::Never(why) => return self.end(&why),
@@ -49,10 +45,10 @@ impl Link {
                     Reopened::NotNow(why) => (nobody, last) = (false, why),
                 }
             }
-            if nobody || ring::now() >= begun + self.deadline {
+            if nobody || self.net.now() >= begun + self.deadline {
                 return self.end(&last);
             }
-            self.ring.sleep_until(ring::now() + pause).await;
+            self.net.sleep_until(self.net.now() + pause).await;
             pause = (pause * 2).min(LAST_PAUSE);
         }
     }
