@@ -32,9 +32,16 @@ SUITES = [
     ["test", "--quiet", "-p", "mirror", "-p", "dirty-map", "--lib"],
     ["sim", "--shrink-seconds", "0", "--histories"],
 ]
-# What peers and the export server do is not simulated.
 NETWORK_SUITES = [["test", "--quiet", "-p", "peer", "-p", "export", "-p", "ublk-target"]]
 NETWORK_CRATES = ("peer/", "export/", "ublk-target/")
+# Links and the export server are simulated too; the daemon's own parts are not.
+SIMULATED_CRATES = ("peer/", "export/")
+
+
+def suites_of(file):
+    if not file.startswith(NETWORK_CRATES):
+        return SUITES
+    return NETWORK_SUITES + (SUITES if file.startswith(SIMULATED_CRATES) else [])
 
 
 def load():
@@ -79,7 +86,7 @@ class NoVerdict(Exception):
 
 def catcher(tree, file, histories):
     """Who fails when `file` is mutated, or None when all is well."""
-    for suite in NETWORK_SUITES if file.startswith(NETWORK_CRATES) else SUITES:
+    for suite in suites_of(file):
         try:
             ran = cargo(tree, [*suite, str(histories)] if suite[0] == "sim" else suite)
         except subprocess.TimeoutExpired:

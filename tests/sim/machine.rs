@@ -2,13 +2,15 @@
 
 use crate::invariants::Rules;
 use crate::oracle::{Caches, Oracle, Version, fill};
+use crate::peer_host::PeerHost;
 use crate::rot::Rotten;
 use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::engine::{HOT_CAP_BYTES, Return};
 use mirror::pace::Limits;
-use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
+use mirror::sim::net::Side;
+use mirror::sim::{Group, SimBuffer, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
 use mirror::{Candidate, Disk as _, Errno, Host, Mirror, Span, StartError, StartOptions};
 use std::cell::{Cell, RefCell};
@@ -50,7 +52,12 @@ pub(crate) struct Machine {
     tells_rot: bool,
     /// Copies that have changed behind the mirror's back.
     pub(crate) rotten: Rc<Rotten>,
+    /// The machine behind the network that has one of the disks.
+    pub(crate) peer: Option<Rc<PeerHost>>,
 }
+
+/// When the engine gives an operation up.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 
 pub(crate) fn path(slot: usize) -> String {
     format!("disk{slot}")
@@ -116,9 +123,23 @@ impl Machine {
             error_budget: ErrorBudget::Unlimited,
             tells_rot: checksums && seed % 16 != 6 && seed % 4 != 3,
             rotten: Rc::default(),
+            peer: None,
         };
         machine.connect();
         machine
+    }
+
+    /// From now on this slot's disk is in another machine, to which there are so many ways. That
+    /// machine goes on when this one has ended.
+    pub(crate) fn put_behind_network(&mut self, slot: usize, paths: usize) -> Rc<PeerHost> {
+        let peer = PeerHost::new(&self.world, &self.disks[slot], paths);
+        self.peer = Some(peer.clone());
+        peer
+    }
+
+    /// The machine that has this disk, if it is another one.
+    pub(crate) fn peer_of(&self, disk: &SimDisk) -> Option<Rc<PeerHost>> {
+        self.peer.clone().filter(|peer| peer.has(disk))
     }
 
     pub(crate) fn options(&self, force: bool) -> StartOptions {
@@ -128,7 +149,7 @@ impl Machine {
             reason: String::new(),
             promote: false,
             write_intent: true,
-            deadline: Duration::from_secs(5),
+            deadline: DEADLINE,
             hot_budget: None,
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
@@ -154,6 +175,7 @@ impl Machine {
             resync_limits: self.resync_limits,
             error_budget: self.error_budget,
             rotten: self.rotten.clone(),
+            peer: None,
         };
         fork.disks
             .iter()
@@ -174,6 +196,7 @@ impl Machine {
             disk.heal_all();
             *disk = disk.reopen();
         }
+        self.peer.iter().for_each(|peer| peer.heal());
     }
 
     fn connect(&self) {
@@ -185,7 +208,9 @@ impl Machine {
     /// Starts the mirror on the disks in `slots`.
     pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
         let candidates = self.candidates(slots);
-        let disks: Vec<SimDisk> = slots.iter().map(|&slot| self.disks[slot].clone()).collect();
+        let here = |slot: &&usize| candidates.iter().any(|it| it.path == path(**slot));
+        let here = slots.iter().filter(here);
+        let disks: Vec<SimDisk> = here.map(|&slot| self.disks[slot].reopen()).collect();
         self.end_rules();
         self.rules = Rules::watching(&disks, self.rotten.clone());
         let host = Rc::new(SimHost(self.world.clone()));
@@ -239,11 +264,18 @@ impl Machine {
     }
 
     pub(crate) fn candidates(&self, slots: &[usize]) -> Vec<Candidate<SimDisk>> {
-        let candidate = |&slot: &usize| Candidate {
-            path: path(slot),
-            disk: self.disks[slot].clone(),
+        let candidate = |&slot: &usize| {
+            let disk = self.disks[slot].clone();
+            let disk = match self.peer_of(&disk) {
+                Some(peer) => self
+                    .world
+                    .block_on(async move { peer.open_at_start().await })?,
+                None => disk,
+            };
+            let path = path(slot);
+            Some(Candidate { path, disk })
         };
-        slots.iter().map(candidate).collect()
+        slots.iter().filter_map(candidate).collect()
     }
 
     pub(crate) fn mirror(&self) -> Rc<SimMirror> {
@@ -254,7 +286,14 @@ impl Machine {
     pub(crate) fn stop(&mut self) -> Result<(), mirror::ControlError> {
         let mirror = self.mirror.take().unwrap();
         let begun = self.oracle.borrow_mut().begin_flush();
-        let result = self.world.block_on(async move { mirror.stop().await });
+        let peer = self.peer.clone();
+        let result = self.world.block_on(async move {
+            let stopped = mirror.stop().await;
+            if let Some(peer) = peer {
+                peer.leave().await;
+            }
+            stopped
+        });
         if result.is_ok() {
             self.oracle.borrow_mut().flushed(begun);
         }
@@ -265,9 +304,9 @@ impl Machine {
 
     /// The daemon is killed; the disks finish what they have taken.
     pub(crate) fn kill_daemon(&mut self) {
-        self.world.crash();
+        self.end_tasks();
         let mut rng = self.world.choose(|rng| rng.clone());
-        for disk in &self.disks {
+        for disk in self.disks.iter().filter(|it| self.peer_of(it).is_none()) {
             disk.finish_all(&mut rng);
         }
         self.oracle.borrow_mut().crash(Caches::Kept);
@@ -282,8 +321,18 @@ impl Machine {
 
     /// [`Machine::cut_power`] with every choice made by the caller.
     pub(crate) fn cut_power_choosing(&mut self, choose: &mut impl FnMut(usize) -> usize) {
-        self.world.crash();
+        if let Some(peer) = &self.peer {
+            let paths = peer.paths.iter();
+            paths.for_each(|path| path.vanish(Side::Client));
+        }
+        self.end_tasks();
         for disk in &self.disks {
+            if let Some(peer) = self.peer_of(disk) {
+                if choose(2) == 0 {
+                    continue;
+                }
+                peer.lose_power();
+            }
             disk.cut_power(choose);
         }
         self.oracle.borrow_mut().crash(Caches::Lost);
@@ -296,10 +345,21 @@ impl Machine {
         }
     }
 
+    /// The tasks of the daemon end; another machine's do not.
+    fn end_tasks(&self) {
+        match &self.peer {
+            Some(_) => self.world.end_group(Group::DAEMON),
+            None => self.world.crash(),
+        }
+    }
+
     pub(crate) fn replace_machine(&mut self) {
         self.mirror = None;
         self.end_rules();
-        self.world.crash();
+        self.end_tasks();
+        if self.peer.is_some() {
+            return;
+        }
         let seed = self.world.choose(mirror::sim::Rng::bits);
         self.world = World::new(seed);
         self.connect();
@@ -421,7 +481,14 @@ impl Machine {
     ) -> Result<String, mirror::ControlError> {
         let mirror = self.mirror();
         let how = [Return::DELTA, Return::FULL][usize::from(full)];
-        let back = async move { mirror.re_add(path, disk, how).await };
+        let peer = self.peer_of(&disk);
+        let back = async move {
+            let disk = match peer {
+                Some(peer) => peer.open_for_operator(&mirror, &path).await?,
+                None => disk,
+            };
+            mirror.re_add(path, disk, how).await
+        };
         self.world.block_on(back)
     }
 

@@ -8,16 +8,14 @@
 
 use super::content::{Content, Run, Sectors, sectors, some_of, written_by};
 use super::faults::{Faults, Observer, WriteFault};
+use super::op::{Answer, Remote, Running, SimOp};
 use super::order::Held;
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
-use std::future::Future;
 use std::ops::Range;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
 
 mod look;
 
@@ -30,12 +28,6 @@ pub(super) struct Pending {
     opening: u32,
     /// Its number among the barriers, if it is one.
     pub(super) barrier: Option<u64>,
-}
-
-#[derive(Default)]
-struct Answer {
-    result: Option<Result<(), Errno>>,
-    waker: Option<Waker>,
 }
 
 struct Inner {
@@ -65,27 +57,10 @@ struct Inner {
     outages: Cell<u32>,
 }
 
-/// A simulated disk, opened; clones are the same disk and the same opening of it.
+/// A simulated disk, opened; clones are the same disk and the same opening of it. What is asked of it
+/// goes through a network, if it was opened through one; what tests look at is the disk itself.
 #[derive(Clone)]
-pub struct SimDisk(Rc<Inner>, u32);
-
-/// A running operation.
-pub struct SimOp(Rc<RefCell<Answer>>);
-
-impl Future for SimOp {
-    type Output = Result<(), Errno>;
-
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let mut answer = self.0.borrow_mut();
-        match answer.result {
-            Some(result) => Poll::Ready(result),
-            None => {
-                answer.waker = Some(context.waker().clone());
-                Poll::Pending
-            }
-        }
-    }
-}
+pub struct SimDisk(Rc<Inner>, u32, Option<Rc<dyn Remote>>);
 
 impl SimDisk {
     /// A disk of `size_bytes` whose untouched sectors hold `background` throughout.
@@ -127,6 +102,7 @@ impl SimDisk {
                 outages: Cell::new(0),
             }),
             0,
+            None,
         )
     }
 
@@ -276,7 +252,13 @@ impl SimDisk {
     #[must_use]
     pub fn reopen(&self) -> Self {
         self.order_anew();
-        Self(self.0.clone(), self.0.outages.get())
+        Self(self.0.clone(), self.0.outages.get(), None)
+    }
+
+    /// This opening of the disk, whose operations go through `remote` from now on.
+    #[must_use]
+    pub fn through(&self, remote: Rc<dyn Remote>) -> Self {
+        Self(self.0.clone(), self.1, Some(remote))
     }
 
     /// Whether the disk has lost its power since this was opened.
@@ -453,7 +435,7 @@ impl SimDisk {
             barrier: None,
         };
         self.in_order(pending, barrier);
-        SimOp(answer)
+        SimOp(Running::Local(answer))
     }
 
     /// The disk is given it.
@@ -550,14 +532,23 @@ impl Disk for SimDisk {
     type Op = SimOp;
 
     fn submit(&self, request: DiskRequest<SimBuffer>) -> SimOp {
+        if let Some(remote) = &self.2 {
+            return SimOp(Running::Remote(remote.submit(request, false)));
+        }
         self.submit_as(request, false)
     }
 
     fn submit_barrier(&self, request: DiskRequest<SimBuffer>) -> SimOp {
+        if let Some(remote) = &self.2 {
+            return SimOp(Running::Remote(remote.submit(request, true)));
+        }
         self.submit_as(request, self.geometry().keeps_order)
     }
 
     fn in_flight(&self) -> usize {
+        if let Some(remote) = &self.2 {
+            return remote.in_flight();
+        }
         let pending = self.0.pending.borrow();
         let waiting = self.0.held.borrow();
         let all = pending.iter().chain(waiting.iter());
@@ -569,6 +560,9 @@ impl Disk for SimDisk {
     }
 
     fn geometry(&self) -> Geometry {
+        if let Some(remote) = &self.2 {
+            return remote.geometry();
+        }
         *self.0.geometry.borrow()
     }
 }
