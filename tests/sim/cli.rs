@@ -9,12 +9,14 @@
 // The tests (main.rs) are made of the same files: each of the two leaves something unused.
 #![allow(dead_code)]
 
+mod client;
 mod invariants;
 mod machine;
 mod oracle;
 mod peer_host;
 mod peer_net;
 mod peer_play;
+mod peer_server;
 mod play;
 mod rot;
 mod runner;

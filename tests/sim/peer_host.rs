@@ -2,7 +2,7 @@
 //!
 //! The server is the production one; its disk is a [`SimDisk`], its sockets are streams of the
 //! simulated network, and its tasks are a group of the simulated machine's. What no server may do is
-//! looked at beside it ([`Exported`]).
+//! looked at beside it (`peer_server.rs`).
 //!
 //! ```text
 //!  Down ──start──► Waiting for the disk ──nobody's requests are under way there──► Up
@@ -15,17 +15,17 @@
 
 use crate::machine::{DEADLINE, SimMirror};
 use crate::peer_net::{SimNet, SimPeer, Wire, until_idle};
-use export::{Memory, PAYLOAD_BYTES_MAX, Server, Step, Store, Stream, Tasks, Unclaimed};
+use crate::peer_server::{Exported, ServerDisk, ServerStream, ServerTasks};
+use export::{PAYLOAD_BYTES_MAX, Server, Unclaimed};
 use mirror::ControlError;
 use mirror::control::{MemberState, MemberStatus};
-use mirror::host::{Disk as _, DiskRequest, Errno, Host as _, Span};
+use mirror::host::{Disk as _, Host as _};
 use mirror::sim::net::{Path, Side, SimStream};
 use mirror::sim::{Group, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES};
 use peer::claim::{Claim, Fence, Seen};
 use peer::link::{Link, Opened, Unfinished};
 use peer::server::Export;
-use peer::server::admission::SessionId;
 use peer::wire::{
     EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS, EXPORT_TRIM, EXPORT_WRITE_ZEROES, REPLY_BYTES,
 };
@@ -33,7 +33,6 @@ use peer::{Address, Ask, ConnectError, Handshake, Kind, Session};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
-use std::ops::Range;
 use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::task::Poll;
@@ -58,142 +57,6 @@ pub(crate) async fn within<T>(
         std::pin::Pin::new(&mut late).poll(context).map(|()| None)
     })
     .await
-}
-
-/// What no server may do with a disk.
-pub(crate) struct Exported {
-    disk: SimDisk,
-    writer: Cell<Option<SessionId>>,
-}
-
-impl Exported {
-    fn witness(&self, step: Step) {
-        match step {
-            Step::Granted(session) => {
-                let all = self.disk.geometry().size_bytes;
-                assert!(
-                    !self.disk.is_under_way(0, all),
-                    "R13: session {session} may write while requests of an older one are under way"
-                );
-                self.writer.set(Some(session));
-            }
-            Step::Begins(session) => assert_eq!(
-                self.writer.get(),
-                Some(session),
-                "R13: a request of session {session} begins, and another one has the right to write"
-            ),
-        }
-    }
-}
-
-/// The server's time and tasks.
-pub(crate) struct ServerTasks(Rc<World>, Rc<Exported>);
-
-impl Tasks for ServerTasks {
-    fn now(&self) -> Duration {
-        SimHost(self.0.clone()).now()
-    }
-
-    fn sleep(&self, delay: Duration) -> impl Future<Output = ()> {
-        SimHost(self.0.clone()).sleep(delay)
-    }
-
-    fn spawn(&self, task: impl Future<Output = ()> + 'static) {
-        self.0.spawn_task(task);
-    }
-
-    fn witness(&self, step: Step) {
-        self.1.witness(step);
-    }
-}
-
-/// The server's disk.
-pub(crate) struct ServerDisk(Rc<World>, Rc<Exported>);
-
-impl ServerDisk {
-    fn span(&self, len: usize) -> Span<mirror::sim::SimBuffer> {
-        let host = SimHost(self.0.clone());
-        let buffer = host.allocate_unzeroed(len.next_multiple_of(4096));
-        Span::whole(buffer).slice(0, len)
-    }
-
-    async fn change(&self, request: DiskRequest<mirror::sim::SimBuffer>) -> Result<(), Errno> {
-        assert!(
-            self.1.writer.get().is_some(),
-            "R13: nobody has the right to write, and somebody does"
-        );
-        self.1.disk.submit(request).await
-    }
-}
-
-impl Store for ServerDisk {
-    async fn read(&self, offset: u64, mut memory: Memory) -> (Result<(), Errno>, Memory) {
-        let span = self.span(memory.data().len());
-        let request = DiskRequest::Read {
-            offset,
-            span: span.clone(),
-        };
-        let read = self.1.disk.submit(request).await;
-        if read.is_ok() {
-            span.read(|bytes| memory.data_mut().copy_from_slice(bytes));
-        }
-        (read, memory)
-    }
-
-    async fn write(&self, offset: u64, memory: Memory) -> Result<(), Errno> {
-        let span = self.span(memory.data().len());
-        span.fill(|bytes| bytes.copy_from_slice(memory.data()));
-        let fua = false;
-        self.change(DiskRequest::Write { offset, span, fua }).await
-    }
-
-    async fn flush(&self) -> Result<(), Errno> {
-        self.1.disk.submit(DiskRequest::Flush).await
-    }
-
-    async fn write_zeroes(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.change(DiskRequest::WriteZeroes { offset, len }).await
-    }
-
-    async fn discard(&self, offset: u64, len: u64) -> Result<(), Errno> {
-        self.change(DiskRequest::Discard { offset, len }).await
-    }
-}
-
-/// The server's end of a connection.
-pub(crate) struct ServerStream(SimStream);
-
-impl Stream for ServerStream {
-    async fn receive(&self, mut memory: Memory, from: usize) -> (io::Result<usize>, Memory) {
-        let into = &mut memory.data_mut()[from..];
-        let received = poll_fn(|context| {
-            self.0.poll_receive(context, |bytes| {
-                let taken = bytes.len().min(into.len());
-                into[..taken].copy_from_slice(&bytes[..taken]);
-                taken
-            })
-        });
-        (Ok(received.await), memory)
-    }
-
-    async fn send(&self, bytes: Vec<u8>, part: Range<usize>) -> (io::Result<usize>, Vec<u8>) {
-        let sent = poll_fn(|context| self.0.poll_send(context, &bytes[part.clone()])).await;
-        let gone = || io::ErrorKind::BrokenPipe.into();
-        (sent.ok_or_else(gone), bytes)
-    }
-
-    fn secure(&self, _: peer::tls::Tls) {
-        unreachable!("nobody here has certificates")
-    }
-
-    fn is_secured(&self) -> bool {
-        false
-    }
-
-    fn shutdown(&self, how: std::net::Shutdown) {
-        use std::net::Shutdown::{Read, Write};
-        self.0.shut_down(how != Read, how != Write);
-    }
 }
 
 type SimServer = Server<ServerTasks, ServerDisk, ServerStream>;
@@ -268,6 +131,11 @@ impl PeerHost {
         host
     }
 
+    /// Its disk.
+    pub(crate) fn disk(&self) -> SimDisk {
+        self.disk.borrow().clone()
+    }
+
     /// Whether this is its disk.
     pub(crate) fn has(&self, disk: &SimDisk) -> bool {
         self.disk.borrow().is_same(disk)
@@ -313,10 +181,7 @@ impl PeerHost {
             payload_bytes_max: PAYLOAD_BYTES_MAX,
             flags,
         };
-        let exported = Rc::new(Exported {
-            disk,
-            writer: Cell::new(None),
-        });
+        let exported = Exported::new(disk);
         let tasks = ServerTasks(self.world.clone(), exported.clone());
         let store = ServerDisk(self.world.clone(), exported);
         let say = Box::new(|line: &str| tracing::trace!("server: {line}"));

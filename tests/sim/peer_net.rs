@@ -3,7 +3,7 @@
 use crate::peer_host::{PeerHost, Way, within};
 use mirror::host::{DiskRequest, Errno, Geometry, Host as _};
 use mirror::sim::net::SimStream;
-use mirror::sim::{Remote, RemoteOp, SimBuffer, SimHost, SimLend, World};
+use mirror::sim::{OnItsWay, Remote, RemoteOp, SimBuffer, SimHost, SimLend, World};
 use peer::claim::Fence;
 use peer::link::net::{self, Net, Trouble};
 use peer::link::{Link, LinkOp, Opened, Reopened};
@@ -269,7 +269,16 @@ impl Drop for SimPeer {
 impl Remote for SimPeer {
     fn submit(&self, request: DiskRequest<SimBuffer>, barrier: bool) -> RemoteOp {
         tracing::trace!("link: {}", words(&request));
+        let comes = match &request {
+            DiskRequest::Write { offset, span, .. } => Some((*offset, span.len as u64)),
+            DiskRequest::WriteZeroes { offset, len } | DiskRequest::Discard { offset, len } => {
+                Some((*offset, *len))
+            }
+            DiskRequest::Read { .. } | DiskRequest::Flush => None,
+        };
+        let disk = self.record.host.disk();
         Box::pin(PeerOp {
+            comes: comes.map(|(offset, len)| disk.expect(offset, len)),
             op: Some(if barrier {
                 self.link.submit_barrier(request)
             } else {
@@ -304,6 +313,7 @@ fn words(request: &DiskRequest<SimBuffer>) -> String {
 
 /// An operation; it is noted when it is given up.
 struct PeerOp {
+    comes: Option<OnItsWay>,
     op: Option<LinkOp<SimNet>>,
     link: Rc<Link<SimNet>>,
     record: Rc<Record>,
@@ -319,6 +329,9 @@ impl Future for PeerOp {
         let polled = Pin::new(op).poll(context);
         if let Poll::Ready(Err(error)) = polled {
             tracing::trace!("link: {error}");
+        }
+        if polled.is_ready() {
+            self.comes = None;
         }
         polled
     }

@@ -1,13 +1,11 @@
 //! What happens to a peer member in a history, and how much of it did.
 
 use crate::machine::Machine;
-use crate::peer_host::PeerHost;
 use crate::play::Bench;
 use crate::script::Trouble;
 use mirror::Host as _;
 use mirror::sim::net::Side;
 use mirror::sim::{Rng, SimDisk, SimHost};
-use std::rc::Rc;
 use std::time::Duration;
 
 /// What was played with a peer member.
@@ -62,7 +60,10 @@ pub(crate) fn put_image(bench: &Bench, disk: &SimDisk, image: &SimDisk) {
 }
 
 /// Something goes wrong for a while.
-pub(crate) async fn trouble(peer: &Rc<PeerHost>, trouble: Trouble, seconds: u64) {
+pub(crate) async fn trouble(bench: &Bench, trouble: Trouble, seconds: u64) {
+    let Some(peer) = bench.peer.clone() else {
+        return;
+    };
     let host = SimHost(peer.world.clone());
     let time = Duration::from_secs(seconds);
     // On the first way alone, or on all.

@@ -1,7 +1,8 @@
 //! Plays a script, and in the end brings everything back, compares the members and reads all.
 
+use crate::client::Client;
 use crate::invariants::Rules;
-use crate::machine::{Client, DEADLINE, Machine, path};
+use crate::machine::{DEADLINE, Machine, path};
 use crate::oracle::Caches;
 use crate::peer_host::PeerHost;
 use crate::peer_play;
@@ -339,11 +340,7 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
         }
         Action::ClearFlushError => client.clear_flush_error().await,
         Action::Seconds(seconds) => sleep(client, seconds).await,
-        Action::Network(trouble, seconds) => {
-            if let Some(peer) = &bench.peer {
-                peer_play::trouble(peer, trouble, seconds).await;
-            }
-        }
+        Action::Network(trouble, seconds) => peer_play::trouble(bench, trouble, seconds).await,
     }
 }
 

@@ -8,7 +8,7 @@
 
 use super::content::{Content, Run, Sectors, sectors, some_of, written_by};
 use super::faults::{Faults, Observer, WriteFault};
-use super::op::{Answer, Remote, Running, SimOp};
+use super::op::{Answer, Ranges, Remote, Running, SimOp};
 use super::order::Held;
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
@@ -53,6 +53,8 @@ struct Inner {
     operations: Cell<u64>,
     /// When it tells checksums of blocks.
     tells_sums: Cell<Option<u64>>,
+    /// What changes are on their way here through a network.
+    on_its_way: Ranges,
     /// How often it has lost its power alone: openings from before are dead.
     outages: Cell<u32>,
 }
@@ -99,6 +101,7 @@ impl SimDisk {
                 }),
                 operations: Cell::new(0),
                 tells_sums: Cell::default(),
+                on_its_way: Ranges::default(),
                 outages: Cell::new(0),
             }),
             0,

@@ -24,7 +24,7 @@ mod sums;
 pub use disk::SimDisk;
 pub use faults::{Faults, Observer, WriteFault};
 pub use lend::SimLend;
-pub use op::{Remote, RemoteOp, SimOp};
+pub use op::{OnItsWay, Remote, RemoteOp, SimOp};
 
 use crate::host::{Buffer, Host};
 use std::cell::{Cell, RefCell};

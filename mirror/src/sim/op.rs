@@ -4,6 +4,7 @@ use super::SimBuffer;
 use crate::host::{DiskRequest, Errno, Geometry};
 use std::cell::RefCell;
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, Waker};
@@ -50,6 +51,34 @@ impl Future for SimOp {
                 answer.waker = Some(context.waker().clone());
                 Poll::Pending
             }
+        }
+    }
+}
+
+/// A change that is on its way to a disk behind a network, until this is dropped.
+pub struct OnItsWay {
+    ranges: Ranges,
+    own: Range<u64>,
+}
+
+/// Parts of a disk, in bytes.
+pub(super) type Ranges = Rc<RefCell<Vec<Range<u64>>>>;
+
+impl OnItsWay {
+    pub(super) fn new(ranges: &Ranges, own: Range<u64>) -> Self {
+        ranges.borrow_mut().push(own.clone());
+        Self {
+            ranges: Rc::clone(ranges),
+            own,
+        }
+    }
+}
+
+impl Drop for OnItsWay {
+    fn drop(&mut self) {
+        let mut ranges = self.ranges.borrow_mut();
+        if let Some(at) = ranges.iter().position(|range| *range == self.own) {
+            ranges.swap_remove(at);
         }
     }
 }
