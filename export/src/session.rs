@@ -293,7 +293,7 @@ impl<S: Stream> Session<S> {
         }
     }
 
-    /// Whether it was a barrier: it has ended.
+    /// Enters the end of a barrier, and lets those behind it look.
     fn has_ended(&self, part: Part, well: bool) {
         if let Part::Barrier(number) = part {
             self.order.borrow_mut().barrier_ended(number, well);

@@ -12,6 +12,9 @@
 //! one page may both be torn by a power cut; each sector then holds its old or its new content,
 //! and the caller has not gone on.
 //!
+//! Its position page names the newest commit before it that all receiving members hold: by that a
+//! start tells older images of members (R16, `assemble.rs`).
+//!
 //! # Ahead of the answer of a disk that keeps order
 //!
 //! A disk behind an export server of ours begins no change before the map pages that are on their way
@@ -19,11 +22,9 @@
 //! into an extent that has just become hot need not wait for that disk's answer: when all other
 //! receiving members hold the commit, an in-sync one among them, [`Mirror::commit_intent`] returns,
 //! and intent and data reach the peer in one round trip. The commit itself ends as ever, with the last
-//! answer of those peers, and the next one waits for it. If it fails on all in-sync members after all, the extents of those who
-//! went on are not durably hot: they are recorded anew before the next write (`Maps::unrecorded`).
-//!
-//! Its position page names the newest commit before it that all receiving members hold: by that a
-//! start tells older images of members (R16, `assemble.rs`).
+//! answer of those peers, and the next one waits for it. If it fails on all in-sync members after all,
+//! the extents of those who went on are not durably hot: they are recorded anew before the next write
+//! (`Maps::unrecorded`).
 
 use super::fan_out::Outcomes;
 use super::maps::{Page, page_offset};
