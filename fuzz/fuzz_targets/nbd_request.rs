@@ -87,7 +87,7 @@ fn header(request: &Request) -> [u8; REQUEST_BYTES] {
     let mut bytes = [0; REQUEST_BYTES];
     bytes[..4].copy_from_slice(&0x2560_9513_u32.to_be_bytes());
     let one = request.command == Command::BlockStatus { one: true };
-    let flags = u16::from(request.fua) | u16::from(one) << 3;
+    let flags = u16::from(request.fua) | u16::from(one) << 3 | request.rank.flags();
     bytes[4..6].copy_from_slice(&flags.to_be_bytes());
     bytes[6..8].copy_from_slice(&kind.to_be_bytes());
     bytes[8..16].copy_from_slice(&request.cookie.to_be_bytes());

@@ -33,7 +33,9 @@ pub enum Rank {
 }
 
 impl Rank {
-    fn flags(self) -> u16 {
+    /// The flags of a request that say it.
+    #[must_use]
+    pub fn flags(self) -> u16 {
         match self {
             Self::Any => 0,
             Self::Barrier { first: false } => COMMAND_FLAG_BARRIER,
