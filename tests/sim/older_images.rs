@@ -190,7 +190,7 @@ fn starts_that_were_cut_off_are_no_age() {
         for cut in 0..6 {
             // What it writes reaches the first disk only.
             machine.disks[1].observe(Some(Rc::new(HangsWhenWritten)));
-            machine.start_cut_short(20 + (seed / 2 + cut) % 30);
+            machine.start_cut_short(14 + (seed / 2 + cut) % 15);
             machine.disks[1].observe(None);
             machine.disks[1].set_faults(none());
             machine.cut_power_choosing(&mut drop_all);

@@ -1,7 +1,7 @@
 //! Plays a script, and in the end brings everything back, compares the members and reads all.
 
 use crate::invariants::Rules;
-use crate::machine::{Client, Machine, path, superblock_on};
+use crate::machine::{Client, Machine, path};
 use crate::oracle::Caches;
 use crate::rot::{self, Rotten};
 use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
@@ -218,7 +218,6 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
             }
         }
         End::Stop | End::KillDaemon => {
-            forget_unrecorded_flushes(machine, bench.slots(), &outages);
             machine.kill_daemon();
         }
         End::PowerCut => machine.cut_power(),
@@ -228,19 +227,6 @@ fn end(machine: &mut Machine, bench: &Bench, end: End, finished: bool) {
         machine.oracle.borrow_mut().crash(Caches::Lost);
     }
     machine.settle_slots(bench.slots());
-}
-
-/// A disk says of a failed flush once. A daemon that is killed before it has recorded that takes the
-/// knowledge along, and its successor cannot have it (README, "What remains"; seed 4467): here such a
-/// disk has kept everything after all.
-fn forget_unrecorded_flushes(machine: &Machine, slots: usize, outages: &BTreeSet<usize>) {
-    for (slot, disk) in machine.disks.iter().enumerate() {
-        let recorded = superblock_on(disk).is_some_and(|superblock| superblock.flush_failed);
-        let lost = slot < slots && machine.is_recorded_lost(slot, outages);
-        if !recorded && !lost {
-            disk.recover_given_up();
-        }
-    }
 }
 
 pub(crate) async fn ask(client: &Client, request: Request) -> Result<(), Errno> {

@@ -2,27 +2,23 @@
 //!
 //! At a start after an unclean stop every block of every hot extent is *un-equalised*: a write
 //! may have reached some members and not others. Before such a block is read, all in-sync
-//! copies are compared under the range lock; where they differ, one is chosen and written to the
-//! others with FUA, and only then the read is answered. So two reads never disagree, even when
-//! the source dies between them. A background task does the same for the blocks that nobody
-//! reads.
+//! copies are read under the range lock, one is chosen and written to every in-sync member with
+//! FUA, and only then the read is answered. So two reads never disagree, even when the source
+//! dies between them. A background task does the same for the blocks that nobody reads.
 //!
 //! The chosen copy is the one that fits a checksum: the one in memory, where there is one, else
 //! that of any in-sync member's page, which is of some content that the block has had. When
 //! none fits, or two different ones do, it is that of the in-sync member with the lowest slot
-//! that can read the block. What was found equal, or made so, has a known checksum from then on.
+//! that can read the block. From then on the block has a known checksum.
 //!
-//! A block that a failed flush covered is *suspect*: its copies look equal, and at the next power
-//! cut one disk may have it and the other not. Such a block is written to every in-sync member,
-//! the source included, equal or not. Where every disk refused what equalising wrote, caches may
-//! have it nevertheless: they are flushed before the copies are compared again. So they are before
-//! the first comparison after an unclean stop, the only in-sync member's too: what is answered
-//! then is what every later reader finds, after a power cut as well (but for an only member that
-//! does not flush any more: it is read as it is).
+//! It is written also to those that hold the same, the source and an only member among them. What
+//! a read shows may be in a cache that no flush will empty: a disk says once that a flush has
+//! failed, and a daemon that was killed before it recorded the loss took that along. Copies that
+//! look equal would differ at the next power cut. The same holds for what an earlier attempt left
+//! behind, which every disk refused. (An only member that takes no writes any more is read as it is.)
 
 use super::Mirror;
 use super::copies::Copies;
-use super::write::Flushing;
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use dirty_map::{BLOCK_BYTES, Block, Known, Sum, blocks_covering};
@@ -34,14 +30,12 @@ struct Choice {
     block: Block,
     /// The member that holds it, by its index among the copies.
     source: usize,
-    /// Members that hold the same, a bit each.
-    equal: u16,
     /// Its checksum, where checksums are kept.
     sum: Option<Sum>,
 }
 
 /// Blocks that are compared in one step.
-const STEP_BLOCKS: u64 = 64;
+const STEP_BLOCKS: u64 = 256;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Equalises whatever of `range` needs it. The caller is inside the gate.
@@ -125,12 +119,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // After a discard that could not be recorded (R1).
             self.heat(&range).await?;
         }
-        let failures = self.flush_failures.get();
-        let (failed, mut done) = self.equalise_steps(&blocks).await?;
-        if self.flush_failures.get() != failures {
-            // A flush that failed everywhere meanwhile has made what was found equal suspect.
-            return Err(Errno::IO);
-        }
+        let (failed, mut done) = self.equalise_steps(&blocks).await;
         if failed.is_ok() {
             // Taken out of the mask all at once, when all is equal: it may stand for the extent as
             // a whole.
@@ -145,15 +134,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Makes the copies of `blocks` equal, as far as that can be: the first error, and the blocks
     /// that are equal.
-    ///
-    /// # Errors
-    ///
-    /// When caches that have to be flushed first cannot be.
-    async fn equalise_steps(
-        &self,
-        blocks: &Range<u64>,
-    ) -> Result<(Result<(), Errno>, Vec<Range<u64>>), Errno> {
-        self.flush_cached(blocks).await?;
+    async fn equalise_steps(&self, blocks: &Range<u64>) -> (Result<(), Errno>, Vec<Range<u64>>) {
         let (mut at, mut failed, mut done) = (blocks.start, Ok(()), Vec::new());
         while at < blocks.end {
             let step = at..(at + STEP_BLOCKS).min(blocks.end);
@@ -165,7 +146,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             if let Err(errno) = self.equalise_step(&range).await {
                 failed = failed.and(Err(errno));
-                self.flush_cached(&step).await?;
                 // Each block for itself: what cannot be read stays alone with it.
                 for block in step {
                     let range = self.block_bytes(&(block..block + 1));
@@ -177,33 +157,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 done.push(step);
             }
         }
-        Ok((failed, done))
-    }
-
-    /// What caches alone have, of blocks that an earlier run left un-equalised or whose equalising
-    /// was refused, looks equal and would answer reads: until the power goes (R5).
-    async fn flush_cached(&self, blocks: &Range<u64>) -> Result<(), Errno> {
-        let (only_cached, refused) = {
-            let maps = self.maps.borrow();
-            (maps.only_cached, maps.refused.any_in(blocks.clone()))
-        };
-        if !only_cached && !refused {
-            return Ok(());
-        }
-        let failures = self.flush_failures.get();
-        let flushed = self.flush_in_turn(Flushing::ForReads).await;
-        let mut maps = self.maps.borrow_mut();
-        if flushed.is_ok() {
-            maps.only_cached = false;
-            maps.refused.clear(blocks.clone());
-        } else if self.flush_failures.get() != failures {
-            // All of these blocks are suspect instead (R7), and another flush would say nothing.
-            maps.only_cached = false;
-            maps.refused.clear_all();
-        } else if refused {
-            return flushed;
-        }
-        Ok(())
+        (failed, done)
     }
 
     /// Writes every suspect block anew on all in-sync members.
@@ -227,12 +181,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     async fn equalise_step(&self, range: &Range<u64>) -> Result<(), Errno> {
         let view = self.view();
         let blocks = blocks_covering(range.start, range.end - range.start);
-        let suspect = self.maps.borrow().suspect.any_in(blocks.clone());
-        if view.receivers.iter().filter(|r| r.in_sync).count() < 2 && !suspect {
-            // Nothing to compare with: which of its contents a block has is not known.
-            self.record_equal(blocks.map(|block| (Block(block), None)));
-            return Ok(());
-        }
         let copies = self.read_copies(range).await;
         let choices = self.choose(&copies).await.ok_or_else(|| {
             tracing::debug!("blocks {blocks:?} cannot be read on any in-sync member");
@@ -244,7 +192,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 // Lost over the read.
                 continue;
             }
-            let written = self.write_chosen(&copies, &choices, member, suspect).await;
+            let written = self.write_chosen(&copies, &choices, member).await;
             if written == Err(Errno::TIMED_OUT) {
                 // At once: what it has is on its way still (R13), whatever the others say.
                 self.begin_loss(receiver.slot, "a write got no answer within the deadline");
@@ -253,10 +201,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let judged = self.judge_lacking(&view, &lacking, "equalising after an unclean stop");
         if judged.is_err() {
-            // It is not to be lost again with a cache, nor to cool with it (R3).
+            // Caches may have what was refused, also of blocks that were equal: it is not to cool
+            // with them (R3).
             self.begin_repair(range);
             self.end_repair(range);
-            self.maps.borrow_mut().refused.set(blocks);
         }
         judged?;
         self.record_equal(choices.iter().map(|choice| (choice.block, choice.sum)));
@@ -315,39 +263,32 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     source = one;
                 }
             }
-            let equal = |copy: &Option<&[u8]>| *copy == contents[source];
-            let has = contents.iter().map(equal);
             let content = contents[source].unwrap_or_default();
             choices.push(Choice {
                 block,
                 source,
-                equal: (0..)
-                    .zip(has)
-                    .fold(0, |all, (at, has)| all | u16::from(has) << at),
                 sum: kept.then(|| Sum::of(block, content)),
             });
         });
         all.then_some(choices)
     }
 
-    /// Writes to one member, durably, the chosen copies of blocks that it holds differently, or
-    /// of all.
+    /// Writes to one member, durably, the chosen copies: neighbours of one source together.
     async fn write_chosen(
         &self,
         copies: &Copies<D>,
         choices: &[Choice],
         member: usize,
-        all: bool,
     ) -> Result<(), Errno> {
-        for (at, choice) in choices.iter().enumerate() {
-            if choice.equal >> member & 1 != 0 && !all {
-                continue;
-            }
-            let Some(span) = copies.span(choice.source, &(at..at + 1)) else {
+        let mut at = 0;
+        for run in choices.chunk_by(|a, b| a.source == b.source) {
+            let (first, place) = (&run[0], at..at + run.len());
+            at = place.end;
+            let Some(span) = copies.span(first.source, &place) else {
                 return Err(Errno::IO);
             };
             let write = DiskRequest::Write {
-                offset: self.data_offset + choice.block.0 * BLOCK_BYTES,
+                offset: self.data_offset + first.block.0 * BLOCK_BYTES,
                 span,
                 fua: true,
             };

@@ -94,10 +94,6 @@ pub(super) struct Maps {
     pub(super) cooled: Option<BTreeSet<Extent>>,
     /// Blocks whose flush failed everywhere and that were not written anew (R7).
     pub(super) suspect: MissedMap,
-    /// Blocks of which equalising was refused everywhere: caches may have it all the same.
-    pub(super) refused: MissedMap,
-    /// Since an unclean stop nobody has flushed: any un-equalised block may be in caches alone.
-    pub(super) only_cached: bool,
     /// Pages to commit.
     pub(super) dirty: BTreeSet<Page>,
     /// Stamp of the last commit begun.
@@ -141,8 +137,6 @@ impl Maps {
             log: ScrubLog::new(),
             cooled: None,
             suspect: MissedMap::new(blocks),
-            refused: MissedMap::new(blocks),
-            only_cached: false,
             dirty: BTreeSet::new(),
             stamp: Stamp {
                 ordinal: 0,

@@ -48,8 +48,6 @@ pub(super) enum Flushing {
     Promised,
     /// A step of the engine's.
     Step,
-    /// An answer to a read is to stay what it is. Reads go on when nothing else does.
-    ForReads,
 }
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -200,9 +198,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // Whole blocks that every in-sync member has just taken are equal again.
             maps.hot.clear_unequalised(blocks_within(range.start, len));
         }
-        if written && !maps.refused.is_clear() {
-            maps.refused.clear(blocks_within(range.start, len));
-        }
         if written && !maps.suspect.is_clear() {
             maps.suspect.clear(blocks_within(range.start, len));
         }
@@ -257,9 +252,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 return if failed { Err(Errno::IO) } else { Ok(()) };
             }
             // A flush that failed everywhere while this one waited has emptied the caches.
-            if flushing != Flushing::ForReads {
-                self.refuse_unsafe(flushing == Flushing::Promised)?;
-            }
+            self.refuse_unsafe(flushing == Flushing::Promised)?;
             flushes.running.set(true);
             let serves = flushes.requested.get();
             let result = self.flush_members().await;

@@ -144,7 +144,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.pages.forget(extent);
             maps.log.cleared(&extent.blocks());
             maps.damaged.clear(extent.blocks());
-            maps.refused.clear(extent.blocks());
         }
     }
 

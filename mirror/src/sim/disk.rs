@@ -488,13 +488,6 @@ impl SimDisk {
         cache.sort_by_key(|(number, _)| *number);
     }
 
-    /// What a failed flush gave up becomes durable after all.
-    pub fn recover_given_up(&self) {
-        let mut durable = self.0.durable.borrow_mut();
-        let given_up = self.0.given_up.take();
-        given_up.into_iter().for_each(|(_, run)| durable.put(run));
-    }
-
     /// A failed write leaves an arbitrary part of it.
     fn write_some(&self, request: &DiskRequest<SimBuffer>, rng: &mut Rng) {
         if let Some(run) = written_by(request)

@@ -19,6 +19,14 @@ impl SimDisk {
         Some(out)
     }
 
+    /// Whether a flush that failed has dropped part of this range, which reads show still.
+    #[must_use]
+    pub fn has_given_up(&self, offset: u64, len: u64) -> bool {
+        let range = sectors(offset, len);
+        let given_up = self.0.given_up.borrow();
+        given_up.iter().any(|(_, run)| run.part(&range).is_some())
+    }
+
     /// Whether an operation under way changes part of this range.
     #[must_use]
     pub fn is_under_way(&self, offset: u64, len: u64) -> bool {
