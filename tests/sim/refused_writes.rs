@@ -12,6 +12,8 @@ use mirror::layout::RegionKind;
 use mirror::scrub_log::{Done, What};
 use mirror::sim::{Faults, SimDisk, SimHost, WriteFault};
 use mirror::{Errno, Host as _};
+use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 
 const WRITES: Faults = Faults {
@@ -262,6 +264,33 @@ fn an_only_member_that_does_not_flush_is_read() {
     }
 }
 
+/// The only in-sync member has crashed and has a bad sector: the blocks around it are made durable and
+/// cool, and it is an error until it is written anew.
+#[test]
+fn a_bad_sector_of_an_only_member_holds_up_nothing() {
+    for seed in seeds(20) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        machine.fail(1).unwrap();
+        wr(&machine, 8192, 65536);
+        machine.cut_power();
+        machine.disks[0].spoil(machine.data_offset + 5 * 4096);
+        machine.start();
+        let extents = || machine.mirror().status().extents;
+        assert!(
+            machine.run_coarsely(|| extents().unequalised_blocks == 0),
+            "seed {seed}"
+        );
+        seconds(&machine, COOL);
+        assert_eq!(extents().hot, 0, "seed {seed}");
+        assert!(rd(&machine, 5 * 4096, 4096).is_err(), "seed {seed}");
+        rd(&machine, 6 * 4096, 4096).unwrap();
+        wr(&machine, 5 * 4096, 4096);
+        rd(&machine, 0, 65536).unwrap();
+    }
+}
+
 /// The first extent was written, and is discarded.
 fn discard_first(machine: &mut Machine) {
     machine.start();
@@ -453,8 +482,8 @@ fn a_failed_flush_that_nobody_has_recorded() {
 }
 
 /// A disk fails a write of its map, which is in its cache all the same, and the daemon is killed before
-/// it has recorded that. The next one reads that map, and writes without another intent where it says
-/// hot: the power goes, and this disk alone starts (R1).
+/// it has recorded that. The next one writes without another intent where that map says hot, as it has
+/// made the map's copies equal: the power goes, and this disk alone starts (R1).
 #[test]
 fn a_failed_map_write_that_nobody_has_recorded() {
     let mut cached = 0;
@@ -489,4 +518,51 @@ fn a_failed_map_write_that_nobody_has_recorded() {
         machine.check_all("on the one disk");
     }
     assert!(cached > 20, "{cached}");
+}
+
+/// A flush fails everywhere while an extent is equalised, of which a write has just made a part equal:
+/// what equalising leaves alone there is in caches, and suspect like all that the flush covered (R7).
+#[test]
+fn a_flush_that_fails_while_a_part_is_equal_already() {
+    let mut in_time = 0;
+    for seed in seeds(60) {
+        let mut machine = machine(seed, 2 + (seed % 2) as usize);
+        machine.start();
+        (0..4).for_each(|at| wr(&machine, at << 20, 1 << 20));
+        machine.cut_power();
+        machine.start();
+        let (client, ended) = (machine.client(), Rc::new(Cell::new(false)));
+        let told = ended.clone();
+        machine.world.spawn_task(async move {
+            let part = client.write(1 << 20, 1 << 20, false).await;
+            told.set(part.is_ok());
+        });
+        assert!(machine.world.run(100_000, || ended.get()), "seed {seed}");
+        // Equalising has left that part alone, and writes what comes after it.
+        let after = machine.data_offset + (2 << 20);
+        let is_past = || machine.disks[0].is_under_way(after, 1 << 20);
+        let unequal = || machine.mirror().status().extents.unequalised_blocks;
+        if unequal() != 768 || !machine.world.run(100_000, is_past) {
+            continue;
+        }
+        faults(&machine, flushes());
+        let client = machine.client();
+        machine
+            .world
+            .spawn_task(async move { client.flush().await.unwrap_or_default() });
+        let has_failed = || machine.mirror().status().flush_error;
+        in_time += u32::from(machine.world.run(100_000, has_failed) && unequal() > 0);
+        faults(&machine, none());
+        machine.run_coarsely(|| unequal() == 0);
+        let client = machine.client();
+        machine
+            .world
+            .block_on(async move { client.clear_flush_error().await });
+        seconds(&machine, 2 * COOL);
+        machine.check_all("after the flush error");
+        machine.cut_power();
+        machine.start();
+        machine.check_all("after the power cut");
+    }
+    assert!(in_time > 5, "{in_time}");
 }

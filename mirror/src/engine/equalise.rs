@@ -58,8 +58,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// neither flushes nor writes any more: there is nobody with whom it could disagree. Which of
     /// its contents a block has is not known, so that no checksum is about it.
     fn unless_alone(&self, blocks: Range<u64>, result: Result<(), Errno>) -> Result<(), Errno> {
-        let alone = || self.view().receivers.iter().filter(|r| r.in_sync).count() < 2;
-        if result.is_err() && alone() {
+        if result.is_err() && self.is_alone() {
             let maps = self.maps.borrow();
             let unequal: Vec<u64> = blocks
                 .filter(|&block| maps.hot.is_unequalised(block..block + 1))
@@ -119,7 +118,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             // After a discard that could not be recorded (R1).
             self.heat(&range).await?;
         }
+        let failures = self.flush_failures.get();
         let (failed, mut done) = self.equalise_steps(&blocks).await;
+        if self.flush_failures.get() != failures {
+            // Meanwhile a flush that failed everywhere has dropped what it covered, also of what is
+            // written here, and of what was equal and was left alone.
+            return Err(Errno::IO);
+        }
         if failed.is_ok() {
             // Taken out of the mask all at once, when all is equal: it may stand for the extent as
             // a whole.
@@ -136,12 +141,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// that are equal.
     async fn equalise_steps(&self, blocks: &Range<u64>) -> (Result<(), Errno>, Vec<Range<u64>>) {
         let (mut at, mut failed, mut done) = (blocks.start, Ok(()), Vec::new());
-        while at < blocks.end {
-            let step = at..(at + STEP_BLOCKS).min(blocks.end);
+        while let Some(step) = self.next_step(at..blocks.end) {
             at = step.end;
             let range = self.block_bytes(&step);
-            let unequal = self.maps.borrow().hot.is_unequalised(step.clone());
-            if range.is_empty() || !unequal {
+            if range.is_empty() {
                 continue;
             }
             if let Err(errno) = self.equalise_step(&range).await {
@@ -149,7 +152,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 // Each block for itself: what cannot be read stays alone with it.
                 for block in step {
                     let range = self.block_bytes(&(block..block + 1));
-                    if !range.is_empty() && self.equalise_step(&range).await.is_ok() {
+                    if !range.is_empty() && self.equalise_block(block, &range).await.is_ok() {
                         done.push(block..block + 1);
                     }
                 }
@@ -158,6 +161,36 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
         }
         (failed, done)
+    }
+
+    /// The first un-equalised blocks of these. Those that are equal are left alone: a write that is
+    /// refused may stay in a cache, where nothing would make it durable before the extent cools.
+    fn next_step(&self, blocks: Range<u64>) -> Option<Range<u64>> {
+        let maps = self.maps.borrow();
+        let is_unequal = |block: &u64| maps.hot.is_unequalised(*block..block + 1);
+        let first = blocks.clone().find(is_unequal)?;
+        let mut rest = first..blocks.end.min(first + STEP_BLOCKS);
+        let end = rest.find(|block| !is_unequal(block));
+        Some(first..end.unwrap_or(rest.end))
+    }
+
+    /// [`Mirror::equalise_step`] of one block. That an only member cannot read or write it holds up
+    /// nothing: which content it has is not known. After a failed flush it does (R7).
+    async fn equalise_block(&self, block: u64, range: &Range<u64>) -> Result<(), Errno> {
+        let result = self.equalise_step(range).await;
+        let suspect = self.maps.borrow().suspect.any_in(block..block + 1);
+        match result {
+            Err(errno) if errno != Errno::TIMED_OUT && !suspect && self.is_alone() => {
+                self.record_equal([(Block(block), None)].into_iter());
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Whether there is one in-sync member, durably.
+    fn is_alone(&self) -> bool {
+        self.in_sync_members() < 2 && self.losses_pending.get() == 0
     }
 
     /// Writes every suspect block anew on all in-sync members.
@@ -186,6 +219,9 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             tracing::debug!("blocks {blocks:?} cannot be read on any in-sync member");
             copies.error.unwrap_or(Errno::IO)
         })?;
+        // A disk without FUA writes and then flushes: another flush may fail in between and take the
+        // blocks along.
+        self.begin_repair(range);
         let mut lacking = [None; SLOTS_MAX];
         for (member, receiver) in copies.members.iter().enumerate() {
             if !self.stalls.is_in_sync(receiver.slot) {
@@ -200,12 +236,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             lacking[usize::from(receiver.slot)] = written.err();
         }
         let judged = self.judge_lacking(&view, &lacking, "equalising after an unclean stop");
-        if judged.is_err() {
-            // Caches may have what was refused, also of blocks that were equal: it is not to cool
-            // with them (R3).
-            self.begin_repair(range);
-            self.end_repair(range);
-        }
+        self.end_repair(range);
         judged?;
         self.record_equal(choices.iter().map(|choice| (choice.block, choice.sum)));
         self.losses_effective().await
@@ -225,6 +256,8 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     /// Chooses a copy of each block; `None` when there is a block that no member can read.
     async fn choose(&self, copies: &Copies<D>) -> Option<Vec<Choice>> {
         let kept = self.sums.are_kept();
+        // Of an only member's block it is not known which of its contents it has.
+        let known = kept && copies.members.len() > 1;
         let mut differ = false;
         copies.for_each_block(|_, contents| {
             let mut readable = contents.iter().flatten();
@@ -267,7 +300,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             choices.push(Choice {
                 block,
                 source,
-                sum: kept.then(|| Sum::of(block, content)),
+                sum: known.then(|| Sum::of(block, content)),
             });
         });
         all.then_some(choices)

@@ -238,7 +238,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         (sectors > 1).then_some([range.start..middle, middle..range.end])
     }
 
-    fn in_sync_members(&self) -> usize {
+    pub(super) fn in_sync_members(&self) -> usize {
         self.view().receivers.iter().filter(|r| r.in_sync).count()
     }
 

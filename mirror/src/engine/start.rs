@@ -11,7 +11,7 @@
 //!    unless forced, then its extents are hot; its blocks are missed.
 //! 4. Hot extents become un-equalised and unflushed, and missed for every slot that is not
 //!    in-sync (R12).
-//! 5. One commit makes all of that durable, including sectors that differed, or that may. It goes by the
+//! 5. One commit makes all of that durable, including sectors that differed. It goes by the
 //!    sequence of the newest one found: commits of starts that were cut off would make an older
 //!    copy look as new as those left out (R16). Then members that were found to be older copies
 //!    are marked as such (R15), and a round records the start and the members lost by it. Only
@@ -253,19 +253,13 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Ok(())
     }
 
-    /// After an unclean stop a map that is read may be in a cache that no flush will empty, like any
-    /// block (`equalise.rs`): all of it is written anew.
-    fn in_doubt(&self) -> bool {
-        self.config.borrow().last_stop == LastStop::Unclean
-    }
-
     /// With no valid copy of a sector anywhere, *unwritten* cannot be told from *written*: the
     /// operator has to accept that these extents show what the disks hold.
     fn load_states(&self, images: &[&RegionImage]) -> Result<(), StartError> {
         let mut maps = self.maps.borrow_mut();
         let extents = u64::from(maps.states.len());
         for index in 0..maps.states.sectors() {
-            let merged = newest_sector(images, index, self.in_doubt());
+            let merged = newest_sector(images, index);
             match merged.payload.and_then(|payload| payload.try_into().ok()) {
                 Some(payload) => maps.states.load_payload(index, payload),
                 None if !self.options.force => {
@@ -313,7 +307,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let mut maps = self.maps.borrow_mut();
         let maps = &mut *maps;
         for sector in 0..scrub_log::SECTORS {
-            let merged = newest_sector(&images, sector, self.in_doubt());
+            let merged = newest_sector(&images, sector);
             if let Some(payload) = merged.payload.and_then(|payload| payload.try_into().ok()) {
                 maps.log.load(sector, payload);
             }
@@ -368,7 +362,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         let maps = &mut *maps;
         let summary = &mut maps.missed[usize::from(slot)].summary;
         for index in 0..summary.sectors() {
-            let merged = newest_sector(images, index, self.in_doubt());
+            let merged = newest_sector(images, index);
             match merged.payload.and_then(|payload| payload.try_into().ok()) {
                 Some(payload) => summary.load_payload(index, payload),
                 // Every page of its range is looked at, and what is not valid there is missed.
@@ -385,7 +379,6 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     }
 
     fn load_missed_pages(&self, images: &[&RegionImage], slot: u8, pages: Range<u64>) {
-        let in_doubt = self.in_doubt();
         let mut maps = self.maps.borrow_mut();
         let maps = &mut *maps;
         let missed = &mut maps.missed[usize::from(slot)].map;
@@ -396,8 +389,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             if sector >= missed.sectors() {
                 break;
             }
-            let at = u32::try_from(at).unwrap_or(u32::MAX);
-            let merged = newest_sector(images, at, in_doubt);
+            let merged = newest_sector(images, u32::try_from(at).unwrap_or(u32::MAX));
             match merged.payload.and_then(|payload| payload.try_into().ok()) {
                 Some(payload) => missed.load_payload(sector, payload),
                 None => missed.set_sector(sector),
@@ -569,20 +561,19 @@ async fn revoke<H: Host, D: Disk<Buffer = H::Buffer>>(
 /// The newest content of a sector over several members.
 struct Merged<'a> {
     payload: Option<&'a [u8]>,
-    /// Whether it is to be written: a copy anywhere is damaged or older, or may be.
+    /// Whether a copy anywhere is damaged or older.
     uneven: bool,
 }
 
-fn newest_sector<'a>(images: &[&'a RegionImage], index: u32, in_doubt: bool) -> Merged<'a> {
+fn newest_sector<'a>(images: &[&'a RegionImage], index: u32) -> Merged<'a> {
     let index = usize::try_from(index).unwrap_or(usize::MAX);
     let contents = images
         .iter()
         .map(|image| image.sectors.get(index).and_then(Option::as_ref));
     let newest = contents.clone().flatten().max_by_key(|(stamp, _)| *stamp);
-    let uneven = in_doubt
-        || images
-            .iter()
-            .any(|image| image.uneven.get(index) != Some(&false))
+    let uneven = images
+        .iter()
+        .any(|image| image.uneven.get(index) != Some(&false))
         || contents.clone().any(|content| content != newest);
     Merged {
         payload: newest.map(|(_, payload)| payload.as_slice()),
