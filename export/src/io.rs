@@ -1,5 +1,6 @@
 //! What a server does its I/O through: a disk and sockets. The ring has one implementation
-//! (`uring.rs`), the tests have another that runs in memory and waits where it is told to.
+//! (`uring.rs`), the tests have another that runs in memory and waits where it is told to, and the
+//! simulator a third.
 
 use std::io;
 use std::net::Shutdown;
@@ -14,7 +15,11 @@ use crate::memory::Memory;
 ///
 /// An operation that has been polled once goes on when its future is dropped: whoever must know
 /// when it has ended has to await it.
-pub(crate) trait Store: 'static {
+#[allow(
+    async_fn_in_trait,
+    reason = "a disk stays on the thread that serves it"
+)]
+pub trait Store: 'static {
     /// Reads as many bytes as the memory has.
     async fn read(&self, offset: u64, memory: Memory) -> (Result<(), Errno>, Memory);
 
@@ -32,7 +37,11 @@ pub(crate) trait Store: 'static {
 }
 
 /// One client's socket.
-pub(crate) trait Stream: 'static {
+#[allow(
+    async_fn_in_trait,
+    reason = "a connection stays on the thread that serves it"
+)]
+pub trait Stream: 'static {
     /// Receives into the memory's data from byte `from` on, at least one byte; 0 at the end.
     async fn receive(&self, memory: Memory, from: usize) -> (io::Result<usize>, Memory);
 

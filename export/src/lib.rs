@@ -70,8 +70,9 @@
 //! 6. The answer goes out. What the new writer read before that, it reads again.
 //!
 //! One thread, one ring (tokio-uring), a task for each session and each request. Disk and sockets
-//! are behind two small traits (`io.rs`), so that the tests run the same code in memory and let
-//! requests end when they want them to.
+//! are behind two small traits (`io.rs`), time and tasks behind another one (`tasks.rs`), so that the
+//! tests run the same code in memory and let requests end when they want them to, and the simulator
+//! runs it in its histories.
 #![forbid(unsafe_code)]
 
 mod inbox;
@@ -83,6 +84,7 @@ mod session;
 mod sim;
 mod stream;
 mod sums;
+mod tasks;
 #[cfg(test)]
 mod tests;
 mod uring;
@@ -103,10 +105,13 @@ use peer::wire::{
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use server::Server;
-pub use server::Unclaimed;
-use session::PAYLOAD_BYTES_MAX;
+pub use io::{Store, Stream};
+pub use memory::Memory;
+pub use server::{Server, Unclaimed};
+pub use session::PAYLOAD_BYTES_MAX;
 use stream::{Socket, UringStream};
+use tasks::Local;
+pub use tasks::{Step, Tasks};
 use uring::UringStore;
 
 /// Between two attempts to accept, when one failed: descriptors may have run out.
@@ -216,7 +221,7 @@ pub fn serve(
         let say = Box::new(say);
         let (acceptor, tls) = options.tls.unzip();
         let rights = (options.unclaimed, options.instance);
-        let server = Server::new(store, export, rights, acceptor, say);
+        let server = Server::new((Local::new(), store), export, rights, acceptor, say);
         ready(&Address {
             place,
             export: options.name,
@@ -317,7 +322,7 @@ impl Drop for Listener {
     }
 }
 
-async fn accept(server: &Rc<Server<UringStore, UringStream>>, listener: &Listener) {
+async fn accept(server: &Rc<Server<Local, UringStore, UringStream>>, listener: &Listener) {
     loop {
         match listener.next().await {
             Ok((stream, from)) => server.open(stream, from).await,

@@ -13,14 +13,14 @@ const ALIGNMENT: usize = 4096;
 
 /// A vector with a window of aligned bytes.
 #[derive(Debug)]
-pub(crate) struct Memory {
+pub struct Memory {
     vector: Vec<u8>,
     window: Range<usize>,
 }
 
 impl Memory {
     /// `len` zeroes.
-    pub(crate) fn zeroed(len: usize) -> Self {
+    pub fn zeroed(len: usize) -> Self {
         let vector = vec![0; HEAD_BYTES_MAX + ALIGNMENT + len];
         let skip = vector[HEAD_BYTES_MAX..].as_ptr().align_offset(ALIGNMENT);
         let start = HEAD_BYTES_MAX + skip.min(ALIGNMENT);
@@ -36,12 +36,12 @@ impl Memory {
     }
 
     /// The data.
-    pub(crate) fn data(&self) -> &[u8] {
+    pub fn data(&self) -> &[u8] {
         &self.vector[self.window.clone()]
     }
 
     /// The data.
-    pub(crate) fn data_mut(&mut self) -> &mut [u8] {
+    pub fn data_mut(&mut self) -> &mut [u8] {
         &mut self.vector[self.window.clone()]
     }
 

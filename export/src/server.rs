@@ -3,7 +3,6 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::net::Shutdown;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -15,12 +14,11 @@ use peer::server::{Export, Verdict};
 use peer::tls::Acceptor;
 use peer::wire::EXPORT_READ_ONLY;
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
-use tokio::time::timeout;
 
 use crate::io::{Store, Stream};
 use crate::memory::Memory;
 use crate::session::Session;
+use crate::tasks::{Step, Tasks, begin, within};
 
 /// Most sessions at once.
 pub(crate) const SESSIONS_MAX: usize = 16;
@@ -73,19 +71,9 @@ fn refuse_cut<S: Stream>(session: &Session<S>) -> Result<(), Denied> {
     Ok(())
 }
 
-/// Runs a task of the server's. A panic in it ends the process: without that task nobody might be
-/// admitted again, and what is under way at the disk keeps it held until it is over.
-pub(crate) fn spawn<T: 'static>(task: impl Future<Output = T> + 'static) -> JoinHandle<T> {
-    let mut task = Box::pin(task);
-    tokio::task::spawn_local(std::future::poll_fn(move |cx| {
-        let polled = catch_unwind(AssertUnwindSafe(|| task.as_mut().poll(cx)));
-        // The panic's message has been printed.
-        polled.unwrap_or_else(|_| std::process::abort())
-    }))
-}
-
 /// One exported disk.
-pub(crate) struct Server<D, S> {
+pub struct Server<T, D, S> {
+    pub(crate) tasks: T,
     pub(crate) store: D,
     /// As a writer sees it.
     export: Export,
@@ -109,16 +97,17 @@ pub(crate) struct Server<D, S> {
     say: Box<dyn Fn(&str)>,
 }
 
-impl<D: Store, S: Stream> Server<D, S> {
+impl<T: Tasks, D: Store, S: Stream> Server<T, D, S> {
     /// A server of `export`, as a writer sees it; `say` gets a line for a person now and then.
-    pub(crate) fn new(
-        store: D,
+    pub fn new(
+        (tasks, store): (T, D),
         export: Export,
         (unclaimed, instance): (Unclaimed, u128),
         acceptor: Option<Acceptor>,
         say: Box<dyn Fn(&str)>,
     ) -> Rc<Self> {
         Rc::new(Self {
+            tasks,
             store,
             export,
             unclaimed,
@@ -167,11 +156,12 @@ impl<D: Store, S: Stream> Server<D, S> {
 
     /// Serves a client until it leaves, in a task of its own. When all places are taken, the
     /// session goes that has been silent for longest and neither writes nor waits to.
-    pub(crate) async fn open(self: &Rc<Self>, stream: S, from: String) {
+    pub async fn open(self: &Rc<Self>, stream: S, from: String) {
         if self.sessions.borrow().len() >= SESSIONS_MAX {
             self.cut_a_silent_session();
-            let place = timeout(PLACE_PATIENCE, self.until(|it| it.len() < SESSIONS_MAX));
-            if place.await.is_err() {
+            let place = self.until(|it| it.len() < SESSIONS_MAX);
+            let place = within(&self.tasks, PLACE_PATIENCE, place);
+            if place.await.is_none() {
                 let taken = format!("no place for {from}: {SESSIONS_MAX} sessions are open");
                 return self.say(&taken);
             }
@@ -181,10 +171,10 @@ impl<D: Store, S: Stream> Server<D, S> {
         }
         let id = self.last_session.get() + 1;
         self.last_session.set(id);
-        let session = Session::new(id, stream, from);
+        let session = Session::new(id, stream, from, self.tasks.now());
         self.sessions.borrow_mut().insert(id, Rc::clone(&session));
         let server = Rc::clone(self);
-        spawn(async move {
+        self.tasks.spawn(async move {
             session.serve(&server).await;
             server.sessions.borrow_mut().remove(&id);
             server.changed.notify_waiters();
@@ -259,6 +249,7 @@ impl<D: Store, S: Stream> Server<D, S> {
             self.turn.set(self.turn.get() + 1);
         }
         self.owner.set(claim.map(|claim| claim.owner));
+        self.tasks.witness(Step::Granted(session.id()));
         taken
     }
 
@@ -314,7 +305,7 @@ impl<D: Store, S: Stream> Server<D, S> {
         let server = Rc::clone(self);
         self.flushes.set(self.flushes.get() + 1);
         // Whoever asked may be gone before the disk has answered.
-        let flushing = spawn(async move {
+        let flushing = begin(&self.tasks, async move {
             let flushed = server.store.flush().await;
             server.flushes.set(server.flushes.get() - 1);
             if flushed.is_err() {
@@ -388,7 +379,11 @@ impl<D: Store, S: Stream> Server<D, S> {
     /// Whether the session may begin a request that changes the disk; if so,
     /// [`Server::change_ended`] follows it.
     pub(crate) fn change_begins(&self, session: SessionId) -> bool {
-        self.admission.borrow_mut().begin(session)
+        let begins = self.admission.borrow_mut().begin(session);
+        if begins {
+            self.tasks.witness(Step::Begins(session));
+        }
+        begins
     }
 
     /// Such a request has ended.
@@ -412,13 +407,15 @@ impl<D: Store, S: Stream> Server<D, S> {
     }
 
     /// Takes no more requests, and returns when those under way have ended and all is durable.
-    pub(crate) async fn stop(self: &Rc<Self>) -> Result<(), Errno> {
+    ///
+    /// # Errors
+    ///
+    /// When the last flush failed.
+    pub async fn stop(self: &Rc<Self>) -> Result<(), Errno> {
         self.stopping.set(true);
         self.shutdown_all(Shutdown::Read);
-        if timeout(STOP_PATIENCE, self.until(BTreeMap::is_empty))
-            .await
-            .is_err()
-        {
+        let empty = within(&self.tasks, STOP_PATIENCE, self.until(BTreeMap::is_empty));
+        if empty.await.is_none() {
             // Clients that do not take their replies.
             self.shutdown_all(Shutdown::Both);
             self.until(BTreeMap::is_empty).await;

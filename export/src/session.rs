@@ -27,17 +27,17 @@ use peer::server::{
 };
 use peer::structured::Head;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout};
 
 use crate::inbox::{Ended, Inbox, send_all};
 use crate::io::{Store, Stream};
 use crate::memory::Memory;
-use crate::server::{Server, spawn};
+use crate::server::Server;
 use crate::sums::sums;
+use crate::tasks::{Tasks, begin, within};
 
 /// Longest read or write in bytes, announced to clients; also the data that one session may have
 /// under way.
-pub(crate) const PAYLOAD_BYTES_MAX: u32 = 4 << 20;
+pub const PAYLOAD_BYTES_MAX: u32 = 4 << 20;
 /// Most requests under way in one session.
 const REQUESTS_MAX: u32 = 128;
 /// The handshake's limit of time, the wait for an older session's requests included.
@@ -77,7 +77,7 @@ pub(crate) struct Session<S> {
     stream: Rc<S>,
     /// The owner of its claim.
     owner: Cell<Option<u128>>,
-    heard: Cell<Instant>,
+    heard: Cell<Duration>,
     is_cut: Cell<bool>,
     /// It may write, or has been allowed to.
     writes: Cell<bool>,
@@ -105,13 +105,13 @@ impl<S> fmt::Display for Session<S> {
 }
 
 impl<S: Stream> Session<S> {
-    pub(crate) fn new(id: SessionId, stream: S, from: String) -> Rc<Self> {
+    pub(crate) fn new(id: SessionId, stream: S, from: String, now: Duration) -> Rc<Self> {
         Rc::new(Self {
             id,
             from,
             stream: Rc::new(stream),
             owner: Cell::new(None),
-            heard: Cell::new(Instant::now()),
+            heard: Cell::new(now),
             is_cut: Cell::new(false),
             writes: Cell::new(false),
             failures_seen: Cell::new(0),
@@ -137,7 +137,7 @@ impl<S: Stream> Session<S> {
     }
 
     /// When it last asked for something.
-    pub(crate) fn heard(&self) -> Instant {
+    pub(crate) fn heard(&self) -> Duration {
         self.heard.get()
     }
 
@@ -150,7 +150,7 @@ impl<S: Stream> Session<S> {
     }
 
     /// It is the writer now; what failed before is not about its writes.
-    fn becomes_writer<D: Store>(&self, server: &Server<D, S>) {
+    fn becomes_writer<T: Tasks, D: Store>(&self, server: &Server<T, D, S>) {
         self.failures_seen.set(server.flush_failures());
         self.writes.set(true);
     }
@@ -167,7 +167,7 @@ impl<S: Stream> Session<S> {
     }
 
     /// Serves the client; returns when it has left and all its requests have ended.
-    pub(crate) async fn serve<D: Store>(self: &Rc<Self>, server: &Rc<Server<D, S>>) {
+    pub(crate) async fn serve<T: Tasks, D: Store>(self: &Rc<Self>, server: &Rc<Server<T, D, S>>) {
         let ended = self.converse(server).await;
         server.leave(self.id);
         self.stream.shutdown(Shutdown::Both);
@@ -178,7 +178,10 @@ impl<S: Stream> Session<S> {
         }
     }
 
-    async fn converse<D: Store>(self: &Rc<Self>, server: &Rc<Server<D, S>>) -> Result<(), Ended> {
+    async fn converse<T: Tasks, D: Store>(
+        self: &Rc<Self>,
+        server: &Rc<Server<T, D, S>>,
+    ) -> Result<(), Ended> {
         let mut inbox = Inbox::new(&self.stream, server.acceptor());
         let mut desk = ClaimDesk {
             server,
@@ -186,11 +189,14 @@ impl<S: Stream> Session<S> {
             export: server.unclaimed_export(),
             agreed: Agreed::default(),
         };
-        let negotiation = timeout(HANDSHAKE_LIMIT, proto::negotiate(&mut inbox, &mut desk));
+        let negotiation = proto::negotiate(&mut inbox, &mut desk);
+        let negotiation = within(&server.tasks, HANDSHAKE_LIMIT, negotiation);
         let wants_tls = server.acceptor().is_some();
+        // In a fixed order: the simulator repeats its runs.
         let negotiated = tokio::select! {
-            negotiated = negotiation => negotiated.ok(),
-            () = self.stays_unsecured(), if wants_tls => None,
+            biased;
+            negotiated = negotiation => negotiated,
+            () = self.stays_unsecured(&server.tasks), if wants_tls => None,
         };
         match negotiated {
             Some(Ok(true)) => {}
@@ -204,7 +210,7 @@ impl<S: Stream> Session<S> {
         }
         self.agreed.set(desk.agreed);
         let export = desk.export;
-        let sender = spawn(Rc::clone(self).send_replies());
+        let sender = begin(&server.tasks, Rc::clone(self).send_replies());
         let read = self.read_requests(server, &mut inbox, &export).await;
         // The next writer waits for requests and not for this client to take its replies.
         server.leave(self.id);
@@ -217,16 +223,16 @@ impl<S: Stream> Session<S> {
     }
 
     /// Returns when the time is up in which a client has to show its certificate, unless it has.
-    async fn stays_unsecured(&self) {
-        tokio::time::sleep(TLS_LIMIT).await;
+    async fn stays_unsecured(&self, tasks: &impl Tasks) {
+        tasks.sleep(TLS_LIMIT).await;
         if self.is_secured() {
             std::future::pending::<()>().await;
         }
     }
 
-    async fn read_requests<D: Store>(
+    async fn read_requests<T: Tasks, D: Store>(
         self: &Rc<Self>,
-        server: &Rc<Server<D, S>>,
+        server: &Rc<Server<T, D, S>>,
         inbox: &mut Inbox<S>,
         export: &Export,
     ) -> Result<(), Ended> {
@@ -235,7 +241,7 @@ impl<S: Stream> Session<S> {
             if self.is_cut.get() {
                 return Ok(());
             }
-            self.heard.set(Instant::now());
+            self.heard.set(server.tasks.now());
             let request = proto::request(&header)?;
             if request.command == Command::Disconnect {
                 return Ok(());
@@ -270,7 +276,8 @@ impl<S: Stream> Session<S> {
             // From here to its end it counts, whatever becomes of this session.
             let part = self.part(&request);
             let (session, server) = (Rc::clone(self), Rc::clone(server));
-            spawn(async move {
+            let tasks = Rc::clone(&server);
+            tasks.tasks.spawn(async move {
                 let performed = session.in_order(part, session.perform(&server, &request, memory));
                 let (result, data) = performed.await;
                 if changes {
@@ -336,7 +343,10 @@ impl<S: Stream> Session<S> {
     }
 
     /// Makes a session without a claim the writer at its first write, or says why not.
-    async fn refuse_to_write<D: Store>(&self, server: &Rc<Server<D, S>>) -> Option<u32> {
+    async fn refuse_to_write<T: Tasks, D: Store>(
+        &self,
+        server: &Rc<Server<T, D, S>>,
+    ) -> Option<u32> {
         if self.writes.get() {
             return None;
         }
@@ -379,9 +389,9 @@ impl<S: Stream> Session<S> {
     }
 
     /// Performs a request; returns the data of a read.
-    async fn perform<D: Store>(
+    async fn perform<T: Tasks, D: Store>(
         &self,
-        server: &Rc<Server<D, S>>,
+        server: &Rc<Server<T, D, S>>,
         request: &Request,
         memory: Option<Memory>,
     ) -> (Result<(), Errno>, Option<Memory>) {
@@ -455,14 +465,14 @@ impl<S: Stream> Session<S> {
 }
 
 /// Answers a client's claims.
-struct ClaimDesk<'a, D, S> {
-    server: &'a Rc<Server<D, S>>,
+struct ClaimDesk<'a, T, D, S> {
+    server: &'a Rc<Server<T, D, S>>,
     session: &'a Rc<Session<S>>,
     export: Export,
     agreed: Agreed,
 }
 
-impl<D: Store, S: Stream> Desk for ClaimDesk<'_, D, S> {
+impl<T: Tasks, D: Store, S: Stream> Desk for ClaimDesk<'_, T, D, S> {
     fn export(&self) -> &Export {
         &self.export
     }

@@ -29,13 +29,14 @@ use uuid::Uuid;
 use crate::server::{SESSIONS_MAX, Server, Unclaimed};
 use crate::session::PAYLOAD_BYTES_MAX;
 use crate::sim::{SimStore, SimStream, connection};
+use crate::tasks::Local;
 
 const SIZE: usize = 8 << 20;
 const BLOCK: u32 = 4096;
 /// Bytes that a connection holds in each direction.
 const WIDE: usize = 1 << 20;
 
-type SimServer = Rc<Server<SimStore, SimStream>>;
+type SimServer = Rc<Server<Local, SimStore, SimStream>>;
 
 fn run(test: impl Future<Output = ()>) {
     let mut runtime = tokio::runtime::Builder::new_current_thread();
@@ -61,7 +62,7 @@ fn server_with(store: &SimStore, unclaimed: Unclaimed, acceptor: Option<Acceptor
         flags: EVERYTHING & !EXPORT_MULTI_CONN,
     };
     Server::new(
-        store.clone(),
+        (Local::new(), store.clone()),
         export,
         (unclaimed, 77),
         acceptor,

@@ -15,9 +15,12 @@
 //! | [`claim`] | who may write to an export of our own server, and why nobody else does |
 //! | [`tls`] | TLS, and whose certificates are accepted |
 //! | [`blocking`] | connecting, and a client that waits for each answer |
+//! | [`link`] | many requests at once, over one connection after another, on whatever is a network |
+//! | [`signal`] | a flag that a task waits for |
 //!
-//! All but `blocking` are state machines over bytes, without I/O: the daemon runs them on its
-//! ring, `mirrorctl` over a blocking socket, and the fuzzer over nothing.
+//! All but `blocking` and `link` are state machines over bytes, without I/O: the daemon runs them on
+//! its ring, `mirrorctl` over a blocking socket, and the fuzzer over nothing. `link` does its I/O
+//! through a trait, for the daemon's ring and for the simulator.
 //!
 //! # What it promises
 //!
@@ -25,7 +28,8 @@
 //!   [`handshake::REPLY_BYTES_MAX`] bytes; a reply to a request is decoded without memory.
 //! - A reply that answers nothing, or a second time, is an error that ends the connection: after
 //!   it nobody can tell which request the next bytes belong to.
-//! - No request is sent twice (R13). A connection that has failed stays failed; going on means
+//! - No request is sent twice (R13), except to a server of ours that has ended the session in which
+//!   it was sent first ([`link`]). Otherwise a connection that has failed stays failed; going on means
 //!   a new one, and that is the operator's decision, because an ordinary server may still be
 //!   working on what the old one brought it.
 //!
@@ -39,8 +43,10 @@ pub mod claim;
 mod connect_error;
 pub mod export;
 pub mod handshake;
+pub mod link;
 pub mod server;
 pub mod session;
+pub mod signal;
 mod stream;
 pub mod structured;
 pub mod tls;

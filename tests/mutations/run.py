@@ -39,9 +39,11 @@ LIST = ROOT / "tests/mutations/mutations.toml"
 LIMIT_SECONDS = 600
 MEMORY_BYTES = 12 << 30
 ENGINE_TESTS = ["-p", "ublk-mirror-tests", "-p", "mirror", "-p", "dirty-map", "--test", "sim", "--lib"]
-# What peers and the export server do is not simulated.
 NETWORK_TESTS = ["-p", "peer", "-p", "export", "-p", "ublk-target"]
 NETWORK_CRATES = ("peer/", "export/", "ublk-target/")
+# Links and the export server are simulated too; the daemon's own parts are not.
+SIMULATED_TESTS = [*NETWORK_TESTS, "-p", "ublk-mirror-tests", "--test", "sim", "--lib", "--bin", "ublk-mirror"]
+SIMULATED_CRATES = ("peer/", "export/")
 SIMULATOR = ["-p", "ublk-mirror-tests", "--bin", "sim", "--profile", "sim"]
 ENVIRONMENT = dict(
     os.environ,
@@ -155,6 +157,8 @@ def compiled(command, words):
 
 
 def tests_of(file):
+    if file.startswith(SIMULATED_CRATES):
+        return SIMULATED_TESTS
     return NETWORK_TESTS if file.startswith(NETWORK_CRATES) else ENGINE_TESTS
 
 
@@ -221,7 +225,7 @@ class Suite:
 
     def by_histories(self, number):
         """The history that fails when this one is on, where there are some."""
-        if self.file.startswith(NETWORK_CRATES):
+        if tests_of(self.file) is NETWORK_TESTS:
             return None
         histories = ["--shrink-seconds", "0", "--histories", str(self.histories)]
         if not self.simulator:

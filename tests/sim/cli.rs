@@ -9,9 +9,14 @@
 // The tests (main.rs) are made of the same files: each of the two leaves something unused.
 #![allow(dead_code)]
 
+mod client;
 mod invariants;
 mod machine;
 mod oracle;
+mod peer_host;
+mod peer_net;
+mod peer_play;
+mod peer_server;
 mod play;
 mod rot;
 mod runner;
@@ -25,9 +30,6 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-
-/// Lines of the trace that are shown.
-const TRACE_LINES: usize = 60;
 
 /// Plays random histories of the mirror on simulated disks: clients, faults, an operator,
 /// crashes. The production engine runs unchanged; an oracle judges every read.
@@ -49,6 +51,9 @@ struct Arguments {
     /// Threads [default: one a processor]
     #[arg(long)]
     threads: Option<usize>,
+    /// Lines of the trace that are shown, the last ones
+    #[arg(long, default_value_t = 60)]
+    lines: usize,
     /// Seconds for cutting down a history that fails
     #[arg(long, default_value_t = 120)]
     shrink_seconds: u64,
@@ -60,7 +65,7 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|_| {}));
     let failure = match arguments.seed {
         Some(seed) => {
-            let (result, trace) = traced(|| run_one(seed));
+            let (result, trace) = traced(arguments.lines, || run_one(seed));
             print_trace(&trace);
             match result {
                 Ok(played) => {
@@ -75,7 +80,8 @@ fn main() -> ExitCode {
     match failure {
         None => ExitCode::SUCCESS,
         Some(failure) => {
-            explain(&failure, Duration::from_secs(arguments.shrink_seconds));
+            let time = Duration::from_secs(arguments.shrink_seconds);
+            explain(&failure, time, arguments.lines);
             ExitCode::FAILURE
         }
     }
@@ -126,14 +132,19 @@ fn many(arguments: &Arguments) -> Option<Failure> {
         "{} blocks scrubbed; of {} copies that rotted silently {} were mended or written over, and {} put right by the harness where nothing could tell",
         rot.scrubbed, rot.rotted, rot.gone, rot.undone
     );
+    let peers = played.peers;
+    println!(
+        "{} histories with a peer member: {} starts of its server, {} claims granted, {} connections that went on where one broke",
+        peers.histories, peers.starts, peers.claims, peers.went_on
+    );
     failure
 }
 
-fn explain(failure: &Failure, time: Duration) {
+fn explain(failure: &Failure, time: Duration, lines: usize) {
     println!("FAILED: seed {}: {}", failure.seed, failure.message);
     println!("cutting it down, for up to {} s", time.as_secs());
     let (script, message) = shrink(failure, time);
-    let (_, trace) = traced(|| replay(&script));
+    let (_, trace) = traced(lines, || replay(&script));
     println!(
         "\n{} of {} operations are left:\n{script}",
         script.len(),
@@ -143,15 +154,15 @@ fn explain(failure: &Failure, time: Duration) {
     println!("{message}");
 }
 
-/// The last lines that were logged.
-#[derive(Clone, Default)]
-struct Trace(Arc<Mutex<VecDeque<String>>>);
+/// The last lines that were logged, and how many at most.
+#[derive(Clone)]
+struct Trace(Arc<Mutex<VecDeque<String>>>, usize);
 
 impl Write for Trace {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         let mut lines = self.0.lock().unwrap();
         lines.push_back(String::from_utf8_lossy(bytes).into_owned());
-        if lines.len() > TRACE_LINES {
+        if lines.len() > self.1 {
             lines.pop_front();
         }
         Ok(bytes.len())
@@ -162,8 +173,8 @@ impl Write for Trace {
     }
 }
 
-fn traced<T>(run: impl FnOnce() -> T) -> (T, Trace) {
-    let trace = Trace::default();
+fn traced<T>(lines: usize, run: impl FnOnce() -> T) -> (T, Trace) {
+    let trace = Trace(Arc::default(), lines);
     let writer = trace.clone();
     let subscriber = tracing_subscriber::fmt()
         .without_time()

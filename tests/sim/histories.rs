@@ -51,6 +51,7 @@ fn what_an_only_member_could_not_make_equal_is_not_damage() {
             schedule,
             members: 2,
             plain: Vec::new(),
+            paths: 0,
             lives: vec![lost.clone(), refused.clone()],
         });
     }

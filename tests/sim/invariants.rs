@@ -346,6 +346,10 @@ impl Rules {
             return;
         };
         let at = self.layout.data_offset + block * BLOCK_BYTES;
+        // The next version may be on its way already.
+        if target.disk.expects(at, BLOCK_BYTES) {
+            return;
+        }
         let Some(have) = target.disk.settled(at, BLOCK_BYTES) else {
             return;
         };

@@ -1,16 +1,19 @@
 //! A mirror on simulated disks, with the steps that tests put together.
 
+use crate::client::Client;
 use crate::invariants::Rules;
-use crate::oracle::{Caches, Oracle, Version, fill};
+use crate::oracle::{Caches, Oracle, Version};
+use crate::peer_host::PeerHost;
 use crate::rot::Rotten;
 use mirror::budget::ErrorBudget;
 use mirror::control::{MemberRef, MemberState};
 use mirror::create::{CreateRequest, NewMember, plan};
 use mirror::engine::{HOT_CAP_BYTES, Return};
 use mirror::pace::Limits;
-use mirror::sim::{SimBuffer, SimDisk, SimHost, World};
+use mirror::sim::net::Side;
+use mirror::sim::{Group, SimDisk, SimHost, World};
 use mirror::superblock::{COPY_A_OFFSET, COPY_B_OFFSET, COPY_BYTES, Superblock};
-use mirror::{Candidate, Disk as _, Errno, Host, Mirror, Span, StartError, StartOptions};
+use mirror::{Candidate, Disk as _, Mirror, StartError, StartOptions};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
@@ -50,7 +53,12 @@ pub(crate) struct Machine {
     tells_rot: bool,
     /// Copies that have changed behind the mirror's back.
     pub(crate) rotten: Rc<Rotten>,
+    /// The machine behind the network that has one of the disks.
+    pub(crate) peer: Option<Rc<PeerHost>>,
 }
+
+/// When the engine gives an operation up.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(5);
 
 pub(crate) fn path(slot: usize) -> String {
     format!("disk{slot}")
@@ -116,9 +124,23 @@ impl Machine {
             error_budget: ErrorBudget::Unlimited,
             tells_rot: checksums && seed % 16 != 6 && seed % 4 != 3,
             rotten: Rc::default(),
+            peer: None,
         };
         machine.connect();
         machine
+    }
+
+    /// From now on this slot's disk is in another machine, to which there are so many ways. That
+    /// machine goes on when this one has ended.
+    pub(crate) fn put_behind_network(&mut self, slot: usize, paths: usize) -> Rc<PeerHost> {
+        let peer = PeerHost::new(&self.world, &self.disks[slot], paths);
+        self.peer = Some(peer.clone());
+        peer
+    }
+
+    /// The machine that has this disk, if it is another one.
+    pub(crate) fn peer_of(&self, disk: &SimDisk) -> Option<Rc<PeerHost>> {
+        self.peer.clone().filter(|peer| peer.has(disk))
     }
 
     pub(crate) fn options(&self, force: bool) -> StartOptions {
@@ -128,7 +150,7 @@ impl Machine {
             reason: String::new(),
             promote: false,
             write_intent: true,
-            deadline: Duration::from_secs(5),
+            deadline: DEADLINE,
             hot_budget: None,
             hot_memory_bytes: self.hot_memory_bytes,
             check_reads: self.check_reads,
@@ -154,6 +176,7 @@ impl Machine {
             resync_limits: self.resync_limits,
             error_budget: self.error_budget,
             rotten: self.rotten.clone(),
+            peer: None,
         };
         fork.disks
             .iter()
@@ -174,6 +197,7 @@ impl Machine {
             disk.heal_all();
             *disk = disk.reopen();
         }
+        self.peer.iter().for_each(|peer| peer.heal());
     }
 
     fn connect(&self) {
@@ -185,7 +209,9 @@ impl Machine {
     /// Starts the mirror on the disks in `slots`.
     pub(crate) fn start_on(&mut self, slots: &[usize], force: bool) -> Result<(), StartError> {
         let candidates = self.candidates(slots);
-        let disks: Vec<SimDisk> = slots.iter().map(|&slot| self.disks[slot].clone()).collect();
+        let here = |slot: &&usize| candidates.iter().any(|it| it.path == path(**slot));
+        let here = slots.iter().filter(here);
+        let disks: Vec<SimDisk> = here.map(|&slot| self.disks[slot].reopen()).collect();
         self.end_rules();
         self.rules = Rules::watching(&disks, self.rotten.clone());
         let host = Rc::new(SimHost(self.world.clone()));
@@ -239,11 +265,18 @@ impl Machine {
     }
 
     pub(crate) fn candidates(&self, slots: &[usize]) -> Vec<Candidate<SimDisk>> {
-        let candidate = |&slot: &usize| Candidate {
-            path: path(slot),
-            disk: self.disks[slot].clone(),
+        let candidate = |&slot: &usize| {
+            let disk = self.disks[slot].clone();
+            let disk = match self.peer_of(&disk) {
+                Some(peer) => self
+                    .world
+                    .block_on(async move { peer.open_at_start().await })?,
+                None => disk,
+            };
+            let path = path(slot);
+            Some(Candidate { path, disk })
         };
-        slots.iter().map(candidate).collect()
+        slots.iter().filter_map(candidate).collect()
     }
 
     pub(crate) fn mirror(&self) -> Rc<SimMirror> {
@@ -254,7 +287,14 @@ impl Machine {
     pub(crate) fn stop(&mut self) -> Result<(), mirror::ControlError> {
         let mirror = self.mirror.take().unwrap();
         let begun = self.oracle.borrow_mut().begin_flush();
-        let result = self.world.block_on(async move { mirror.stop().await });
+        let peer = self.peer.clone();
+        let result = self.world.block_on(async move {
+            let stopped = mirror.stop().await;
+            if let Some(peer) = peer {
+                peer.leave().await;
+            }
+            stopped
+        });
         if result.is_ok() {
             self.oracle.borrow_mut().flushed(begun);
         }
@@ -265,9 +305,9 @@ impl Machine {
 
     /// The daemon is killed; the disks finish what they have taken.
     pub(crate) fn kill_daemon(&mut self) {
-        self.world.crash();
+        self.end_tasks();
         let mut rng = self.world.choose(|rng| rng.clone());
-        for disk in &self.disks {
+        for disk in self.disks.iter().filter(|it| self.peer_of(it).is_none()) {
             disk.finish_all(&mut rng);
         }
         self.oracle.borrow_mut().crash(Caches::Kept);
@@ -282,8 +322,18 @@ impl Machine {
 
     /// [`Machine::cut_power`] with every choice made by the caller.
     pub(crate) fn cut_power_choosing(&mut self, choose: &mut impl FnMut(usize) -> usize) {
-        self.world.crash();
+        if let Some(peer) = &self.peer {
+            let paths = peer.paths.iter();
+            paths.for_each(|path| path.vanish(Side::Client));
+        }
+        self.end_tasks();
         for disk in &self.disks {
+            if let Some(peer) = self.peer_of(disk) {
+                if choose(2) == 0 {
+                    continue;
+                }
+                peer.lose_power();
+            }
             disk.cut_power(choose);
         }
         self.oracle.borrow_mut().crash(Caches::Lost);
@@ -296,10 +346,21 @@ impl Machine {
         }
     }
 
+    /// The tasks of the daemon end; another machine's do not.
+    fn end_tasks(&self) {
+        match &self.peer {
+            Some(_) => self.world.end_group(Group::DAEMON),
+            None => self.world.crash(),
+        }
+    }
+
     pub(crate) fn replace_machine(&mut self) {
         self.mirror = None;
         self.end_rules();
-        self.world.crash();
+        self.end_tasks();
+        if self.peer.is_some() {
+            return;
+        }
         let seed = self.world.choose(mirror::sim::Rng::bits);
         self.world = World::new(seed);
         self.connect();
@@ -421,7 +482,14 @@ impl Machine {
     ) -> Result<String, mirror::ControlError> {
         let mirror = self.mirror();
         let how = [Return::DELTA, Return::FULL][usize::from(full)];
-        let back = async move { mirror.re_add(path, disk, how).await };
+        let peer = self.peer_of(&disk);
+        let back = async move {
+            let disk = match peer {
+                Some(peer) => peer.open_for_operator(&mirror, &path).await?,
+                None => disk,
+            };
+            mirror.re_add(path, disk, how).await
+        };
         self.world.block_on(back)
     }
 
@@ -475,124 +543,5 @@ impl Drop for Machine {
         // Tasks hold the mirror, which holds the machine: nobody else would let go.
         self.world.crash();
         self.end_rules();
-    }
-}
-
-/// Issues requests and tells the oracle.
-#[derive(Clone)]
-pub(crate) struct Client {
-    pub(crate) mirror: Rc<SimMirror>,
-    pub(crate) world: Rc<World>,
-    pub(crate) oracle: Rc<RefCell<Oracle>>,
-    next_version: Rc<Cell<Version>>,
-    /// Where a member's data begins.
-    pub(crate) data_offset: u64,
-    pub(crate) rules: Option<Rc<Rules>>,
-    /// Whether a silent change of a copy is told.
-    pub(crate) tells_rot: bool,
-}
-
-impl Client {
-    fn buffer(&self, len: usize) -> Span<SimBuffer> {
-        let buffer = SimHost(self.world.clone()).allocate(len.next_multiple_of(4096));
-        Span {
-            buffer,
-            start: 0,
-            len,
-        }
-    }
-
-    pub(crate) async fn write(&self, offset: u64, len: usize, fua: bool) -> Result<(), Errno> {
-        let version = self.next_version.get();
-        self.next_version.set(version + 1);
-        let span = self.buffer(len);
-        let first = offset / 512;
-        span.fill(|bytes| {
-            for (sector, chunk) in (first..).zip(bytes.chunks_mut(512)) {
-                fill(chunk, sector, version);
-            }
-        });
-        let issued = self
-            .oracle
-            .borrow_mut()
-            .issue(first..first + len as u64 / 512, version);
-        tracing::trace!("write {version} at sector {first} of {len} bytes, fua {fua}");
-        let result = self.mirror.write(offset, span, fua).await;
-        tracing::trace!("write {version} answered {result:?}");
-        if result.is_ok() {
-            self.oracle.borrow_mut().acknowledge(&issued, fua);
-            if let Some(rules) = &self.rules {
-                rules.r2_loss_before_answer(first, version);
-                rules.r2_loss_before_answer(first + len as u64 / 512 - 1, version);
-            }
-        }
-        result
-    }
-
-    pub(crate) async fn write_zeroes(&self, offset: u64, len: u64, fua: bool) -> Result<(), Errno> {
-        let issued = self
-            .oracle
-            .borrow_mut()
-            .issue(offset / 512..(offset + len) / 512, 0);
-        let result = self.mirror.write_zeroes(offset, len, fua).await;
-        if result.is_ok() {
-            self.oracle.borrow_mut().acknowledge(&issued, fua);
-        }
-        result
-    }
-
-    /// Discards a whole extent (parts are ignored), or what the device has of the last one.
-    pub(crate) async fn discard_extent(&self, extent: u64) -> Result<(), Errno> {
-        let offset = extent << 22;
-        let len = (1 << 22).min(self.mirror.size_bytes() - offset);
-        let issued = self
-            .oracle
-            .borrow_mut()
-            .issue(offset / 512..(offset + len) / 512, 0);
-        let result = self.mirror.discard(offset, len).await;
-        if result.is_ok() {
-            self.oracle.borrow_mut().acknowledge(&issued, true);
-        }
-        result
-    }
-
-    pub(crate) async fn flush(&self) -> Result<(), Errno> {
-        let begun = self.oracle.borrow_mut().begin_flush();
-        let before = self.rules.as_ref().map(|rules| rules.before_flush());
-        let result = self.mirror.flush().await;
-        if result.is_ok() {
-            self.oracle.borrow_mut().flushed(begun);
-            if let (Some(rules), Some(before)) = (&self.rules, before) {
-                rules.r7_flushed(&before);
-            }
-        }
-        result
-    }
-
-    /// The operator accepts what a failed flush may have lost.
-    pub(crate) async fn clear_flush_error(&self) {
-        let failed = self.mirror.status().flush_error;
-        if self.mirror.clear_flush_error().await.is_ok() && failed {
-            self.oracle.borrow_mut().accept_loss();
-        }
-    }
-
-    /// Reads and checks.
-    pub(crate) async fn read(&self, offset: u64, len: usize) -> Result<(), Errno> {
-        let begun = self.oracle.borrow_mut().begin_read();
-        tracing::trace!("read sector {} of {len} bytes", offset / 512);
-        let read = self.read_raw(offset, len).await;
-        self.oracle.borrow_mut().end_read(begun);
-        let bytes = read?;
-        for (sector, bytes) in (offset / 512..).zip(bytes.chunks(512)) {
-            let checked = self.oracle.borrow_mut().check(sector, bytes, begun);
-            assert!(checked.is_ok(), "{}", checked.unwrap_err());
-        }
-        Ok(())
-    }
-
-    pub(crate) async fn read_raw(&self, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        let span = self.mirror.read(offset, self.buffer(len)).await?;
-        Ok(span.read(<[u8]>::to_vec))
     }
 }

@@ -1,8 +1,11 @@
 //! Plays a script, and in the end brings everything back, compares the members and reads all.
 
+use crate::client::Client;
 use crate::invariants::Rules;
-use crate::machine::{Client, Machine, path};
+use crate::machine::{DEADLINE, Machine, path};
 use crate::oracle::Caches;
+use crate::peer_host::PeerHost;
+use crate::peer_play;
 use crate::rot::{self, Rotten};
 use crate::script::{Action, Author, End, Fault, Life, OPERATIONS_MIN, Request, SIZE, Script};
 use crate::sums;
@@ -23,6 +26,7 @@ pub(crate) struct Played {
     pub(crate) crashes: u64,
     pub(crate) steps: u64,
     pub(crate) rot: rot::Counts,
+    pub(crate) peers: peer_play::Counts,
 }
 
 /// What the operator's task shares with the player.
@@ -36,6 +40,8 @@ pub(crate) struct Bench {
     outages: RefCell<BTreeSet<usize>>,
     /// Copies that have changed silently.
     pub(crate) rotten: Rc<Rotten>,
+    /// The machine behind the network, if there is one.
+    pub(crate) peer: Option<Rc<PeerHost>>,
     requests: Cell<u64>,
     actions: Cell<u64>,
     ended: Cell<usize>,
@@ -49,6 +55,7 @@ impl Bench {
         bench.disks.replace(machine.disks.clone());
         Self {
             rotten: machine.rotten.clone(),
+            peer: machine.peer.clone(),
             ..bench
         }
     }
@@ -56,6 +63,11 @@ impl Bench {
     /// The disk in a slot.
     pub(crate) fn disk(&self, slot: u8) -> SimDisk {
         self.disks.borrow()[usize::from(slot)].clone()
+    }
+
+    /// The machine that has this disk, if it is another one.
+    pub(crate) fn peer_of(&self, disk: &SimDisk) -> Option<Rc<PeerHost>> {
+        self.peer.clone().filter(|peer| peer.has(disk))
     }
 
     /// Whether every disk has had power since the mirror opened it.
@@ -106,17 +118,22 @@ pub(crate) fn play_script(script: &Script) -> Played {
 }
 
 fn build(script: &Script) -> Machine {
-    let machine = Machine::new(script.schedule, script.members, SIZE);
-    // In one history of three the last disk is behind a network, and tells checksums of blocks.
-    if let Some(disk) = machine.disks.last().filter(|_| script.schedule % 3 == 1) {
+    let mut machine = Machine::new(script.schedule, script.members, SIZE);
+    // Where the last disk is no peer, it tells checksums of blocks in one history of three, as behind a
+    // network.
+    let last = machine.disks.last().filter(|_| script.paths == 0);
+    if let Some(disk) = last.filter(|_| script.schedule % 3 == 1) {
         disk.tell_sums(script.schedule);
     }
     // In every other one it keeps the order of intent and data.
-    if let Some(disk) = machine.disks.last().filter(|_| script.schedule % 2 == 1) {
+    if let Some(disk) = last.filter(|_| script.schedule % 2 == 1) {
         disk.keep_order();
     }
     for &slot in &script.plain {
         machine.disks[usize::from(slot)].alter(|it| it.cheap_zeroes = false);
+    }
+    if script.paths > 0 {
+        machine.put_behind_network(script.members - 1, script.paths);
     }
     machine
 }
@@ -290,12 +307,14 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
         Action::Spoil(slot, sector) => disk(slot).spoil(client.data_offset + sector * 512),
         Action::PowerOf(slot) => {
             let mut rng = world.choose(|rng| Rng::new(rng.bits()));
+            peer_play::power_of_server(bench, &disk(slot), &mut rng);
             disk(slot).lose_power(&mut |of| rng.index(of));
             bench.outages.borrow_mut().insert(usize::from(slot));
         }
         Action::PowerOfAll => {
             let mut rng = world.choose(|rng| Rng::new(rng.bits()));
             for (slot, disk) in bench.disks.borrow().iter().enumerate() {
+                peer_play::power_of_server(bench, disk, &mut rng);
                 disk.lose_power(&mut |of| rng.index(of));
                 bench.outages.borrow_mut().insert(slot);
             }
@@ -308,6 +327,7 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
             sleep(client, seconds).await;
             if take_out(client, slot).await {
                 world.connect(&image);
+                peer_play::put_image(bench, &disk(slot), &image);
                 if let Some(rules) = client.rules.clone() {
                     rules.forget(&disk(slot));
                     rules.watch(&image);
@@ -324,6 +344,7 @@ pub(crate) async fn act(client: &Client, bench: &Bench, action: Action) {
         }
         Action::ClearFlushError => client.clear_flush_error().await,
         Action::Seconds(seconds) => sleep(client, seconds).await,
+        Action::Network(trouble, seconds) => peer_play::trouble(bench, trouble, seconds).await,
     }
 }
 
@@ -380,24 +401,29 @@ async fn bring_back(client: &Client, bench: &Bench, slot: usize) {
     ) {
         return;
     }
-    let disk = bench.disks.borrow()[slot].reopen();
+    let disk = bench.disks.borrow()[slot].clone();
+    let member = match bench.peer_of(&disk) {
+        None => disk.reopen(),
+        Some(peer) => match peer.open(false, DEADLINE).await {
+            Ok(member) => member,
+            Err(error) => return tracing::trace!("slot {slot} cannot be had: {error}"),
+        },
+    };
+    let disk = disk.reopen();
     if let Some(rules) = client.rules.clone() {
         rules.watch(&disk);
     }
     let before = client.mirror.status();
     let by_delta = client
         .mirror
-        .re_add(path(slot), disk.clone(), Return::DELTA);
+        .re_add(path(slot), member.clone(), Return::DELTA);
     let mut back = by_delta.await;
     if back
         .as_ref()
         .is_err_and(|error| error.message.contains("--full"))
     {
         bench.rotten.put_right();
-        back = client
-            .mirror
-            .re_add(path(slot), disk.clone(), Return::FULL)
-            .await;
+        back = client.mirror.re_add(path(slot), member, Return::FULL).await;
     }
     tracing::trace!("bringing slot {slot} back: {back:?}");
     if back.is_ok() {
@@ -427,6 +453,7 @@ fn finish(machine: &mut Machine, played: &mut Played) {
         sums::check(machine, "in the end");
     }
     played.rot = machine.rotten.counts();
+    played.peers = peer_play::Counts::of(machine);
     played.steps += machine.world.steps();
 }
 

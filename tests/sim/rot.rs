@@ -7,7 +7,8 @@
 //! copies are still compared, and the one that fits is taken, as long as every member is there.
 //! With one member less nothing can be told from what it holds, so the copy is put right first.
 
-use crate::machine::{Client, Machine, SimMirror, superblock_on};
+use crate::client::Client;
+use crate::machine::{Machine, SimMirror, superblock_on};
 use crate::play::Bench;
 use crate::sums;
 use dirty_map::{BLOCK_BYTES, Block, Extent, ExtentState};

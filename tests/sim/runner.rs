@@ -38,6 +38,7 @@ impl Totals {
         self.played.crashes += one.crashes;
         self.played.steps += one.steps;
         self.played.rot.add(one.rot);
+        self.played.peers.add(one.peers);
     }
 }
 

@@ -56,6 +56,23 @@ pub(crate) enum Action {
     ReturnAll,
     ClearFlushError,
     Seconds(u64),
+    /// Between this machine and the one that has the last slot's disk, for so many seconds.
+    Network(Trouble, u64),
+}
+
+/// What goes wrong between two machines, or at the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    /// All connections break, and everybody learns of it.
+    Cut,
+    /// Nothing arrives, in both directions or one, and nobody learns of it.
+    Silence,
+    NothingThere,
+    NothingBack,
+    /// The server is killed, and started again.
+    Killed,
+    /// Another host takes the export over.
+    TakenOver,
 }
 
 /// How a life ends.
@@ -88,11 +105,13 @@ pub(crate) struct Script {
     pub(crate) members: usize,
     /// Slots whose first disk cannot write zeroes by itself.
     pub(crate) plain: Vec<u8>,
+    /// So many ways lead to the machine that has the last slot's first disk; with none it is here.
+    pub(crate) paths: usize,
     pub(crate) lives: Vec<Life>,
 }
 
 /// Draws a history, one life after the other.
-pub(crate) struct Author(Rng, usize);
+pub(crate) struct Author(Rng, usize, bool);
 
 impl Author {
     /// The author of `seed`, and its history without any life yet.
@@ -105,13 +124,20 @@ impl Author {
             1 => vec![rng.below(members as u64) as u8],
             _ => Vec::new(),
         };
+        // In one history of twelve: they are several times slower than the others.
+        let paths = match seed % 24 {
+            5 => 1,
+            14 => 1 + rng.index(2),
+            _ => 0,
+        };
         let script = Script {
             schedule: seed,
             members,
             plain,
+            paths,
             lives: Vec::new(),
         };
-        (Self(rng, members), script)
+        (Self(rng, members, paths > 0), script)
     }
 
     fn slot(&mut self) -> u8 {
@@ -179,7 +205,24 @@ impl Author {
         Action::Rot(slot, (extent << 10) + self.0.below(70))
     }
 
+    fn trouble(&mut self) -> Trouble {
+        match self.0.below(8) {
+            0..=2 => Trouble::Cut,
+            3 => Trouble::Silence,
+            4 => Trouble::NothingThere,
+            5 => Trouble::NothingBack,
+            6 => Trouble::Killed,
+            _ => Trouble::TakenOver,
+        }
+    }
+
     fn action(&mut self) -> Action {
+        if self.2 && self.0.one_in(2) {
+            return match self.0.below(4) {
+                0 => Action::ReturnAll,
+                _ => Action::Network(self.trouble(), self.0.below(10)),
+            };
+        }
         let (slot, seconds) = (self.slot(), self.0.below(12));
         match self.0.below(16) {
             0 => Action::Fail(slot),
@@ -253,6 +296,9 @@ impl Script {
         if !self.plain.is_empty() {
             all.push(with(&|s| s.plain.clear()));
         }
+        if self.paths > 0 {
+            all.push(with(&|s| s.paths -= 1));
+        }
         all
     }
 }
@@ -262,6 +308,10 @@ impl fmt::Display for Script {
         write!(f, "{} members, schedule {}", self.members, self.schedule)?;
         if !self.plain.is_empty() {
             write!(f, ", no cheap zeroes in slots {:?}", self.plain)?;
+        }
+        if self.paths > 0 {
+            let paths = self.paths;
+            write!(f, ", {paths} ways to the last one's disk")?;
         }
         writeln!(f)?;
         for (number, life) in self.lives.iter().enumerate() {

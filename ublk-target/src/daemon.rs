@@ -33,9 +33,9 @@ use crate::ready::{Failure, Ready};
 use crate::returns;
 use crate::ring::{self, Ring};
 use crate::rundir::{RunDir, listen_tcp, listen_unix};
-use crate::signal::Signal;
 use crate::surroundings;
 use crate::sys::{self, Prepared};
+use peer::signal::Signal;
 
 /// The engine over this machine's ring, its disks and its peers.
 pub(crate) type Engine = Mirror<RingHost, MemberDisk>;

@@ -33,9 +33,9 @@ use peer::server::{self as proto, Command, Export, MAX_PAYLOAD_BYTES, REQUEST_BY
 use crate::batch::Batch;
 use crate::daemon::Engine;
 use crate::ring::{self, Ring};
-use crate::signal::Signal;
 use crate::stream::{Inbox, StreamError, send_all};
 use crate::sys::{IoBuffer, Prepared};
+use peer::signal::Signal;
 
 /// Most connections at once.
 pub(crate) const MAX_CONNECTIONS: usize = 16;

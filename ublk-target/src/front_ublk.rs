@@ -58,8 +58,8 @@ use crate::executor::Executor;
 use crate::host;
 use crate::ready::Failure;
 use crate::ring::{self, Ring};
-use crate::signal::Signal;
 use crate::sys::{IoBuffer, KernelLend};
+use peer::signal::Signal;
 
 /// Longest read or write: what one tag's buffer holds.
 const MAX_REQUEST_BYTES: u32 = 512 << 10;

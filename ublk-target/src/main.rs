@@ -5,7 +5,7 @@
 //! | `sys` | memory shared with the kernel and all unsafe code |
 //! | `ring` | the reactor: one io_uring, timers, tasks |
 //! | `host`, `member`, `disk`, `peer_disk` | the engine's traits over the ring; members are local or peers |
-//! | `stream`, `batch`, `signal` | sockets on the ring; a flag that tasks wait for |
+//! | `stream`, `batch` | sockets on the ring |
 //! | `front_nbd` | the NBD front end |
 //! | `front_ublk` | the ublk front end; hides libublk |
 //! | `control` | the control socket |
@@ -32,7 +32,6 @@ mod ready;
 mod returns;
 mod ring;
 mod rundir;
-mod signal;
 mod stream;
 mod surroundings;
 mod sys;

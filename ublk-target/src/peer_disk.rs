@@ -10,7 +10,7 @@
 //! - A write goes from the caller's buffer to the socket, and a read's data to the caller's buffer:
 //!   what comes in the same receive as a reply is copied once, the rest is received in place.
 //! - When the connection fails in any way (an error, its end, a reply that makes no sense), every
-//!   outstanding operation fails with [`GONE`], and every later one at once. Nothing is sent
+//!   outstanding operation fails with [`peer::link::GONE`], and every later one at once. Nothing is sent
 //!   again and nobody connects anew: the member returns by the operator's order, and each return is
 //!   a loss and a return (R14). An ordinary server cannot be asked to end the old session first
 //!   (R13).
@@ -41,64 +41,35 @@
 //! It has no deadline: a server that says nothing leaves its operations outstanding, the engine
 //! loses the member for it, and [`Peers::sever`] lets go of the connection.
 //!
-//! # States of an operation
-//!
-//! ```text
-//!   submit ─► Running ──last reply, or end──► Done ──poll──► Free
-//!                │ future dropped              │ future dropped
-//!                ▼                             ▼
-//!             orphaned ──last reply, or end──► Free
-//! ```
+//! All of that is a link's ([`peer::link`], with the states), which the simulator runs on a network of
+//! its own; here are its sockets and its memory (`net.rs`), what is looked at before a connection is
+//! used (`opened.rs`), and what the daemon knows of its peers (`peers.rs`).
 
-mod link;
+mod net;
 mod opened;
 mod peers;
 mod sums;
 
 use std::cell::Cell;
-use std::future::Future;
-use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use mirror::host::{Disk, DiskRequest, Errno, Geometry, Span, SumsOp};
-use peer::{Ask, Kind, Rank};
+use mirror::host::{Disk, DiskRequest, Geometry, SumsOp};
+use peer::link::{Link, LinkOp};
 
-use self::link::Link;
+use self::net::RingNet;
 pub(crate) use self::opened::OpenedPeer;
 pub(crate) use self::peers::{Peers, Turn, one_form};
 use self::sums::Sums;
 use crate::ring::Ring;
-use crate::stream::StreamError;
-use crate::sys::{IoBuffer, Lend};
+use crate::sys::IoBuffer;
 
-/// What every operation answers when the connection has failed (ECONNRESET).
-pub(crate) const GONE: Errno = Errno(104);
-
-/// What a task of a connection ends with.
-enum Trouble {
-    /// The connection has failed.
-    Broken(String),
-    /// The other end is not to be understood.
-    Nonsense(String),
-}
-
-impl From<StreamError> for Trouble {
-    fn from(error: StreamError) -> Self {
-        match error {
-            // Who tampers with a connection can end it: another one is as safe.
-            StreamError::Closed | StreamError::Socket(_) | StreamError::Tls(_) => {
-                Self::Broken(error.to_string())
-            }
-            StreamError::Protocol(_) => Self::Nonsense(error.to_string()),
-        }
-    }
-}
+/// A running operation on a [`PeerDisk`]. Dropping it leaves an orphan.
+pub(crate) type PeerOp = LinkOp<RingNet>;
 
 /// A member behind the network, what to tell when its connection has failed, and where checksums of
 /// its blocks can be asked for, if its server is one of ours.
-pub(crate) struct PeerDisk(Rc<Link>, Rc<Cell<bool>>, Option<Rc<Sums>>);
+pub(crate) struct PeerDisk(Rc<Link<RingNet>>, Rc<Cell<bool>>, Option<Rc<Sums>>);
 
 impl PeerDisk {
     /// Binds a connection to the ring that does its I/O. `deadline` is when the engine gives an
@@ -112,57 +83,14 @@ impl PeerDisk {
         let ways = peers.ways_to(&opened, deadline);
         let cut_off = peers.cut_off(&opened.address);
         let sums = peers.sums_of(ring, &opened, deadline);
-        let link = Link::new(ring, opened, ways, deadline);
+        let link = Link::new(
+            RingNet(Rc::clone(ring)),
+            RingNet::bind(opened),
+            ways,
+            deadline,
+        );
         peers.add(&link);
         Self(link, cut_off, sums)
-    }
-
-    /// Asks the server; `barrier` only where it keeps order.
-    fn ask(&self, request: DiskRequest<IoBuffer>, barrier: bool) -> PeerOp {
-        let link = &self.0;
-        let export = &link.export;
-        let (kind, offset, len, fua, span) = match request {
-            DiskRequest::Read { offset, span } => {
-                (Kind::Read, offset, span.len as u64, false, Some(span))
-            }
-            DiskRequest::Write { offset, span, fua } => {
-                (Kind::Write, offset, span.len as u64, fua, Some(span))
-            }
-            DiskRequest::Flush => (Kind::Flush, 0, 0, false, None),
-            DiskRequest::WriteZeroes { offset, len } if export.has_write_zeroes() => {
-                (Kind::WriteZeroes, offset, len, false, None)
-            }
-            DiskRequest::Discard { offset, len } if export.has_trim() => {
-                (Kind::Trim, offset, len, false, None)
-            }
-            DiskRequest::WriteZeroes { .. } | DiskRequest::Discard { .. } => {
-                return PeerOp::Over(Err(Errno::NOT_SUPPORTED));
-            }
-        };
-        if len == 0 && kind != Kind::Flush {
-            return PeerOp::Over(Ok(()));
-        }
-        let flush = (kind == Kind::Flush).then_some((Ask::FLUSH, None, None));
-        let pieces = export.pieces(offset, len).map(|piece| {
-            let ask = Ask {
-                kind,
-                fua: fua && export.has_fua(),
-                rank: Rank::Any,
-                offset: piece.offset,
-                len: piece.len,
-            };
-            let (into, data) = lends(kind, span.as_ref(), piece.offset - offset, piece.len);
-            (ask, into, data)
-        });
-        let then_flush = fua && !export.has_fua();
-        let op = match link.submit(then_flush, barrier, flush.into_iter().chain(pieces)) {
-            Ok(op) => op,
-            Err(errno) => return PeerOp::Over(Err(errno)),
-        };
-        PeerOp::Running {
-            link: Some(Rc::clone(link)),
-            op,
-        }
     }
 }
 
@@ -185,15 +113,15 @@ impl Disk for PeerDisk {
     type Op = PeerOp;
 
     fn submit(&self, request: DiskRequest<IoBuffer>) -> PeerOp {
-        self.ask(request, false)
+        self.0.submit(request)
     }
 
     fn submit_barrier(&self, request: DiskRequest<IoBuffer>) -> PeerOp {
-        self.ask(request, self.geometry().keeps_order)
+        self.0.submit_barrier(request)
     }
 
     fn in_flight(&self) -> usize {
-        self.0.in_flight.get()
+        self.0.in_flight()
     }
 
     fn sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {
@@ -201,78 +129,7 @@ impl Disk for PeerDisk {
     }
 
     fn geometry(&self) -> Geometry {
-        let export = &self.0.export;
-        Geometry {
-            size_bytes: export.usable_bytes(),
-            logical_block_bytes: export.logical_block_bytes(),
-            cheap_zeroes: export.has_write_zeroes(),
-            discard: export.has_trim(),
-            behind_network: true,
-            server_instance: self.0.fence.map(|it| it.instance),
-            // A write is a barrier by itself, or not at all.
-            keeps_order: self.0.fence.is_some_and(|it| it.keeps_order) && export.has_fua(),
-        }
-    }
-}
-
-/// Lends the part of a span that a piece covers: to be written by a read, to be read by a write.
-fn lends(
-    kind: Kind,
-    span: Option<&Span<IoBuffer>>,
-    skip: u64,
-    len: u32,
-) -> (Option<Lend>, Option<Lend>) {
-    let Some(span) = span else {
-        return (None, None);
-    };
-    let start = span.start + usize::try_from(skip).unwrap_or(usize::MAX);
-    if kind == Kind::Read {
-        (Some(span.buffer.lend_to_writer(start, len as usize)), None)
-    } else {
-        (None, Some(span.buffer.lend_to_reader(start, len as usize)))
-    }
-}
-
-/// A running operation on a [`PeerDisk`]. Dropping it leaves an orphan.
-pub(crate) enum PeerOp {
-    /// The server has it, or will.
-    Running {
-        /// Taken when the result has been delivered.
-        link: Option<Rc<Link>>,
-        /// Its place.
-        op: u32,
-    },
-    /// It never went to the server.
-    Over(Result<(), Errno>),
-}
-
-impl Future for PeerOp {
-    type Output = Result<(), Errno>;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let (taken, op) = match &mut *self {
-            Self::Running { link, op } => (link, *op),
-            Self::Over(result) => return Poll::Ready(*result),
-        };
-        let Some(link) = taken.as_ref() else {
-            panic!("an operation is polled after its end")
-        };
-        let result = link.poll(op, cx);
-        if result.is_ready() {
-            *taken = None;
-        }
-        result
-    }
-}
-
-impl Drop for PeerOp {
-    fn drop(&mut self) {
-        let Self::Running { link, op } = self else {
-            return;
-        };
-        if let Some(link) = link.take() {
-            link.abandon(*op);
-        }
+        self.0.geometry()
     }
 }
 

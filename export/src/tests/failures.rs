@@ -3,8 +3,8 @@
 use std::os::unix::process::ExitStatusExt as _;
 
 use super::*;
-use crate::server::spawn;
 use crate::session::HANDSHAKE_LIMIT;
+use crate::tasks::{Local, Tasks as _};
 
 const FLUSH: Ask = Ask {
     kind: Kind::Flush,
@@ -229,7 +229,7 @@ fn a_panic_ends_the_process() {
     const CHILD: &str = "EXPORT_TEST_PANICS";
     if std::env::var_os(CHILD).is_some() {
         return run(async {
-            spawn(async { assert_eq!(1, 2, "as it is meant to be") });
+            Local::new().spawn(async { assert_eq!(1, 2, "as it is meant to be") });
             idle().await;
         });
     }

@@ -8,7 +8,7 @@
 
 use super::content::{Content, Run, Sectors, sectors, some_of, written_by};
 use super::faults::{Faults, Observer, WriteFault};
-use super::op::{Answer, SimOp};
+use super::op::{Answer, Ranges, Remote, SimOp};
 use super::order::Held;
 use super::{Rng, SECTOR, SimBuffer};
 use crate::host::{Disk, DiskRequest, Errno, Geometry, SumsOp};
@@ -70,13 +70,16 @@ struct Inner {
     operations: Cell<u64>,
     /// When it tells checksums of blocks.
     tells_sums: Cell<Option<u64>>,
+    /// What changes are on their way here through a network.
+    on_its_way: Ranges,
     /// How often it has lost its power alone: openings from before are dead.
     outages: Cell<u32>,
 }
 
-/// A simulated disk, opened; clones are the same disk and the same opening of it.
+/// A simulated disk, opened; clones are the same disk and the same opening of it. What is asked of it
+/// goes through a network, if it was opened through one; what tests look at is the disk itself.
 #[derive(Clone)]
-pub struct SimDisk(Rc<Inner>, u32);
+pub struct SimDisk(Rc<Inner>, u32, Option<Rc<dyn Remote>>);
 
 impl SimDisk {
     /// A disk of `size_bytes` whose untouched sectors hold `background` throughout.
@@ -115,9 +118,11 @@ impl SimDisk {
                 }),
                 operations: Cell::new(0),
                 tells_sums: Cell::default(),
+                on_its_way: Ranges::default(),
                 outages: Cell::new(0),
             }),
             0,
+            None,
         )
     }
 
@@ -267,7 +272,13 @@ impl SimDisk {
     #[must_use]
     pub fn reopen(&self) -> Self {
         self.order_anew();
-        Self(self.0.clone(), self.0.outages.get())
+        Self(self.0.clone(), self.0.outages.get(), None)
+    }
+
+    /// This opening of the disk, whose operations go through `remote` from now on.
+    #[must_use]
+    pub fn through(&self, remote: Rc<dyn Remote>) -> Self {
+        Self(self.0.clone(), self.1, Some(remote))
     }
 
     /// Whether the disk has lost its power since this was opened.
@@ -444,7 +455,7 @@ impl SimDisk {
             barrier: None,
         };
         let number = self.in_order(pending, barrier);
-        SimOp::new(answer, number.map(|number| (self.clone(), number)))
+        SimOp::local(answer, number.map(|number| (self.clone(), number)))
     }
 
     /// The disk is given it.
@@ -541,14 +552,23 @@ impl Disk for SimDisk {
     type Op = SimOp;
 
     fn submit(&self, request: DiskRequest<SimBuffer>) -> SimOp {
+        if let Some(remote) = &self.2 {
+            return SimOp::remote(remote.submit(request, false));
+        }
         self.submit_as(request, false)
     }
 
     fn submit_barrier(&self, request: DiskRequest<SimBuffer>) -> SimOp {
+        if let Some(remote) = &self.2 {
+            return SimOp::remote(remote.submit(request, true));
+        }
         self.submit_as(request, self.geometry().keeps_order)
     }
 
     fn in_flight(&self) -> usize {
+        if let Some(remote) = &self.2 {
+            return remote.in_flight();
+        }
         let pending = self.0.pending.borrow();
         let waiting = self.0.held.borrow();
         let all = pending.iter().chain(waiting.iter());
@@ -560,6 +580,9 @@ impl Disk for SimDisk {
     }
 
     fn geometry(&self) -> Geometry {
+        if let Some(remote) = &self.2 {
+            return remote.geometry();
+        }
         *self.0.geometry.borrow()
     }
 }

@@ -7,17 +7,24 @@
 //! [`World`] is the machine: dropping its tasks is the crash of the daemon, and
 //! [`SimDisk::cut_power`] adds what a power cut does to a disk. The content of the disks
 //! survives both.
+//!
+//! Other processes, on this machine or another, are groups of tasks: a task belongs to the group of
+//! the one that started it, and [`World::end_group`] is the end of one process. Between them there
+//! are byte streams ([`net`]).
 
 mod content;
 mod disk;
 mod faults;
+mod lend;
+pub mod net;
 mod op;
 mod order;
 mod sums;
 
 pub use disk::SimDisk;
 pub use faults::{Faults, Observer, WriteFault};
-pub use op::SimOp;
+pub use lend::SimLend;
+pub use op::{OnItsWay, Remote, RemoteOp, SimOp};
 
 use crate::host::{Buffer, Host};
 use std::cell::{Cell, RefCell};
@@ -161,13 +168,30 @@ impl Wake for TaskWaker {
 
 type Task = Pin<Box<dyn Future<Output = ()>>>;
 
+/// Who waits for a timer.
+type Sleeper = Rc<RefCell<Waker>>;
+
+/// Tasks that end together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Group(u32);
+
+impl Group {
+    /// The daemon, and whatever was started from outside of any task.
+    pub const DAEMON: Self = Self(0);
+    /// What belongs to no process.
+    pub const NOBODY: Self = Self(1);
+}
+
 /// The simulated machine.
 pub struct World {
     rng: RefCell<Rng>,
     now: Cell<Duration>,
-    tasks: RefCell<Vec<Option<Task>>>,
+    tasks: RefCell<Vec<Option<(Group, Task)>>>,
+    /// That of the task that is being polled.
+    group: Cell<Group>,
+    next_group: Cell<u32>,
     ready: ReadyQueue,
-    timers: RefCell<BTreeMap<(Duration, u64), Waker>>,
+    timers: RefCell<BTreeMap<(Duration, u64), Sleeper>>,
     next_timer: Cell<u64>,
     disks: RefCell<Vec<SimDisk>>,
     steps: Cell<u64>,
@@ -186,6 +210,8 @@ impl World {
             rng: RefCell::new(Rng::new(seed)),
             now: Cell::new(Duration::from_secs(1)),
             tasks: RefCell::new(Vec::new()),
+            group: Cell::new(Group::DAEMON),
+            next_group: Cell::new(2),
             ready: ReadyQueue::default(),
             timers: RefCell::new(BTreeMap::new()),
             next_timer: Cell::new(0),
@@ -227,10 +253,22 @@ impl World {
         self.disks.borrow_mut().push(disk.clone());
     }
 
-    /// Starts a task.
+    /// Starts a task of the group that the caller belongs to.
     pub fn spawn_task(&self, task: impl Future<Output = ()> + 'static) {
+        self.spawn_in(self.group.get(), task);
+    }
+
+    /// A group that has no task yet.
+    pub fn new_group(&self) -> Group {
+        let number = self.next_group.get();
+        self.next_group.set(number + 1);
+        Group(number)
+    }
+
+    /// Starts a task of this group.
+    pub fn spawn_in(&self, group: Group, task: impl Future<Output = ()> + 'static) {
         let mut tasks = self.tasks.borrow_mut();
-        tasks.push(Some(Box::pin(task)));
+        tasks.push(Some((group, Box::pin(task))));
         let id = tasks.len() - 1;
         self.ready
             .lock()
@@ -248,6 +286,22 @@ impl World {
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
         self.timers.borrow_mut().clear();
+    }
+
+    /// Ends every task of a group where it stands, but for the caller. Operations that disks have taken
+    /// stay with the disks.
+    pub fn end_group(&self, group: Group) {
+        let of_group = |task: &mut Option<(Group, Task)>| {
+            let ends = task.as_ref().is_some_and(|(of, _)| *of == group);
+            ends.then(|| task.take()).flatten()
+        };
+        let ended: Vec<_> = self
+            .tasks
+            .borrow_mut()
+            .iter_mut()
+            .filter_map(of_group)
+            .collect();
+        drop(ended);
     }
 
     /// Runs until `done` or until `limit` steps have been taken; true when `done`.
@@ -313,18 +367,20 @@ impl World {
             ready.swap_remove(chosen)
         };
         let task = self.tasks.borrow_mut().get_mut(id).and_then(Option::take);
-        let Some(mut task) = task else { return };
+        let Some((group, mut task)) = task else {
+            return;
+        };
+        let before = self.group.replace(group);
         let waker = Waker::from(Arc::new(TaskWaker {
             id,
             ready: self.ready.clone(),
         }));
-        if task
-            .as_mut()
-            .poll(&mut Context::from_waker(&waker))
-            .is_pending()
+        let polled = task.as_mut().poll(&mut Context::from_waker(&waker));
+        self.group.set(before);
+        if polled.is_pending()
             && let Some(place) = self.tasks.borrow_mut().get_mut(id)
         {
-            *place = Some(task);
+            *place = Some((group, task));
         }
     }
 
@@ -349,7 +405,7 @@ impl World {
             return false;
         };
         self.now.set(self.now.get().max(at));
-        waker.wake();
+        waker.borrow().wake_by_ref();
         true
     }
 }
@@ -358,21 +414,29 @@ impl World {
 pub struct SimSleep {
     world: Rc<World>,
     at: Duration,
+    /// Who waits, once anybody does: one timer, however often it is polled.
+    waker: Option<Sleeper>,
 }
 
 impl Future for SimSleep {
     type Output = ();
 
-    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
         if self.world.now.get() >= self.at {
             return Poll::Ready(());
         }
+        if let Some(waker) = &self.waker {
+            waker.borrow_mut().clone_from(context.waker());
+            return Poll::Pending;
+        }
+        let waker = Rc::new(RefCell::new(context.waker().clone()));
+        self.waker = Some(waker.clone());
         let number = self.world.next_timer.get();
         self.world.next_timer.set(number + 1);
         self.world
             .timers
             .borrow_mut()
-            .insert((self.at, number), context.waker().clone());
+            .insert((self.at, number), waker);
         Poll::Pending
     }
 }
@@ -396,6 +460,7 @@ impl Host for SimHost {
         SimSleep {
             world: self.0.clone(),
             at: self.0.now.get() + delay,
+            waker: None,
         }
     }
 

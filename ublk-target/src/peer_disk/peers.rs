@@ -6,10 +6,11 @@ use std::rc::{Rc, Weak};
 use std::time::Duration;
 
 use peer::blocking::CONNECT_PATIENCE;
+use peer::link::Link;
 use peer::{Address, Claimant};
 
-use super::link::Link;
-use super::opened::{OpenedPeer, Way};
+use super::net::{RingNet, Way};
+use super::opened::OpenedPeer;
 use super::sums::{Sums, connect_to};
 use crate::host::random_bytes;
 use crate::ring::{self, Ring};
@@ -53,7 +54,7 @@ pub(crate) fn one_form(address: &str) -> String {
 /// The connections of this daemon.
 #[derive(Default)]
 pub(crate) struct Peers {
-    links: RefCell<Vec<Weak<Link>>>,
+    links: RefCell<Vec<Weak<Link<RingNet>>>>,
     /// More addresses of the servers of members.
     paths: Vec<Address>,
     /// Whose members are being brought in.
@@ -151,9 +152,9 @@ impl Peers {
     }
 
     /// Remembers a new connection.
-    pub(super) fn add(&self, link: &Rc<Link>) {
-        if let Some(known) = self.known.borrow_mut().get_mut(&link.address) {
-            known.fenced = link.fence.is_some();
+    pub(super) fn add(&self, link: &Rc<Link<RingNet>>) {
+        if let Some(known) = self.known.borrow_mut().get_mut(link.address()) {
+            known.fenced = link.fence().is_some();
         }
         let mut links = self.links.borrow_mut();
         links.retain(|link| link.strong_count() > 0);
@@ -203,9 +204,9 @@ impl Peers {
     /// is outstanding on any now. Only for members that are out of service.
     pub(crate) async fn sever(&self, ring: &Rc<Ring>, address: &str) -> bool {
         let (links, address) = (self.alive(), one_form(address));
-        let links: Vec<_> = links.iter().filter(|it| it.address == address).collect();
-        let owing = || links.iter().any(|link| link.in_flight.get() > 0);
-        for link in links.iter().filter(|link| link.in_flight.get() > 0) {
+        let links: Vec<_> = links.iter().filter(|it| it.address() == address).collect();
+        let owing = || links.iter().any(|link| link.in_flight() > 0);
+        for link in links.iter().filter(|link| link.in_flight() > 0) {
             link.end("the operator lets go of it");
         }
         until(ring, SEVER_PATIENCE, || !owing()).await;
@@ -224,7 +225,7 @@ impl Peers {
         until(ring, LEAVE_PATIENCE, closed).await;
     }
 
-    fn alive(&self) -> Vec<Rc<Link>> {
+    fn alive(&self) -> Vec<Rc<Link<RingNet>>> {
         let links = self.links.borrow();
         links.iter().filter_map(Weak::upgrade).collect()
     }

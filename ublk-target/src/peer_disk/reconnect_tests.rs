@@ -1,8 +1,9 @@
 //! Tests of connections that go on where one broke.
 
-use super::opened::{Reopened, Way};
+use super::net::Way;
 use super::*;
 use peer::claim::Fence;
+use peer::link::Reopened;
 use peer::{Address, ConnectError};
 use std::collections::VecDeque;
 use std::io;
@@ -29,6 +30,11 @@ fn opened(stream: UnixStream, fence: Option<Fence>) -> OpenedPeer {
     }
 }
 
+fn link(ring: &Rc<Ring>, opened: OpenedPeer, ways: Vec<Way>) -> Rc<Link<RingNet>> {
+    let (net, opened) = (RingNet(Rc::clone(ring)), RingNet::bind(opened));
+    Link::new(net, opened, ways, Duration::from_secs(30))
+}
+
 /// What comes of an attempt to connect again.
 type Attempt = Box<dyn FnOnce() -> Result<(UnixStream, Fence), io::ErrorKind> + Send>;
 
@@ -41,7 +47,7 @@ fn disk(
 ) -> (Rc<PeerDisk>, Rc<Peers>, Arc<Mutex<VecDeque<Attempt>>>) {
     let attempts = Arc::new(Mutex::new(VecDeque::from(attempts)));
     let ways = fence.map(|_| way(&attempts)).into_iter().collect();
-    let link = Link::new(ring, opened(first, fence), ways, Duration::from_secs(30));
+    let link = link(ring, opened(first, fence), ways);
     let peers = Rc::new(Peers::default());
     peers.add(&link);
     (
@@ -63,7 +69,7 @@ fn way(attempts: &Arc<Mutex<VecDeque<Attempt>>>) -> Way {
                 source: kind.into(),
             }),
         };
-        Reopened::by(connected, FENCE)
+        Reopened::by(connected, OpenedPeer::fence, FENCE)
     };
     Way {
         answers: Arc::new(|| false),
@@ -487,11 +493,7 @@ fn a_silent_connection_is_given_up_for_another_way() {
         let other = queue(vec![Box::new(move || Ok((second, FENCE)))]);
         let ways = vec![way(&own), way(&other)];
         let opened = opened(first, Some(FENCE));
-        let disk = PeerDisk(
-            Link::new(&ring, opened, ways, Duration::from_secs(30)),
-            Rc::default(),
-            None,
-        );
+        let disk = PeerDisk(link(&ring, opened, ways), Rc::default(), None);
         let server = std::thread::spawn(move || {
             let asked = old.next().unwrap();
             assert!(old.next().is_none(), "given up");
@@ -529,11 +531,7 @@ fn a_slow_disk_is_not_a_silent_connection() {
         };
         let ways = vec![own, way(&none)];
         let opened = opened(first, Some(FENCE));
-        let disk = PeerDisk(
-            Link::new(&ring, opened, ways, Duration::from_secs(30)),
-            Rc::default(),
-            None,
-        );
+        let disk = PeerDisk(link(&ring, opened, ways), Rc::default(), None);
         let serving = std::thread::spawn(move || {
             let request = server.next().unwrap();
             // Asked twice whether it is there, it answers in the end.

@@ -11,7 +11,7 @@
 //! # What it promises
 //!
 //! - It claims nothing and writes nothing: no session ends by it, and the writer's connection
-//!   (`link.rs`) knows nothing of it. It lends no memory, so that nothing of it can be an orphan.
+//!   ([`peer::link`]) knows nothing of it. It lends no memory, so that nothing of it can be an orphan.
 //! - Only the very server that serves the writer's session is believed: any other one may have
 //!   another disk. Others, those without checksums, errors, and what makes no sense all mean that
 //!   checksums are not to be had; the engine then reads.
@@ -39,8 +39,8 @@ use rustix::net::Shutdown;
 
 use crate::batch::Batch;
 use crate::ring::{self, Ring};
-use crate::signal::Signal;
 use crate::stream::{Inbox, StreamError, Wire};
+use peer::signal::Signal;
 
 /// After a failure nothing is tried for so long; a connection that is not used ends as soon.
 const MINUTE: Duration = Duration::from_secs(60);

@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 
-use mirror::host::Buffer as _;
+use mirror::host::{Buffer as _, Errno, Span};
 use peer::export::BlockSizes;
+use peer::link::GONE;
 use peer::wire::{
     EXPORT_FLUSH, EXPORT_FUA, EXPORT_HAS_FLAGS, EXPORT_TRIM, EXPORT_WRITE_ZEROES, REPLY_BYTES,
     REQUEST_BYTES, be16, be32, be64,

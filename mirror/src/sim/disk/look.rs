@@ -2,6 +2,7 @@
 
 use super::{SECTOR, SimDisk, sectors};
 use crate::host::DiskRequest;
+use crate::sim::OnItsWay;
 
 impl SimDisk {
     /// The bytes that a power cut leaves in any case, if no sector of them is in the cache,
@@ -42,6 +43,21 @@ impl SimDisk {
             }
             DiskRequest::Read { .. } | DiskRequest::Flush => false,
         })
+    }
+
+    /// A change of this range is on its way here through a network.
+    #[must_use]
+    pub fn expect(&self, offset: u64, len: u64) -> OnItsWay {
+        OnItsWay::new(&self.0.on_its_way, offset..offset + len)
+    }
+
+    /// Whether a change of part of this range is.
+    #[must_use]
+    pub fn expects(&self, offset: u64, len: u64) -> bool {
+        let comes = self.0.on_its_way.borrow();
+        comes
+            .iter()
+            .any(|it| it.start < offset + len && offset < it.end)
     }
 
     /// The number that the next cached write gets.

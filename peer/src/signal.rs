@@ -6,14 +6,14 @@ use std::task::{Poll, Waker};
 
 /// Remembers one notification until it is waited for. For one waiter on one thread.
 #[derive(Default)]
-pub(crate) struct Signal {
+pub struct Signal {
     set: Cell<bool>,
     waker: RefCell<Option<Waker>>,
 }
 
 impl Signal {
     /// Lets the present or the next wait end.
-    pub(crate) fn notify(&self) {
+    pub fn notify(&self) {
         self.set.set(true);
         if let Some(waker) = self.waker.take() {
             waker.wake();
@@ -21,7 +21,7 @@ impl Signal {
     }
 
     /// Waits for a notification and takes it.
-    pub(crate) async fn wait(&self) {
+    pub async fn wait(&self) {
         poll_fn(|cx| {
             if self.set.take() {
                 return Poll::Ready(());

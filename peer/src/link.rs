@@ -1,30 +1,84 @@
 //! One connection to a peer after another: what is outstanding, and the two tasks that send and
-//! receive. What it promises stands in the parent module.
+//! receive.
+//!
+//! ```text
+//! submit ─► queue ─► sender ─► connection ─► server ─► connection ─► reader ─► operation's waker
+//!             │    many requests in one send              many replies in one receive
+//! ```
+//!
+//! It runs on whatever is a [`Net`]: the daemon's ring and its sockets, or the simulator's network.
+//!
+//! # What it promises
+//!
+//! - When a connection brings nonsense, or breaks and no other one may go on in its place, every
+//!   outstanding operation fails with [`GONE`], and every later one at once. Nothing is sent again
+//!   then.
+//! - Another connection goes on where one broke (the states below) only if the server says that it
+//!   is the same instance and that it is the same turn ([`crate::claim::Fence`]): then all that was
+//!   answered is as it was, nobody else has written, and what was asked before has ended. What was
+//!   not answered is asked again, in the order in which it was asked first: a barrier comes before what
+//!   has to wait for it. After the deadline all that is outstanding fails, and all that follows, until
+//!   such a connection is up after all (`link/going_on.rs`).
+//! - Both sides keep the book of barriers ([`mirror::order`]). A change behind one that is known to have
+//!   failed is refused here, and a connection on which one was refused is not gone on from: the new
+//!   session's book is empty.
+//! - An operation that was given up is not asked again: later ones may be to the same blocks (R13).
+//!   With the first orphan a connection that has broken, or breaks, has failed.
+//! - Operations fail or are asked again only when neither reader nor sender has anything under way
+//!   on the old connection; until then the memory that they were lent stays in use (R6).
+//! - Where there are several ways to the server, a connection that owes an answer and says nothing
+//!   is given up for another way, unless its server answers who asks anew on the same way.
+//!
+//! # States of a link
+//!
+//! ```text
+//!             ┌─────────── up: what has no answer is asked again ──────────┐
+//!             ▼                                                            │
+//!   new ──► Up ──broken, no orphans, a fence──► Broken ──both tasks over──► going on; Down when late
+//!             │                                   │                        │
+//!             │ nonsense, orphans, no fence,      │ an operation is        │ never,
+//!             │ not needed any more               │ given up               │ or one is given up
+//!             └──────────────► Ended ◄────────────┴────────────────────────┘
+//! ```
+//!
+//! While it is Down all that is asked fails (`link/going_on.rs`).
+//!
+//! # States of an operation
+//!
+//! ```text
+//!   submit ─► Running ──last reply, or end──► Done ──poll──► Free
+//!                │ future dropped              │ future dropped
+//!                ▼                             ▼
+//!             orphaned ──last reply, or end──► Free
+//! ```
 
+mod disk;
 mod going_on;
+pub mod net;
+mod ops;
+pub mod reopen;
 
 use std::cell::{Cell, RefCell};
-use std::collections::VecDeque;
-use std::ops::Range;
 use std::rc::Rc;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use mirror::host::Errno;
-use mirror::order::{Order, Ticket};
-use peer::claim::Fence;
-use peer::wire::{REPLY_BYTES, REQUEST_BYTES};
-use peer::{Ask, Export, Rank, Session};
-use rustix::net::{Shutdown, sockopt};
 
-use super::GONE;
-use super::Trouble;
-use super::opened::{OpenedPeer, Way};
-use crate::batch::Batch;
-use crate::ring::{self, Ring};
+pub use self::disk::LinkOp;
+pub use self::net::{Net, Trouble};
+pub use self::reopen::{Opened, Reopened, Unfinished};
+
+use self::net::{Batch as _, Inbox as _};
+use self::ops::{InOrder, Op, Part, State};
+use crate::claim::Fence;
+use crate::export::Export;
+use crate::session::{self, Ask};
 use crate::signal::Signal;
-use crate::stream::{Inbox, Wire};
-use crate::sys::Lend;
+use crate::wire::REPLY_BYTES;
+
+/// What every operation answers when the connection has failed (ECONNRESET).
+pub const GONE: Errno = Errno(104);
 
 /// How long an answer may take at first where there is another way.
 const QUIET: Duration = Duration::from_secs(1);
@@ -33,188 +87,17 @@ const GIVEN_UP: &str = "it has broken, and an operation was given up";
 /// Bytes that one receive may bring.
 const INBOX_BYTES: usize = 64 << 10;
 
-/// A part of an operation that waits for a reply.
-struct Part {
-    op: u32,
-    ask: Ask,
-    /// Where a read's data go.
-    into: Option<Lend>,
-    /// A write's data, which may have to be sent again.
-    data: Option<Lend>,
-    /// How many were asked before it: what is asked again is asked in this order.
-    number: u64,
-    order: InOrder,
-}
-
-/// What a part has to do with barriers.
-#[derive(Clone, Copy)]
-enum InOrder {
-    Barrier,
-    /// It is behind some.
-    Behind(Ticket),
-    Any,
-}
-
-/// A request that waits to be sent.
-struct Outgoing {
-    header: [u8; REQUEST_BYTES],
-    data: Option<Lend>,
-}
-
-enum Op {
-    Free,
-    Running {
-        /// Requests without a reply.
-        left: u32,
-        result: Result<(), Errno>,
-        /// A flush follows the last reply.
-        then_flush: bool,
-        orphaned: bool,
-        waker: Option<Waker>,
-        /// The barriers that its requests are.
-        barriers: Range<u64>,
-    },
-    Done(Result<(), Errno>, Range<u64>),
-}
-
-#[derive(Default)]
-struct State {
-    session: Session<Part>,
-    queue: VecDeque<Outgoing>,
-    ops: Vec<Op>,
-    free: Vec<u32>,
-    /// Whose reply was begun when the connection broke.
-    unanswered: Option<Part>,
-    asked: u64,
-    /// The book of barriers that the server keeps as well.
-    order: Order,
-    orphans: usize,
-    /// There was one at some time.
-    gave_up: bool,
-    /// The connection has failed: another one may go on in its place.
-    broken: bool,
-    /// So long ago that nobody waits any more: all that is asked fails, until there is another one.
-    down: bool,
-    /// When it came up after it had been down.
-    up_again: Option<Duration>,
-    /// Its server is expected to close it.
-    leaving: bool,
-    /// Nothing is sent or asked any more.
-    ended: bool,
-}
-
-impl State {
-    fn begin(&mut self, then_flush: bool) -> u32 {
-        let op = Op::Running {
-            left: 0,
-            result: Ok(()),
-            then_flush,
-            orphaned: false,
-            waker: None,
-            barriers: 0..0,
-        };
-        if let Some(key) = self.free.pop() {
-            self.ops[key as usize] = op;
-            return key;
-        }
-        let Ok(key) = u32::try_from(self.ops.len()) else {
-            panic!("four thousand million operations at once")
-        };
-        self.ops.push(op);
-        key
-    }
-
-    fn ask(
-        &mut self,
-        op: u32,
-        mut ask: Ask,
-        into: Option<Lend>,
-        data: Option<Lend>,
-        barrier: bool,
-    ) {
-        let Op::Running { left, barriers, .. } = &mut self.ops[op as usize] else {
-            return;
-        };
-        *left += 1;
-        let open = self.order.is_open();
-        let order = if barrier {
-            ask.rank = Rank::Barrier { first: !open };
-            let number = self.order.barrier_begins(!open);
-            if barriers.is_empty() {
-                barriers.start = number;
-            }
-            barriers.end = number + 1;
-            InOrder::Barrier
-        } else if open && ask.kind.changes() {
-            ask.rank = Rank::Behind;
-            InOrder::Behind(self.order.ticket())
-        } else {
-            InOrder::Any
-        };
-        self.asked += 1;
-        self.send(Part {
-            op,
-            ask,
-            into,
-            data,
-            number: self.asked,
-            order,
-        });
-    }
-
-    fn send(&mut self, part: Part) {
-        let (ask, data) = (part.ask, part.data.as_ref().map(Lend::again));
-        let header = self.session.ask(&ask, part);
-        self.queue.push_back(Outgoing { header, data });
-    }
-
-    /// Takes all parts that have no reply, in the order in which they were asked: a barrier comes
-    /// before what has to wait for it.
-    fn take_parts(&mut self) -> Vec<Part> {
-        self.queue.clear();
-        let begun = self.unanswered.take();
-        let mut parts: Vec<Part> = begun.into_iter().chain(self.session.give_up()).collect();
-        parts.sort_unstable_by_key(|part| part.number);
-        parts
-    }
-
-    /// Whether the server refuses that part, or will: a barrier before it has failed.
-    fn is_refused(&self, part: &Part) -> bool {
-        match part.order {
-            InOrder::Behind(ticket) => self.order.has_failed(ticket),
-            InOrder::Barrier | InOrder::Any => false,
-        }
-    }
-
-    /// Nobody relies any more on what has no result yet.
-    fn barriers_over(&mut self, barriers: Range<u64>, well: bool) {
-        for number in barriers {
-            self.order.barrier_ended(number, well);
-        }
-    }
-
-    /// Nothing more will be sent on the connection there is.
-    fn is_over(&self) -> bool {
-        self.ended || self.broken
-    }
-
-    fn release(&mut self, op: u32) {
-        self.ops[op as usize] = Op::Free;
-        self.free.push(op);
-    }
-}
-
 /// A connection, and those that go on in its place; shared by the disk, its operations and the two
 /// tasks.
-pub(crate) struct Link {
-    ring: Rc<Ring>,
-    wire: RefCell<Rc<Wire>>,
-    pub(super) address: String,
-    pub(super) export: Export,
+pub struct Link<N: Net> {
+    net: N,
+    wire: RefCell<Rc<N::Wire>>,
+    address: String,
+    export: Export,
     /// Of a server that admits one writer.
-    pub(super) fence: Option<Fence>,
+    fence: Option<Fence>,
     /// Ways to its server, and the one that is in use.
-    ways: Vec<Way>,
+    ways: Vec<Rc<N::Way>>,
     way: Cell<usize>,
     /// Whether another connection is sought.
     going_on: Cell<bool>,
@@ -225,33 +108,31 @@ pub(crate) struct Link {
     since: Cell<Duration>,
     /// How long another connection may take to come up; twice that, and a silent host is gone.
     deadline: Duration,
-    state: RefCell<State>,
+    state: RefCell<State<N::Lend>>,
     to_send: Signal,
-    /// Of reader and sender, those that may have something under way in the kernel.
+    /// Of reader and sender, those that may have something under way on the connection.
     tasks: Cell<u8>,
-    pub(super) in_flight: Cell<usize>,
+    in_flight: Cell<usize>,
 }
 
-impl Link {
-    /// Binds a connection to the ring that does its I/O.
-    pub(super) fn new(
-        ring: &Rc<Ring>,
-        opened: OpenedPeer,
-        ways: Vec<Way>,
-        deadline: Duration,
-    ) -> Rc<Self> {
+impl<N: Net> Link<N> {
+    /// Begins to use a connection. Another one may go on in its place on any of these ways, within
+    /// `deadline`, which is when the engine gives an operation up: a host that has been silent for
+    /// twice as long is gone.
+    pub fn new(net: N, opened: Opened<N::Wire>, ways: Vec<N::Way>, deadline: Duration) -> Rc<Self> {
+        let since = Cell::new(net.now());
         let link = Rc::new(Self {
-            ring: Rc::clone(ring),
-            wire: RefCell::new(Rc::new(Wire::new(opened.fd, opened.tls))),
+            net,
+            wire: RefCell::new(Rc::new(opened.wire)),
             address: opened.address,
             export: opened.export,
             fence: opened.fence,
-            ways,
+            ways: ways.into_iter().map(Rc::new).collect(),
             way: Cell::new(0),
             going_on: Cell::new(false),
             replies: Cell::new(0),
             quiet: Cell::new(QUIET),
-            since: Cell::new(ring::now()),
+            since,
             deadline,
             state: RefCell::default(),
             to_send: Signal::default(),
@@ -262,13 +143,33 @@ impl Link {
         link
     }
 
+    /// Where it leads to.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// What is exported there.
+    pub fn export(&self) -> &Export {
+        &self.export
+    }
+
+    /// Of a server that admits one writer.
+    pub fn fence(&self) -> Option<Fence> {
+        self.fence
+    }
+
+    /// Operations without a result, orphans included.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.get()
+    }
+
     /// Begins an operation of these requests, each with the memory that its data go to or come
     /// from; `then_flush` adds a flush after the last reply. Each may be a barrier.
-    pub(super) fn submit(
+    fn begin_op(
         &self,
         then_flush: bool,
         barrier: bool,
-        requests: impl Iterator<Item = (Ask, Option<Lend>, Option<Lend>)>,
+        requests: impl Iterator<Item = (Ask, Option<N::Lend>, Option<N::Lend>)>,
     ) -> Result<u32, Errno> {
         let mut state = self.state.borrow_mut();
         if state.ended || state.down {
@@ -289,7 +190,7 @@ impl Link {
     }
 
     /// The result of an operation, which takes it.
-    pub(super) fn poll(&self, op: u32, cx: &mut Context<'_>) -> Poll<Result<(), Errno>> {
+    fn poll(&self, op: u32, cx: &mut Context<'_>) -> Poll<Result<(), Errno>> {
         let mut state = self.state.borrow_mut();
         match &mut state.ops[op as usize] {
             Op::Running { waker, .. } => {
@@ -310,7 +211,7 @@ impl Link {
     }
 
     /// Nobody waits for an operation any more: it becomes an orphan unless it is over.
-    pub(super) fn abandon(&self, op: u32) {
+    fn abandon(&self, op: u32) {
         let mut state = self.state.borrow_mut();
         match &mut state.ops[op as usize] {
             Op::Running {
@@ -336,7 +237,7 @@ impl Link {
     }
 
     /// Ends the session, and says so where it can be said: then its server closes it.
-    pub(super) fn leave(&self) {
+    pub fn leave(&self) {
         self.say_farewell();
         self.state.borrow_mut().leaving = true;
         if self.in_flight.get() > 0 || self.state.borrow().broken {
@@ -346,15 +247,20 @@ impl Link {
 
     /// Whether it has ended, or something failed because it was down, or it has ever owed an answer
     /// for longer than anybody waited.
-    pub(super) fn has_failed(&self) -> bool {
+    pub fn has_failed(&self) -> bool {
         let state = self.state.borrow();
         // What failed then may not have been judged yet.
-        let lately = |up: Duration| ring::now() < up + self.deadline * 2;
+        let lately = |up: Duration| self.net.now() < up + self.deadline * 2;
         state.ended || state.down || state.gave_up || state.up_again.is_some_and(lately)
     }
 
+    /// Whether an operation was ever given up before its answer was there.
+    pub fn has_given_up(&self) -> bool {
+        self.state.borrow().gave_up
+    }
+
     /// Whether nothing of it is left, a connection that is tried included.
-    pub(super) fn is_closed(&self) -> bool {
+    pub fn is_closed(&self) -> bool {
         self.tasks.get() == 0 && !self.going_on.get()
     }
 
@@ -404,14 +310,15 @@ impl Link {
 
     /// Tells the server that nothing follows. Only a courtesy, but one that it answers by closing:
     /// it notices the end of the stream as well.
-    pub(super) fn say_farewell(&self) {
+    pub fn say_farewell(&self) {
         if !self.state.borrow().is_over() && self.in_flight.get() == 0 {
-            self.wire.borrow().say_last(&peer::session::farewell());
+            let wire = Rc::clone(&self.wire.borrow());
+            self.net.say_last(&wire, &session::farewell());
         }
     }
 
     /// Ends the connection for good. Outstanding operations fail when both tasks have seen it.
-    pub(super) fn end(&self, why: &str) {
+    pub fn end(&self, why: &str) {
         if std::mem::replace(&mut self.state.borrow_mut().ended, true) {
             return;
         }
@@ -426,9 +333,10 @@ impl Link {
         }
     }
 
-    /// Makes what is under way in the kernel complete.
+    /// Makes what is under way on the connection complete.
     fn shut_down(&self) {
-        let _ = rustix::net::shutdown(self.wire.borrow().as_fd(), Shutdown::Both);
+        let wire = Rc::clone(&self.wire.borrow());
+        self.net.shut_down(&wire);
         self.to_send.notify();
     }
 
@@ -440,7 +348,7 @@ impl Link {
         self.shut_down();
     }
 
-    /// A task has nothing under way in the kernel any more.
+    /// A task has nothing under way on the connection any more.
     fn task_over(self: &Rc<Self>, trouble: &Trouble) {
         match trouble {
             Trouble::Broken(why) if self.may_go_on() => self.break_off(why),
@@ -453,7 +361,7 @@ impl Link {
         if self.state.borrow().ended {
             self.give_up();
         } else {
-            self.ring.spawn(Rc::clone(self).go_on());
+            self.net.spawn(Rc::clone(self).go_on());
         }
     }
 
@@ -463,7 +371,7 @@ impl Link {
         self.fail(parts);
     }
 
-    fn fail(&self, parts: Vec<Part>) {
+    fn fail(&self, parts: Vec<Part<N::Lend>>) {
         for part in parts {
             let Part { op, into, data, .. } = part;
             drop((into, data));
@@ -473,17 +381,16 @@ impl Link {
 
     /// Begins to use the connection there is.
     fn begin(self: &Rc<Self>) {
-        let silent = u32::try_from((self.deadline * 2).as_millis()).unwrap_or(u32::MAX);
-        // Unix sockets have no such thing; a TCP connection is as good without, only slower to
-        // be given up.
-        let _ = sockopt::set_tcp_user_timeout(self.wire.borrow().as_fd(), silent);
+        let silent = self.deadline * 2;
+        let wire = Rc::clone(&self.wire.borrow());
+        self.net.begin(&wire, silent);
         self.tasks.set(2);
-        self.since.set(ring::now());
+        self.since.set(self.net.now());
         self.to_send.notify();
-        self.ring.spawn(Rc::clone(self).send_requests());
-        self.ring.spawn(Rc::clone(self).receive_replies());
+        self.net.spawn(Rc::clone(self).send_requests());
+        self.net.spawn(Rc::clone(self).receive_replies());
         if self.ways.len() > 1 {
-            self.ring.spawn(Rc::clone(self).watch());
+            self.net.spawn(Rc::clone(self).watch());
         }
     }
 
@@ -494,18 +401,18 @@ impl Link {
                 break Trouble::Broken(String::new());
             }
             let batch = self.gather();
-            if batch.bytes() == 0 {
+            if batch.is_empty() {
                 self.to_send.wait().await;
-            } else if let Err(error) = wire.send(&self.ring, batch).await {
-                break error.into();
+            } else if let Err(trouble) = self.net.send(&wire, batch).await {
+                break trouble;
             }
         };
         self.task_over(&trouble);
     }
 
     /// The requests that wait, as far as they fit into one system call.
-    fn gather(&self) -> Batch {
-        let mut batch = Batch::default();
+    fn gather(&self) -> N::Batch {
+        let mut batch = N::Batch::default();
         let mut state = self.state.borrow_mut();
         while batch.has_room()
             && let Some(outgoing) = state.queue.pop_front()
@@ -520,7 +427,7 @@ impl Link {
 
     async fn receive_replies(self: Rc<Self>) {
         let wire = Rc::clone(&self.wire.borrow());
-        let mut inbox = wire.inbox(&self.ring, INBOX_BYTES);
+        let mut inbox = self.net.inbox(&wire, INBOX_BYTES);
         let trouble = loop {
             match inbox.array_or_end::<REPLY_BYTES>().await {
                 Ok(Some(header)) => {
@@ -529,7 +436,7 @@ impl Link {
                     }
                 }
                 Ok(None) => break Trouble::Broken("its server closed it".to_owned()),
-                Err(error) => break error.into(),
+                Err(trouble) => break trouble,
             }
         };
         self.task_over(&trouble);
@@ -537,7 +444,7 @@ impl Link {
 
     async fn take_reply(
         &self,
-        inbox: &mut Inbox,
+        inbox: &mut N::Inbox,
         header: &[u8; REPLY_BYTES],
     ) -> Result<(), Trouble> {
         let answer = self.state.borrow_mut().session.answered(header);
@@ -545,10 +452,10 @@ impl Link {
         let part = answer.token;
         let result = answer.error.map_or(Ok(()), |errno| Err(known(errno)));
         if let (Ok(()), Some(target)) = (result, &part.into)
-            && let Err(error) = inbox.fill_lent(target).await
+            && let Err(trouble) = inbox.fill_lent(target).await
         {
             self.state.borrow_mut().unanswered = Some(part);
-            return Err(error.into());
+            return Err(trouble);
         }
         if matches!(part.order, InOrder::Barrier) && result.is_err() {
             self.state.borrow_mut().order.barrier_failed();

@@ -19,17 +19,14 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::super::opened::Reopened;
-use super::{GIVEN_UP, Link, QUIET};
-use crate::ring;
-use crate::stream::Wire;
+use super::{GIVEN_UP, Link, Net, QUIET, Reopened};
 
 /// Between attempts to connect again: at first, and at last.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 const IDLE_PAUSE: Duration = Duration::from_millis(100);
 const LAST_PAUSE: Duration = Duration::from_secs(1);
 
-impl Link {
+impl<N: Net> Link<N> {
     /// Whether another connection may go on in this one's place.
     pub(super) fn may_go_on(&self) -> bool {
         let state = self.state.borrow();
@@ -41,9 +38,9 @@ impl Link {
     /// that is given up so the next one gets twice the time.
     pub(super) async fn watch(self: Rc<Self>) {
         let wire = Rc::clone(&self.wire.borrow());
-        let (mut replies, mut heard) = (self.replies.get(), ring::now());
+        let (mut replies, mut heard) = (self.replies.get(), self.net.now());
         loop {
-            self.ring.sleep_until(ring::now() + QUIET / 4).await;
+            self.net.sleep_until(self.net.now() + QUIET / 4).await;
             if self.state.borrow().is_over() || !Rc::ptr_eq(&wire, &self.wire.borrow()) {
                 return;
             }
@@ -51,15 +48,12 @@ impl Link {
                 self.quiet.set(QUIET);
             }
             if self.in_flight.get() == 0 || self.replies.get() != replies {
-                (replies, heard) = (self.replies.get(), ring::now());
-            } else if ring::now() > heard + self.quiet.get() && self.may_go_on() {
-                let way = self.ways[self.way.get()].clone();
-                let silent = match self.ring.try_blocking(move || (way.answers)()) {
-                    Ok(asking) => !asking.await,
-                    Err(_) => false,
-                };
+                (replies, heard) = (self.replies.get(), self.net.now());
+            } else if self.net.now() > heard + self.quiet.get() && self.may_go_on() {
+                let way = Rc::clone(&self.ways[self.way.get()]);
+                let silent = !self.net.answers(&way).await;
                 if !silent {
-                    heard = ring::now();
+                    heard = self.net.now();
                 }
                 if !silent || self.replies.get() != replies || !self.may_go_on() {
                     continue;
@@ -80,32 +74,29 @@ impl Link {
     }
 
     async fn find_another(self: &Rc<Self>) {
-        let begun = ring::now();
+        let begun = self.net.now();
         let mut pause = FIRST_PAUSE;
         if begun < self.since.get() + LAST_PAUSE {
             // One that broke soon may be followed by another such.
-            self.ring.sleep_until(begun + IDLE_PAUSE).await;
+            self.net.sleep_until(begun + IDLE_PAUSE).await;
         }
         loop {
             let (mut nobody, mut last) = (true, String::new());
             for step in 0..self.ways.len() {
                 let at = (self.way.get() + step) % self.ways.len();
-                let way = self.ways[at].clone();
+                let way = Rc::clone(&self.ways[at]);
                 if !self.may_go_on() {
                     return self.end(GIVEN_UP);
                 }
-                let reopened = match self.ring.try_blocking(move || (way.reopen)()) {
-                    Ok(reopening) => reopening.await,
-                    Err(error) => Reopened::NotNow(format!("no thread is to be had: {error}")),
-                };
+                let reopened = self.net.reopen(&way).await;
                 if !self.may_go_on() {
                     return self.end(GIVEN_UP);
                 }
                 match reopened {
                     Reopened::Up(opened) if opened.export == self.export => {
                         self.way.set(at);
-                        self.wire.replace(Rc::new(Wire::new(opened.fd, opened.tls)));
-                        return self.ask_again(&opened.address, ring::now() - begun);
+                        self.wire.replace(Rc::new(opened.wire));
+                        return self.ask_again(&opened.address, self.net.now() - begun);
                     }
                     Reopened::Up(_) => return self.end("the export has changed"),
                     Reopened::Never(why) => return self.end(&why),
@@ -113,10 +104,10 @@ impl Link {
                     Reopened::NotNow(why) => (nobody, last) = (false, why),
                 }
             }
-            if nobody || ring::now() >= begun + self.deadline {
+            if nobody || self.net.now() >= begun + self.deadline {
                 self.is_down(&last);
             }
-            self.ring.sleep_until(ring::now() + pause).await;
+            self.net.sleep_until(self.net.now() + pause).await;
             pause = (pause * 2).min(LAST_PAUSE);
         }
     }
@@ -147,7 +138,7 @@ impl Link {
             }
             state.broken = false;
             if std::mem::take(&mut state.down) {
-                state.up_again = Some(ring::now());
+                state.up_again = Some(self.net.now());
             }
             parts.into_iter().for_each(|part| state.send(part));
         }
