@@ -6,7 +6,7 @@ use crate::double_faults::faults;
 use crate::machine::{Machine, path, superblock_on};
 use crate::older_images::{drop_all, seconds, states};
 use crate::play::bring_all_back;
-use crate::races::{flushes, none, seeds, wr};
+use crate::races::{flushes, gone, none, seeds, wr};
 use mirror::control::{MemberRef, MemberState};
 use mirror::layout::RegionKind;
 use mirror::scrub_log::{Done, What};
@@ -288,6 +288,30 @@ fn a_bad_sector_of_an_only_member_holds_up_nothing() {
         rd(&machine, 6 * 4096, 4096).unwrap();
         wr(&machine, 5 * 4096, 4096);
         rd(&machine, 0, 65536).unwrap();
+    }
+}
+
+/// The only in-sync member is away for a while, as over a network: what was un-equalised is so still,
+/// and durable before it is answered (R5).
+#[test]
+fn an_only_member_that_was_away_has_made_nothing_equal() {
+    for seed in seeds(20) {
+        let mut machine = machine(seed, 2);
+        machine.start();
+        wr(&machine, 0, 65536);
+        machine.fail(1).unwrap();
+        wr(&machine, 8192, 65536);
+        machine.kill_daemon();
+        machine.start();
+        faults(&machine, gone());
+        let unequal = || machine.mirror().status().extents.unequalised_blocks;
+        let before = unequal();
+        seconds(&machine, 5);
+        assert!(before > 0 && unequal() == before, "seed {seed}");
+        faults(&machine, none());
+        assert!(machine.run_coarsely(|| unequal() == 0), "seed {seed}");
+        let durable = machine.disks[0].settled(machine.data_offset, 65536);
+        assert!(durable.is_some(), "seed {seed}");
     }
 }
 

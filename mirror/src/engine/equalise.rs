@@ -17,8 +17,8 @@
 //! look equal would differ at the next power cut. The same holds for what an earlier attempt left
 //! behind, which every disk refused. (An only member that takes no writes any more is read as it is.)
 
-use super::Mirror;
 use super::copies::Copies;
+use super::{Mirror, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
 use dirty_map::{BLOCK_BYTES, Block, Known, Sum, blocks_covering};
@@ -174,18 +174,35 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         Some(first..end.unwrap_or(rest.end))
     }
 
-    /// [`Mirror::equalise_step`] of one block. That an only member cannot read or write it holds up
-    /// nothing: which content it has is not known. After a failed flush it does (R7).
+    /// [`Mirror::equalise_step`] of one block. What an only member cannot read holds up nothing: there
+    /// is no content that could be another one later. After a failed flush it does (R7).
     async fn equalise_block(&self, block: u64, range: &Range<u64>) -> Result<(), Errno> {
         let result = self.equalise_step(range).await;
         let suspect = self.maps.borrow().suspect.any_in(block..block + 1);
-        match result {
-            Err(errno) if errno != Errno::TIMED_OUT && !suspect && self.is_alone() => {
-                self.record_equal([(Block(block), None)].into_iter());
-                Ok(())
-            }
-            result => result,
+        if result.is_err() && !suspect && self.is_alone() && self.is_bad(range).await {
+            self.record_equal([(Block(block), None)].into_iter());
+            return Ok(());
         }
+        result
+    }
+
+    /// Whether the only in-sync member cannot read this, and answers otherwise: one that is away for
+    /// a while has lost nothing.
+    async fn is_bad(&self, range: &Range<u64>) -> bool {
+        let view = self.view();
+        let Some(only) = view.receivers.iter().find(|r| r.in_sync) else {
+            return false;
+        };
+        let read = async |offset: u64, len: u64| {
+            let span = self.fresh_span(length(len));
+            self.to_one(only, DiskRequest::Read { offset, span }).await
+        };
+        let offset = self.data_offset + range.start;
+        read(0, BLOCK_BYTES).await.is_ok()
+            && read(offset, range.end - range.start)
+                .await
+                .is_err_and(|errno| errno != Errno::TIMED_OUT)
+            && read(0, BLOCK_BYTES).await.is_ok()
     }
 
     /// Whether there is one in-sync member, durably.

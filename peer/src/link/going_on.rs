@@ -39,9 +39,13 @@ impl<N: Net> Link<N> {
     pub(super) async fn watch(self: Rc<Self>) {
         let wire = Rc::clone(&self.wire.borrow());
         let (mut replies, mut heard) = (self.replies.get(), self.net.now());
+        let is_past = || {
+            let replaced = !Rc::ptr_eq(&wire, &self.wire.borrow());
+            replaced || self.going_on.get() || self.state.borrow().is_over()
+        };
         loop {
             self.net.sleep_until(self.net.now() + QUIET / 4).await;
-            if self.state.borrow().is_over() || !Rc::ptr_eq(&wire, &self.wire.borrow()) {
+            if is_past() {
                 return;
             }
             if self.replies.get() != replies {
@@ -52,6 +56,10 @@ impl<N: Net> Link<N> {
             } else if self.net.now() > heard + self.quiet.get() && self.may_go_on() {
                 let way = Rc::clone(&self.ways[self.way.get()]);
                 let silent = !self.net.answers(&way).await;
+                if is_past() {
+                    // It is not about the connection that there is now.
+                    return;
+                }
                 if !silent {
                     heard = self.net.now();
                 }
@@ -82,8 +90,9 @@ impl<N: Net> Link<N> {
         }
         loop {
             let (mut nobody, mut last) = (true, String::new());
+            let first = self.way.get();
             for step in 0..self.ways.len() {
-                let at = (self.way.get() + step) % self.ways.len();
+                let at = (first + step) % self.ways.len();
                 let way = Rc::clone(&self.ways[at]);
                 if !self.may_go_on() {
                     return self.end(GIVEN_UP);
