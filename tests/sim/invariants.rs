@@ -346,15 +346,16 @@ impl Rules {
             return;
         };
         let at = self.layout.data_offset + block * BLOCK_BYTES;
-        // The next version may be on its way already.
-        if target.disk.expects(at, BLOCK_BYTES) {
+        let sources = Self::in_sync(known);
+        // The next version may be on its way already, to any of them (seed 2078).
+        let expects = |disk: &SimDisk| disk.expects(at, BLOCK_BYTES);
+        if expects(&target.disk) || sources.iter().any(|known| expects(&known.disk)) {
             return;
         }
         let Some(have) = target.disk.settled(at, BLOCK_BYTES) else {
             return;
         };
         // One of them may be failing, and its loss not be recorded yet: any one that fits will do.
-        let sources = Self::in_sync(known);
         let copies = sources
             .iter()
             .map(|known| known.disk.settled(at, BLOCK_BYTES));
