@@ -143,7 +143,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             commits.kick.until(|| wanted().then_some(())).await;
             let first = commits.served.get() + 1;
             let last = commits.requested.get();
-            let committed = self.commit_pages(&mut buffer).await;
+            let committed = self.commit_pages(&mut buffer, last).await;
             let went_ahead = commits.went_ahead.take();
             if let Err(errno) = committed {
                 tracing::error!("a map commit failed on every in-sync member: {errno}");
@@ -160,11 +160,12 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    /// Writes all dirty pages. On failure they stay dirty.
-    async fn commit_pages(&self, buffer: &mut H::Buffer) -> Result<(), Errno> {
-        // One sequence for all steps: that of a page written twice is no lie, because nobody is
-        // answered before the last step.
-        let stamp = {
+    /// Writes the pages that are dirty now. On failure they stay dirty. Requests up to `last` wait for
+    /// them.
+    async fn commit_pages(&self, buffer: &mut H::Buffer, last: u64) -> Result<(), Errno> {
+        // One sequence for all steps, and a page once: with two contents of one sequence a start
+        // could not tell which is the newer one. What becomes dirty meanwhile waits for the next.
+        let (stamp, mut left) = {
             let mut maps = self.maps.borrow_mut();
             if maps.dirty.is_empty() {
                 return Ok(());
@@ -172,21 +173,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.stamp.sequence += 1;
             maps.stamp.ordinal = self.config.borrow().epoch.ordinal;
             maps.completed = maps.completed.max(self.held_by_all());
-            maps.stamp
+            (maps.stamp, std::mem::take(&mut maps.dirty))
         };
-        loop {
-            let pages = {
-                let mut maps = self.maps.borrow_mut();
-                let mut pages = maps.take_dirty(PAGES_PER_STEP - 1);
-                if pages.is_empty() {
-                    return Ok(());
-                }
-                if !pages.contains(&Page::POSITION) {
-                    // How far a member has come does not depend on the state of its maps.
-                    pages.insert(0, Page::POSITION);
-                }
-                pages
-            };
+        while !left.is_empty() {
+            let taken = || left.pop_first();
+            let mut pages: Vec<Page> = std::iter::from_fn(taken).take(PAGES_PER_STEP - 1).collect();
+            if !pages.contains(&Page::POSITION) {
+                // How far a member has come does not depend on the state of its maps.
+                pages.insert(0, Page::POSITION);
+            }
             if pages.iter().any(|page| *page != Page::POSITION) {
                 // Ticks follow until a commit names this one (R16).
                 self.wrote_since_tick.set(true);
@@ -203,11 +198,17 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             });
             let view = self.view();
-            // With the last step, whoever has asked by now may go on ahead.
-            let all_taken = self.maps.borrow().dirty.is_empty();
-            let ahead = all_taken.then(|| self.commits.requested.get());
+            // With the last step, whoever has asked by now may go on ahead: all of them, if nothing has
+            // become dirty since.
+            let ahead = left
+                .is_empty()
+                .then(|| match self.maps.borrow().dirty.is_empty() {
+                    true => self.commits.requested.get(),
+                    false => last,
+                });
             if let Err(errno) = self.write_pages(&view, &pages, buffer, ahead).await {
-                self.maps.borrow_mut().dirty.extend(pages);
+                let mut maps = self.maps.borrow_mut();
+                maps.dirty.extend(pages.into_iter().chain(left));
                 return Err(errno);
             }
             for receiver in &view.receivers {
@@ -219,6 +220,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             }
             self.count(|counts| counts.map_commits += 1);
         }
+        Ok(())
     }
 
     /// The newest sequence that every member holds which the superblocks call receiving, or some

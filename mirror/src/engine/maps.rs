@@ -254,15 +254,6 @@ impl Maps {
         !changed.is_empty()
     }
 
-    /// Takes the pages to commit, at most `max`.
-    pub(super) fn take_dirty(&mut self, max: usize) -> Vec<Page> {
-        let taken: Vec<Page> = self.dirty.iter().take(max).copied().collect();
-        for page in &taken {
-            self.dirty.remove(page);
-        }
-        taken
-    }
-
     /// Writes the image of a page.
     pub(super) fn encode_page(&self, page: Page, stamp: Stamp, out: &mut [u8]) {
         let mut payload = [0; PAYLOAD_BYTES];
