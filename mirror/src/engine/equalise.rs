@@ -11,13 +11,17 @@
 //! none fits, or two different ones do, it is that of the in-sync member with the lowest slot
 //! that can read the block. From then on the block has a known checksum.
 //!
-//! It is written also to those that hold the same, the source and an only member among them. What
-//! a read shows may be in a cache that no flush will empty: a disk says once that a flush has
-//! failed, and a daemon that was killed before it recorded the loss took that along. Copies that
-//! look equal would differ at the next power cut. The same holds for what an earlier attempt left
-//! behind, which every disk refused. (An only member that takes no writes any more is read as it is.)
+//! After an unclean stop it is written also to those that hold the same, the source and an only
+//! member among them. What a read shows may be in a cache that no flush will empty: a disk says once
+//! that a flush has failed, and a daemon that was killed before it recorded the loss took that along.
+//! Copies that look equal would differ at the next power cut. (An only member that takes no writes any
+//! more is read as it is.)
+//!
+//! Blocks are un-equalised in a run, too, when every member refused a write of them (they may all be
+//! full). Those are flushed and compared, and only what differs is written.
 
 use super::copies::Copies;
+use super::write::Flushing;
 use super::{Mirror, length};
 use crate::host::{Disk, DiskRequest, Errno, Host};
 use crate::layout::SLOTS_MAX;
@@ -30,6 +34,8 @@ struct Choice {
     block: Block,
     /// The member that holds it, by its index among the copies.
     source: usize,
+    /// Members that hold the same, a bit each.
+    equal: u16,
     /// Its checksum, where checksums are kept.
     sum: Option<Sum>,
 }
@@ -132,6 +138,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
         let mut maps = self.maps.borrow_mut();
         for blocks in done {
+            maps.inherited.clear(blocks.clone());
             maps.hot.clear_unequalised(blocks);
         }
         failed
@@ -231,6 +238,18 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
     async fn equalise_step(&self, range: &Range<u64>) -> Result<(), Errno> {
         let view = self.view();
         let blocks = blocks_covering(range.start, range.end - range.start);
+        let anew = {
+            let maps = self.maps.borrow();
+            maps.inherited.any_in(blocks.clone()) || maps.suspect.any_in(blocks.clone())
+        };
+        if !anew {
+            // What a refused write left in caches.
+            let before = self.flush_failures.get();
+            let flushed = self.flush_in_turn(Flushing::Step).await;
+            if self.flush_failures.get() != before {
+                return flushed;
+            }
+        }
         let copies = self.read_copies(range).await;
         let choices = self.choose(&copies).await.ok_or_else(|| {
             tracing::debug!("blocks {blocks:?} cannot be read on any in-sync member");
@@ -245,7 +264,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 // Lost over the read.
                 continue;
             }
-            let written = self.write_chosen(&copies, &choices, member).await;
+            let written = self.write_chosen(&copies, &choices, member, anew).await;
             if written == Err(Errno::TIMED_OUT) {
                 // At once: what it has is on its way still (R13), whatever the others say.
                 self.begin_loss(receiver.slot, "a write got no answer within the deadline");
@@ -313,27 +332,38 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                     source = one;
                 }
             }
+            let has = contents.iter().map(|copy| *copy == contents[source]);
+            let equal = (0..)
+                .zip(has)
+                .fold(0, |all, (at, has)| all | u16::from(has) << at);
             let content = contents[source].unwrap_or_default();
             choices.push(Choice {
                 block,
                 source,
+                equal,
                 sum: known.then(|| Sum::of(block, content)),
             });
         });
         all.then_some(choices)
     }
 
-    /// Writes to one member, durably, the chosen copies: neighbours of one source together.
+    /// Writes to one member, durably, the chosen copies, neighbours of one source together: of all
+    /// blocks, or of those that it holds differently.
     async fn write_chosen(
         &self,
         copies: &Copies<D>,
         choices: &[Choice],
         member: usize,
+        all: bool,
     ) -> Result<(), Errno> {
         let mut at = 0;
-        for run in choices.chunk_by(|a, b| a.source == b.source) {
+        let wanted = |choice: &Choice| all || choice.equal >> member & 1 == 0;
+        for run in choices.chunk_by(|a, b| a.source == b.source && wanted(a) == wanted(b)) {
             let (first, place) = (&run[0], at..at + run.len());
             at = place.end;
+            if !wanted(first) {
+                continue;
+            }
             let Some(span) = copies.span(first.source, &place) else {
                 return Err(Errno::IO);
             };

@@ -92,6 +92,8 @@ pub(super) struct Maps {
     pub(super) log: ScrubLog,
     /// Extents that have cooled while a member is joining, if one is.
     pub(super) cooled: Option<BTreeSet<Extent>>,
+    /// Blocks that an unclean stop left un-equalised, of whose flushes nothing is known.
+    pub(super) inherited: MissedMap,
     /// Blocks whose flush failed everywhere and that were not written anew (R7).
     pub(super) suspect: MissedMap,
     /// Pages to commit.
@@ -136,6 +138,7 @@ impl Maps {
             damaged: MissedMap::new(blocks),
             log: ScrubLog::new(),
             cooled: None,
+            inherited: MissedMap::new(blocks),
             suspect: MissedMap::new(blocks),
             dirty: BTreeSet::new(),
             stamp: Stamp {

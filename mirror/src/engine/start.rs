@@ -419,6 +419,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             maps.hot.begin_write(extent, now);
             maps.hot.end_write(extent, extent.blocks(), now);
             maps.hot.set_unequalised_all(extent);
+            maps.inherited.set(extent.blocks());
             if suspect {
                 maps.suspect.set(extent.blocks());
             }
