@@ -18,6 +18,7 @@ mod checksums;
 mod client;
 mod crashes;
 mod double_faults;
+mod equalising;
 mod histories;
 mod hot_extents;
 mod invariants;

@@ -198,14 +198,15 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 }
             });
             let view = self.view();
-            // With the last step, whoever has asked by now may go on ahead: all of them, if nothing has
-            // become dirty since.
-            let ahead = left
-                .is_empty()
-                .then(|| match self.maps.borrow().dirty.is_empty() {
-                    true => self.commits.requested.get(),
-                    false => last,
-                });
+            // With the last step those who wait for it may go on ahead; whoever has asked since too, if
+            // nothing has become dirty since.
+            let none_since = self.maps.borrow().dirty.is_empty();
+            let asked = if none_since {
+                self.commits.requested.get()
+            } else {
+                last
+            };
+            let ahead = left.is_empty().then_some(asked);
             if let Err(errno) = self.write_pages(&view, &pages, buffer, ahead).await {
                 let mut maps = self.maps.borrow_mut();
                 maps.dirty.extend(pages.into_iter().chain(left));

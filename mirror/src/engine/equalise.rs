@@ -40,7 +40,7 @@ struct Choice {
     sum: Option<Sum>,
 }
 
-/// Blocks that are compared in one step.
+/// Blocks that are read and written in one step.
 const STEP_BLOCKS: u64 = 256;
 
 impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
@@ -125,7 +125,7 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
             self.heat(&range).await?;
         }
         let failures = self.flush_failures.get();
-        let (failed, mut done) = self.equalise_steps(&blocks).await;
+        let (failed, mut done) = self.equalise_steps(&blocks).await?;
         if self.flush_failures.get() != failures {
             // Meanwhile a flush that failed everywhere has dropped what it covered, also of what is
             // written here, and of what was equal and was left alone.
@@ -146,20 +146,39 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
 
     /// Makes the copies of `blocks` equal, as far as that can be: the first error, and the blocks
     /// that are equal.
-    async fn equalise_steps(&self, blocks: &Range<u64>) -> (Result<(), Errno>, Vec<Range<u64>>) {
+    ///
+    /// # Errors
+    ///
+    /// When caches that have to be flushed first cannot be.
+    async fn equalise_steps(
+        &self,
+        blocks: &Range<u64>,
+    ) -> Result<(Result<(), Errno>, Vec<Range<u64>>), Errno> {
         let (mut at, mut failed, mut done) = (blocks.start, Ok(()), Vec::new());
-        while let Some(step) = self.next_step(at..blocks.end) {
+        let mut flushed = false;
+        while let Some((step, anew)) = self.next_step(at..blocks.end) {
             at = step.end;
+            if !anew && !flushed {
+                // They hold in caches what a write has left that every member refused.
+                self.flush_in_turn(Flushing::Step).await?;
+                flushed = true;
+            }
             let range = self.block_bytes(&step);
             if range.is_empty() {
                 continue;
             }
-            if let Err(errno) = self.equalise_step(&range).await {
+            if let Err(errno) = self.equalise_step(&range, anew).await {
                 failed = failed.and(Err(errno));
+                if !anew {
+                    self.flush_in_turn(Flushing::Step).await?;
+                }
                 // Each block for itself: what cannot be read stays alone with it.
                 for block in step {
                     let range = self.block_bytes(&(block..block + 1));
-                    if !range.is_empty() && self.equalise_block(block, &range).await.is_ok() {
+                    if range.is_empty() {
+                        continue;
+                    }
+                    if self.equalise_block(block, &range, anew).await.is_ok() {
                         done.push(block..block + 1);
                     }
                 }
@@ -167,24 +186,35 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
                 done.push(step);
             }
         }
-        (failed, done)
+        Ok((failed, done))
     }
 
-    /// The first un-equalised blocks of these. Those that are equal are left alone: a write that is
-    /// refused may stay in a cache, where nothing would make it durable before the extent cools.
-    fn next_step(&self, blocks: Range<u64>) -> Option<Range<u64>> {
+    /// The first un-equalised blocks of these, and whether they are written anew wherever they are the
+    /// same. Those that are equal are left alone: a write that is refused may stay in a cache, where
+    /// nothing would make it durable before the extent cools.
+    fn next_step(&self, blocks: Range<u64>) -> Option<(Range<u64>, bool)> {
         let maps = self.maps.borrow();
         let is_unequal = |block: &u64| maps.hot.is_unequalised(*block..block + 1);
+        let is_anew = |block: u64| {
+            let one = block..block + 1;
+            maps.inherited.any_in(one.clone()) || maps.suspect.any_in(one)
+        };
         let first = blocks.clone().find(is_unequal)?;
-        let mut rest = first..blocks.end.min(first + STEP_BLOCKS);
-        let end = rest.find(|block| !is_unequal(block));
-        Some(first..end.unwrap_or(rest.end))
+        let anew = is_anew(first);
+        let limit = blocks.end.min(first + STEP_BLOCKS);
+        let end = (first..limit).find(|block| !is_unequal(block) || is_anew(*block) != anew);
+        Some((first..end.unwrap_or(limit), anew))
     }
 
     /// [`Mirror::equalise_step`] of one block. What an only member cannot read holds up nothing: there
     /// is no content that could be another one later. After a failed flush it does (R7).
-    async fn equalise_block(&self, block: u64, range: &Range<u64>) -> Result<(), Errno> {
-        let result = self.equalise_step(range).await;
+    async fn equalise_block(
+        &self,
+        block: u64,
+        range: &Range<u64>,
+        anew: bool,
+    ) -> Result<(), Errno> {
+        let result = self.equalise_step(range, anew).await;
         let suspect = self.maps.borrow().suspect.any_in(block..block + 1);
         if result.is_err() && !suspect && self.is_alone() && self.is_bad(range).await {
             self.record_equal([(Block(block), None)].into_iter());
@@ -235,21 +265,10 @@ impl<H: Host, D: Disk<Buffer = H::Buffer>> Mirror<H, D> {
         }
     }
 
-    async fn equalise_step(&self, range: &Range<u64>) -> Result<(), Errno> {
+    /// Makes the copies of a range equal; with `anew` they are all written.
+    async fn equalise_step(&self, range: &Range<u64>, anew: bool) -> Result<(), Errno> {
         let view = self.view();
         let blocks = blocks_covering(range.start, range.end - range.start);
-        let anew = {
-            let maps = self.maps.borrow();
-            maps.inherited.any_in(blocks.clone()) || maps.suspect.any_in(blocks.clone())
-        };
-        if !anew {
-            // What a refused write left in caches.
-            let before = self.flush_failures.get();
-            let flushed = self.flush_in_turn(Flushing::Step).await;
-            if self.flush_failures.get() != before {
-                return flushed;
-            }
-        }
         let copies = self.read_copies(range).await;
         let choices = self.choose(&copies).await.ok_or_else(|| {
             tracing::debug!("blocks {blocks:?} cannot be read on any in-sync member");
