@@ -34,7 +34,10 @@ from collections import Counter, defaultdict
 from math import ceil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.dont_write_bytecode = True
+
+from tree import ROOT, names, put, put_switch, with_switch
+
 AREA = Path(os.environ.get("MUTANTS_DIR", ROOT / ".cache/mutants"))
 TREE = AREA / "tree"
 PACKAGES = ["dirty-map", "mirror"]
@@ -259,32 +262,17 @@ def instrument(mutants, left_out):
         put(TREE / file, made.render(made.root).encode())
 
 
-def put(path, content):
-    """An unchanged file keeps its time, and the compiler what it made of it."""
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
 # --- Compiling ---------------------------------------------------------------------------------
 
 
 def copy_tree(mutants):
     """Everything but what is instrumented, with the switch as one more crate."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-    ).stdout.splitlines()
-    for name in set(names) - {mutant["file"] for mutant in mutants}:
-        if (ROOT / name).is_file():
-            content = (ROOT / name).read_bytes()
-            if name in [f"{package}/Cargo.toml" for package in PACKAGES]:
-                needs = b'[dependencies]\nmutant-switch = { path = "../mutant-switch" }\n'
-                content = content.replace(b"[dependencies]\n", needs, 1)
-            put(TREE / name, content)
-    put(TREE / "mutant-switch/src/lib.rs", (ROOT / "tests/mutations/mutant_switch.rs").read_bytes())
-    manifest = b'[package]\nname = "mutant-switch"\nversion = "0.1.0"\nedition = "2024"\n'
-    put(TREE / "mutant-switch/Cargo.toml", manifest)
+    for name in set(names()) - {mutant["file"] for mutant in mutants}:
+        content = (ROOT / name).read_bytes()
+        if name in [f"{package}/Cargo.toml" for package in PACKAGES]:
+            content = with_switch(content)
+        put(TREE / name, content)
+    put_switch(TREE)
 
 
 def cargo(*words):

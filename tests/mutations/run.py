@@ -32,7 +32,10 @@ import tomllib
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.dont_write_bytecode = True
+
+from tree import ROOT, names, put, put_switch, with_switch
+
 AREA = Path(os.environ.get("MUTATION_DIR", ROOT / ".cache/mutations"))
 TREE = AREA / "tree"
 LIST = ROOT / "tests/mutations/mutations.toml"
@@ -101,35 +104,20 @@ def merged(text, mutations):
     return text
 
 
-def put(path, content):
-    """An unchanged file keeps its time, and the compiler what it made of it."""
-    if not path.is_file() or path.read_bytes() != content:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
 def put_tree(mutations):
     """The tree, with these mutations (by number) and the switch as one more crate."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True,
-    ).stdout.splitlines()
     files = defaultdict(dict)
     for number, mutation in mutations.items():
         files[mutation["file"]][number] = mutation
     manifests = {f"{file.split('/')[0]}/Cargo.toml" for file in files}
-    for name in names:
-        if (ROOT / name).is_file():
-            content = (ROOT / name).read_bytes()
-            if name in manifests:
-                needs = b'[dependencies]\nmutant-switch = { path = "../mutant-switch" }\n'
-                content = content.replace(b"[dependencies]\n", needs, 1)
-            if name in files:
-                content = merged(content.decode(), files[name]).encode()
-            put(TREE / name, content)
-    put(TREE / "mutant-switch/src/lib.rs", (ROOT / "tests/mutations/mutant_switch.rs").read_bytes())
-    manifest = b'[package]\nname = "mutant-switch"\nversion = "0.1.0"\nedition = "2024"\n'
-    put(TREE / "mutant-switch/Cargo.toml", manifest)
+    for name in names():
+        content = (ROOT / name).read_bytes()
+        if name in manifests:
+            content = with_switch(content)
+        if name in files:
+            content = merged(content.decode(), files[name]).encode()
+        put(TREE / name, content)
+    put_switch(TREE)
 
 
 # --- Compiling and running ---------------------------------------------------------------------

@@ -410,6 +410,19 @@ impl World {
     }
 }
 
+/// Lets others go first, so many times.
+async fn turns(mut left: u64) {
+    std::future::poll_fn(|context| {
+        if left == 0 {
+            return Poll::Ready(());
+        }
+        left -= 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
 /// A delay on the simulated clock.
 pub struct SimSleep {
     world: Rc<World>,

@@ -27,7 +27,6 @@ use super::{Group, SimHost, World};
 use crate::host::Host as _;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::future::poll_fn;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
@@ -211,16 +210,7 @@ async fn delay(world: &Rc<World>) {
     if pause > 0 {
         host.sleep(Duration::from_millis(pause)).await;
     }
-    let mut turns = world.choose(|rng| rng.below(TURNS));
-    poll_fn(|context| {
-        if turns == 0 {
-            return Poll::Ready(());
-        }
-        turns -= 1;
-        context.waker().wake_by_ref();
-        Poll::Pending
-    })
-    .await;
+    super::turns(world.choose(|rng| rng.below(TURNS))).await;
 }
 
 /// A way between two machines, which all connections through it share.

@@ -3,8 +3,6 @@
 
 use super::{Rng, SimDisk};
 use crate::host::{Disk as _, SumsOp};
-use std::future::poll_fn;
-use std::task::Poll;
 
 /// Bytes of a block.
 const BLOCK: usize = 4096;
@@ -23,18 +21,10 @@ impl SimDisk {
     pub(super) fn ask_sums(&self, offset: u64, blocks: usize) -> Option<SumsOp> {
         let mut rng = Rng::new(self.tells_sums().get()?);
         self.tells_sums().set(Some(rng.bits()));
-        let (mut turns, refused) = (rng.below(TURNS), rng.one_in(50));
+        let (turns, refused) = (rng.below(TURNS), rng.one_in(50));
         let disk = self.clone();
         Some(Box::pin(async move {
-            poll_fn(|context| {
-                if turns == 0 {
-                    return Poll::Ready(());
-                }
-                turns -= 1;
-                context.waker().wake_by_ref();
-                Poll::Pending
-            })
-            .await;
+            super::turns(turns).await;
             let faults = disk.faults();
             let bad = (0..blocks).any(|at| disk.is_bad_block(offset + (at * BLOCK) as u64));
             if refused || bad || faults.reads || faults.hang || faults.gone || disk.is_dead() {

@@ -548,3 +548,51 @@ fn a_slow_disk_is_not_a_silent_connection() {
         serving.join().unwrap();
     });
 }
+
+/// While a server is asked whether it is there, the connection breaks and another one takes its place:
+/// that nobody answered is not held against the new one.
+#[test]
+fn what_is_learnt_of_a_connection_is_not_held_against_the_next() {
+    on_ring(32, |ring| {
+        let (first, mut old) = pair();
+        let (second, mut new) = pair();
+        let attempt: Attempt = Box::new(move || Ok((second, FENCE)));
+        let own = Arc::new(Mutex::new(VecDeque::from(vec![attempt])));
+        let none = Arc::new(Mutex::new(VecDeque::new()));
+        let (asked, asks) = mpsc::channel();
+        let (tell, told) = mpsc::channel::<()>();
+        let told = Mutex::new(told);
+        let asking = Way {
+            answers: Arc::new(move || {
+                asked.send(()).unwrap();
+                // As long as nobody says anything, and then there is no answer.
+                told.lock().unwrap().recv().is_err()
+            }),
+            ..way(&own)
+        };
+        let opened = opened(first, Some(FENCE));
+        let ways = vec![asking, way(&none)];
+        let disk = PeerDisk(link(&ring, opened, ways), Rc::default(), None);
+        let serving = std::thread::spawn(move || {
+            old.next().unwrap();
+            asks.recv().unwrap();
+            drop(old);
+            let request = new.next().unwrap();
+            tell.send(()).unwrap();
+            // Nothing is to come of it: no event says so.
+            let patience = Duration::from_millis(300);
+            new.0.set_read_timeout(Some(patience)).unwrap();
+            let ended = new.0.read(&mut [0]);
+            assert_eq!(ended.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            new.0.set_read_timeout(None).unwrap();
+            new.reply(request.cookie, 0, &[]);
+            assert!(new.next().is_none());
+        });
+        ring.block_on(async move {
+            let data = buffer(4096, 1);
+            assert_eq!(write(&disk, 4096, &data, false).await, Ok(()));
+        })
+        .unwrap();
+        serving.join().unwrap();
+    });
+}
